@@ -1,0 +1,12 @@
+"""LoRA and LoRATRF adapters in production on ONNX Runtime.
+
+Running a model needs onnxruntime alone: `create_session("model.onnx")`. Making one is `loratrf_deploy.export`, training
+an adapter `loratrf_deploy.peft`; both need the `export` extra and are imported only when asked for.
+"""
+
+from .errors import UserError
+from .session import create_session, library_path
+
+__all__ = ["UserError", "__version__", "create_session", "library_path"]
+
+__version__ = "0.1.0"
