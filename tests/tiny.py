@@ -167,7 +167,7 @@ def randomise(model: nn.Module, seed: int, trainable_only: bool = False) -> None
 
 
 def make_tokenizer(family: str) -> Any:
-    """A WordPiece tokenizer trained on SENTENCES, byte-level BPE for RoBERTa and ModernBERT; special tokens as usual."""
+    """A WordPiece tokenizer trained on SENTENCES (byte-level BPE for RoBERTa, ModernBERT), special tokens as usual."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
