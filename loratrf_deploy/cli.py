@@ -44,7 +44,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
 def quiet() -> Iterator[None]:
     """Silences what third-party libraries log, warn and print; exceptions still come through."""
     level = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    sink = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
@@ -58,7 +59,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     """Yields step(text), which shows what is being done: a spinner on a terminal, nothing in a pipe."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this stderr: `quiet` replaces sys.stderr later
     if not console.is_terminal:
         yield lambda text: None
         return

@@ -1,0 +1,147 @@
+"""Attaching an adapter to a torch model for export: folded into the weights, or as nodes of the loratrf operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter import Adapter, LayerAdapter
+from ..schemas import DOMAIN, OPS, VERSION
+
+__all__ = ["AdaptedLinear", "attach"]
+
+_MODULE_OF_INPUT = {"A": "lora_A", "B": "lora_B", "tau": "trf_tau", "C": "trf_C", "D": "trf_D"}
+
+
+class AdaptedLinear(nn.Module):
+    """y = OP(base_layer(x), [x,] weights): a frozen linear layer followed by one loratrf operator in the ONNX graph.
+
+    The operator is LowRank, TaskFilter or LoraTrf by which halves `weights` holds. B carries alpha/R and D carries
+    gamma already. Parameters are named as in adapter files, so that initializers are too. Only for tracing: run
+    eagerly it returns unspecified values.
+    """
+
+    def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: dict[str, str]):
+        super().__init__()
+        self.base_layer = base_layer
+        self.op, self.attributes = op, attributes
+        for name, value in weights.items():
+            parameter = nn.Parameter(value, requires_grad=False)
+            if name == "tau":
+                self.trf_tau = parameter
+            else:
+                holder = nn.Module()
+                holder.weight = parameter
+                self.add_module(_MODULE_OF_INPUT[name], holder)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.base_layer(x)
+        inputs = [hidden if name in ("base", "z") else x if name == "x" else self._weight(name) for name in self._inputs]
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{self.op}",
+            inputs,
+            attrs=self.attributes,
+            dtype=hidden.dtype,
+            shape=hidden.shape,
+            version=VERSION,
+        )
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        return OPS[self.op].inputs
+
+    def _weight(self, name: str) -> torch.Tensor:
+        held = getattr(self, _MODULE_OF_INPUT[name])
+        return held if name == "tau" else held.weight
+
+
+def attach(
+    model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype, step: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Puts `adapter` into `model` in place and turns it to `dtype`; returns what became of each layer, in order.
+
+    merge: W' = W + (alpha/R)·BA in float32 before rounding to `dtype`. A filter never folds, since it depends on the
+    token: such a layer keeps a TaskFilter, or all of LoraTrf where the filter reads the unadapted output
+    (filter_input "base"). Requires `check_fits` to have passed.
+    """
+    for path, tensors in adapter.modules_to_save.items():
+        for name, value in tensors.items():
+            _set_parameter(model, f"{path}.{name}", value)
+    for name, value in adapter.biases.items():
+        _set_parameter(model, name, value)
+    rows = []
+    for path, layer in adapter.layers.items():
+        step(f"adapting {path}")
+        base_layer = model.get_submodule(path)
+        if layer.lora_bias is not None:
+            _add_bias(base_layer, layer.lora_bias * layer.scale)
+        fold = merge and layer.A is not None and (layer.tau is None or adapter.filter_input == "adapted")
+        if fold:
+            _fold(base_layer, layer)
+        weights = _weights(layer, keep_low_rank=not fold)
+        op = {(True, False): "LowRank", (False, True): "TaskFilter", (True, True): "LoraTrf"}.get(
+            ("A" in weights, "tau" in weights)
+        )
+        if op is not None:
+            attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
+            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, AdaptedLinear(base_layer, op, tensors, attributes))
+        rows.append(
+            {
+                "module": path,
+                "op": op or "merged",
+                "rank": layer.rank,
+                "filter_rank": layer.filter_rank,
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+            }
+        )
+    model.to(dtype)
+    return rows
+
+
+def _weights(layer: LayerAdapter, *, keep_low_rank: bool) -> dict[str, NDArray[np.float32]]:
+    weights: dict[str, NDArray[np.float32]] = {}
+    if keep_low_rank and layer.A is not None:
+        weights |= {"A": layer.A, "B": layer.scaled_B()}
+    if layer.tau is not None:
+        assert layer.C is not None  # read_adapter takes whole filters only
+        weights |= {"tau": layer.tau, "C": layer.C, "D": layer.scaled_D()}
+    return weights
+
+
+def _fold(base_layer: nn.Module, layer: LayerAdapter) -> None:
+    assert layer.A is not None
+    delta = torch.from_numpy(layer.scaled_B() @ layer.A)
+    weight = base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if isinstance(base_layer, Conv1D):  # GPT-2 keeps its weights transposed, (K,N)
+        delta = delta.T
+    base_layer.weight = nn.Parameter(weight.detach().float() + delta, requires_grad=False)
+    if isinstance(base_layer.bias, nn.Parameter):  # one dtype for the layer until `attach` rounds the whole model
+        base_layer.bias = nn.Parameter(base_layer.bias.detach().float(), requires_grad=False)
+
+
+def _add_bias(base_layer: nn.Module, value: NDArray[np.float32]) -> None:
+    bias = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    if isinstance(base_layer.bias, nn.Parameter):
+        bias = base_layer.bias.detach().float() + bias
+    base_layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _set_parameter(model: nn.Module, name: str, value: NDArray[Any]) -> None:
+    """Replaces a parameter rather than writing into it: a tied one must not change its twin."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    tensor = torch.from_numpy(np.asarray(value).copy())
+    if child in module._buffers:
+        module._buffers[child] = tensor
+    else:
+        setattr(module, child, nn.Parameter(tensor, requires_grad=False))

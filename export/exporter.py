@@ -1,0 +1,213 @@
+"""The export itself: adapter directory -> validated adapter -> adapted torch model -> ONNX graph -> files -> proof."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..adapter import Adapter, read_adapter
+from ..cli import quiet
+from ..errors import UserError
+from .files import base_sha256, check_writable, file_sha256, written_aside
+
+if TYPE_CHECKING:
+    from ..parity import ParityReport
+    from .model import BaseModel
+
+__all__ = ["DTYPES", "MODES", "ExportResult", "export_adapter"]
+
+MODES = ("merged", "separate")
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made. `manifest` is loratrf.json's content, `seconds` the time by stage."""
+
+    model: Path
+    manifest: dict[str, Any]
+    parity: ParityReport | None
+    sizes: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ParityFailed(Exception):
+    """The exported model doesn't compute what PyTorch computed; `report` says where. Nothing was written."""
+
+    def __init__(self, report: ParityReport):
+        super().__init__("the exported model doesn't compute what PyTorch computed")
+        self.report = report
+
+
+def export_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    mode: str = "merged",
+    dtype: str = "float32",
+    opset: int | None = None,
+    check: bool = True,
+    step: Callable[[str], None] = lambda text: None,
+) -> ExportResult:
+    """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
+
+    mode "merged" folds the low-rank halves into the weights and keeps an operator only where there is a task-aware
+    filter; "separate" keeps every half as an operator beside its frozen layer. `base_model` None takes the adapter's
+    own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
+    `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
+    way nothing is left behind.
+    """
+    out = Path(out)
+    if mode not in MODES:
+        raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    check_writable(out)
+    loaded = read_adapter(adapter)
+    if mode == "separate" and loaded.not_separable:
+        raise UserError(
+            f"The adapter {adapter} can't be kept separate: {loaded.not_separable}. Export it merged: --mode merged."
+        )
+    with written_aside(out) as aside:
+        model = aside / out.name
+        clock = _Clock(step)
+        with quiet():
+            manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
+            report = None
+            if check:
+                from ..parity import check_parity
+
+                clock("checking parity with PyTorch")
+                report = check_parity(model, Path(adapter), base_model)
+                if not report.passed:
+                    raise ParityFailed(report)
+                manifest["parity"] = report.summary()
+        clock("writing")
+        (aside / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+    clock("done")
+    return ExportResult(out, manifest, report, sizes, clock.seconds)
+
+
+def _write_model(
+    adapter: Adapter, base_model: str | Path | None, out: Path, mode: str, dtype: str, opset: int | None, clock: _Clock
+) -> dict[str, Any]:
+    clock("importing torch and transformers")
+    import onnx_ir as ir
+    import torch
+
+    from .graph import DEFAULT_OPSET, OPSETS, finish, trace
+    from .model import load_base, sample_inputs
+
+    opset = DEFAULT_OPSET if opset is None else opset
+    if opset not in OPSETS:
+        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
+    clock("loading the base model")
+    base = load_base(adapter, base_model)
+    clock("adapting")
+    torch_dtype = getattr(torch, dtype)
+    layers = _attach(adapter, base, mode, torch_dtype)
+    sample = {
+        name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
+        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
+    }
+    clock("tracing")
+    program = trace(base.model, sample, opset)
+    finish(program, opset)
+    clock("writing")
+    ir.save(program, out, external_data=f"{out.name}.data")
+    _write_companions(base, adapter, out.parent)
+    manifest = {
+        "format": 1,
+        "loratrf_deploy": __version__,
+        "mode": mode,
+        "task": base.task,
+        "dtype": dtype,
+        "opset": opset,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
+        "adapter": {
+            "name": adapter.path.resolve().name,
+            "sha256": adapter.sha256,
+            "peft_type": adapter.peft_type,
+            "filter_input": adapter.filter_input,
+            "parameters": sum(layer.parameters for layer in adapter.layers.values()),
+        },
+        "base": {"name": Path(base.path).name, "sha256": base_sha256(Path(base.path))},
+        "model": {"sha256": file_sha256(out)},
+        "layers": layers,
+        "parity": None,
+    }
+    del base, program
+    gc.collect()
+    return manifest
+
+
+def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[dict[str, Any]]:
+    if adapter.not_separable is None:
+        from .adapted import attach
+
+        return attach(base.model, adapter, merge=mode == "merged", dtype=dtype)
+    return _merge_with_peft(adapter, base, dtype)
+
+
+def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict[str, Any]]:
+    """PEFT's own merge, for kinds that have no low-rank operator form (DoRA, LoHa, ...); changes base.model in place."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base.model.float()
+    try:
+        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path))
+        names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise UserError(
+            f"PEFT {peft.__version__} can't merge the adapter {adapter.path} ({adapter.not_separable}): {error} Only "
+            "adapters that fold into the weights can be exported."
+        ) from error
+    if merged is not base.model:
+        raise UserError(
+            f"The adapter {adapter.path} ({adapter.not_separable}) doesn't fold into the base model's weights, so it "
+            "can't be exported."
+        )
+    merged.to(dtype)
+    return [{"module": name, "op": "merged", "rank": 0, "filter_rank": 0} for name in names]
+
+
+def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
+    from .model import load_tokenizer
+
+    base.model.config.save_pretrained(folder)
+    if "input_ids" in base.input_names:
+        own = (adapter.path / "tokenizer_config.json").is_file()
+        if tokenizer := load_tokenizer(adapter.path if own else base.path):
+            # What the tokenizer returns is what the graph takes: a caller passes it on as it is.
+            tokenizer.model_input_names = list(base.input_names)
+            tokenizer.save_pretrained(folder)
+    elif (preprocessor := Path(base.path) / "preprocessor_config.json").is_file():
+        shutil.copy(preprocessor, folder)
+
+
+class _Clock:
+    """Tells `step` what begins and keeps how long each stage took, in seconds."""
+
+    def __init__(self, step: Callable[[str], None]):
+        self.seconds: dict[str, float] = {}
+        self._step, self._stage, self._begin = step, "", time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._begin
+        self._stage, self._begin = stage, now
+        self._step(stage)

@@ -1,0 +1,80 @@
+"""What an export writes: all files aside in one folder, moved into place at the end; and the manifest's hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+
+__all__ = ["base_sha256", "file_sha256", "written_aside"]
+
+
+@contextlib.contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside out's folder; on success its files move into out's folder, the model last.
+
+    On any exception, an interrupt included, what was written is removed and out's folder is as it was. A kill between
+    two moves leaves no model.onnx rather than one that doesn't fit its weights. Raises UserError where `out` can't be
+    written or the disk is full.
+    """
+    check_writable(out)
+    folder = out.parent.resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".loratrf-export-", dir=existing))
+    except OSError as error:
+        raise UserError(_unwritable(out, error)) from error
+    try:
+        yield aside
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / out.name).unlink(missing_ok=True)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == out.name):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+            raise
+        raise UserError(_unwritable(out, error)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError where `out` is no path that a model can be written to; cheap, so that it can come first."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder. Expected the model's file name, for example --out {out}/model.onnx.")
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out} doesn't end in .onnx. Expected a file name such as --out {out}.onnx.")
+    folder = out.parent.resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, not a folder. Choose another output folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: no permission to write to {existing}. Choose a folder of your own.")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_sha256(folder: Path) -> str | None:
+    """One sha256 over the sha256s of the folder's *.safetensors in name order; None where there are none (hub names)."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return None
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+
+
+def _unwritable(out: Path, error: OSError) -> str:
+    return (
+        f"--out {out} can't be written: {error.strerror or error}. Nothing was left behind. Free some space or choose "
+        "another folder."
+    )

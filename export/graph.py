@@ -1,0 +1,182 @@
+"""torch model -> ONNX graph: tracing through transformers' exporter, then five numbered passes over the IR."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ..errors import UserError
+from ..schemas import DOMAIN, OPS, VERSION, function_body
+from .model import max_sequence
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["DEFAULT_OPSET", "OPSETS", "finish", "trace"]
+
+DEFAULT_OPSET = 20
+OPSETS = range(18, 24)
+IR_VERSION = 10
+"""Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
+
+_AXES = {"pixel_values": ("batch", "channels", "height", "width")}
+_TEXT_AXES = ("batch", "sequence")
+
+
+def trace(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], opset: int = DEFAULT_OPSET) -> ir.Model:
+    """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for the CPU in; batch and sequence are dynamic.
+
+    Raises UserError where torch can't trace or ONNX can't express the model.
+    """
+    import torch
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    batch = torch.export.Dim("batch", min=1)
+    sequence = torch.export.Dim("sequence", min=1, max=max_sequence(model.config))
+    shared = {name: {0: batch} if name in _AXES else {0: batch, 1: sequence} for name in inputs}
+    attempts: list[dict[str, Any]] = [
+        {"dynamic_shapes": shared, "prefer_deferred_runtime_asserts_over_guards": True},
+        # Models with control flow on shapes (DeBERTa-v2) don't prove shared, bounded symbols; free ones they trace.
+        {"dynamic": True},
+    ]
+    failure: Exception | None = None
+    for options in attempts:
+        config = OnnxConfig(ort_fusions="cpu", opset_version=opset, **options)
+        try:
+            return OnnxExporter().export(model, dict(inputs), config=config).program
+        except Exception as error:  # torch.export raises many classes
+            failure = failure or error
+    raise UserError(
+        f"{type(model).__name__} can't be traced to ONNX: {str(failure).strip().splitlines()[0]} "
+        "It may need a newer transformers or torch; families proven with this version are in the README."
+    ) from failure
+
+
+def finish(model: ir.Model, opset: int = DEFAULT_OPSET) -> None:
+    """Makes a traced graph one to ship, in place. Requires a graph from `trace`. The passes:
+
+    1. Every loratrf op that occurs gets its definition in standard ops as a model-local function.
+    2. Dynamic axes are named batch and sequence (torch names them s18, s41).
+    3. Each node says in metadata "module" which torch module's output it computes; torch's other metadata (source
+       lines and paths of the machine that exported) goes.
+    4. Initializers are named after modules: torch's own names stay; a weight that was transposed for MatMul is
+       "<module>.MatMul.weight", siblings that were packed into one are "<parent>.<a>_<b>_<c>.MatMul.weight".
+    5. Nodes are named "<module>/<op>", outputs of loratrf ops "<module>.output".
+    """
+    _add_functions(model, opset)
+    _name_axes(model.graph)
+    _keep_modules_only(model)
+    _name_initializers(model.graph)
+    _name_nodes(model.graph)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "loratrf-deploy", None
+
+
+def _add_functions(model: ir.Model, opset: int) -> None:
+    for node in [node for node in model.graph.all_nodes() if node.domain == DOMAIN]:
+        attribute = node.attributes.get("filter_input")
+        filter_input = attribute.as_string() if attribute is not None else "adapted"
+        body = function_body(node.op_type, opset, filter_input)
+        known = model.functions.setdefault(body.identifier(), body)
+        known.metadata_props.setdefault("filter_input", filter_input)
+        if known.metadata_props["filter_input"] != filter_input:
+            raise UserError(
+                f"Layers of one model can't differ in filter_input, got {known.metadata_props['filter_input']!r} and "
+                f"{filter_input!r} (at {node.name})."
+            )
+        # A node of the custom op must call the function: same domain, name and (empty) overload.
+        node.version = None
+    for function in model.functions.values():
+        function.metadata_props.clear()
+        model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def _name_axes(graph: ir.Graph) -> None:
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, dim in zip(_AXES.get(value.name or "", _TEXT_AXES), value.shape or (), strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                names.setdefault(dim.value, axis)
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match.group(), match.group()), dim.value)
+
+    values = [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _module(node: ir.Node) -> str:
+    return node.metadata_props.get("module", "")
+
+
+def _keep_modules_only(model: ir.Model) -> None:
+    import ast
+
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        module = ast.literal_eval(scopes)[-2] if scopes and scopes.count(",") else ""
+        node.metadata_props.clear()
+        if module and not module.startswith("_"):
+            node.metadata_props["module"] = module
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+
+
+def _name_initializers(graph: ir.Graph) -> None:
+    for value in list(graph.initializers.values()):
+        if "." in (value.name or "") or value.shape is None or len(value.shape) < 2:
+            continue  # named by torch already, or a constant of the graph's own arithmetic
+        users = [node for node in value.consumers() if node.op_type in ("MatMul", "Gemm")]
+        if not users:
+            continue
+        name = _module(users[0]) or _packed_module(users[0])
+        if name:
+            _rename_initializer(graph, value, f"{name}.{users[0].op_type}.weight")
+
+
+def _packed_module(matmul: ir.Node) -> str:
+    """"a.b.query_key_value" for a MatMul that the exporter packed out of a.b.query, a.b.key and a.b.value."""
+    splits = [node for node in matmul.outputs[0].consumers() if node.op_type == "Split"]
+    users = [next(iter(output.consumers()), None) for split in splits for output in split.outputs]
+    paths = [_module(user).removesuffix(".base_layer") for user in users if user is not None and _module(user)]
+    if not paths or len(paths) != len(users):
+        return ""
+    parents = {path.rpartition(".")[0] for path in paths}
+    return f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}" if len(parents) == 1 else ""
+
+
+def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    unique, count = name, 1
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    del graph.initializers[value.name or ""]
+    value.name = unique
+    if value.const_value is not None:
+        value.const_value.name = unique
+    graph.initializers[unique] = value
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    counts: dict[str, int] = {}
+    for node in graph:
+        stem = f"{_module(node)}/{node.op_type}"
+        counts[stem] = counts.get(stem, 0) + 1
+        node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
+        if node.domain == DOMAIN and node.op_type in OPS and not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{_module(node)}.output"
