@@ -42,7 +42,9 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.base_layer(x)
-        inputs = [hidden if name in ("base", "z") else x if name == "x" else self._weight(name) for name in self._inputs]
+        inputs = [
+            hidden if name in ("base", "z") else x if name == "x" else self._weight(name) for name in self._inputs
+        ]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,

@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         help="merged folds the adapter into the weights (task-aware filters stay operators); separate keeps it beside "
         "them (default: merged)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
+    )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
     return parser

@@ -150,14 +150,18 @@ def _name_initializers(graph: ir.Graph) -> None:
 
 
 def _packed_module(matmul: ir.Node) -> str:
-    """"a.b.query_key_value" for a MatMul that the exporter packed out of a.b.query, a.b.key and a.b.value."""
+    """ "a.b.query_key_value" for a MatMul that the exporter packed out of a.b.query, a.b.key and a.b.value."""
     splits = [node for node in matmul.outputs[0].consumers() if node.op_type == "Split"]
     users = [next(iter(output.consumers()), None) for split in splits for output in split.outputs]
     paths = [_module(user).removesuffix(".base_layer") for user in users if user is not None and _module(user)]
     if not paths or len(paths) != len(users):
         return ""
     parents = {path.rpartition(".")[0] for path in paths}
-    return f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}" if len(parents) == 1 else ""
+    return (
+        f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}"
+        if len(parents) == 1
+        else ""
+    )
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
@@ -179,4 +183,5 @@ def _name_nodes(graph: ir.Graph) -> None:
         counts[stem] = counts.get(stem, 0) + 1
         node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
         if node.domain == DOMAIN and node.op_type in OPS and not node.outputs[0].is_graph_output():
-            node.outputs[0].name = f"{_module(node)}.output"
+            # A shared layer (DeBERTa's position projections) is called more than once.
+            node.outputs[0].name = f"{_module(node)}.output" + ("" if counts[stem] == 1 else f"_{counts[stem]}")

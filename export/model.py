@@ -76,21 +76,30 @@ def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: 
     return BaseModel(model, name, task, _input_names(model, name, task))
 
 
-def load_reference(adapter: Adapter, base_model: str | Path | None = None) -> BaseModel:
+def load_reference(
+    adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "float32", merge: bool = False
+) -> BaseModel:
     """The adapter as PEFT itself runs it, in float32: PeftModel.from_pretrained on `load_base`. The oracle of parity.
 
-    Raises UserError where PEFT refuses the adapter.
+    With `dtype` "float16" every weight is rounded to float16 first (after merging, with `merge`) and the arithmetic
+    stays in float32: what a float16 export should compute, so that an error of the export can't hide behind the
+    rounding of weights that the user asked for. Raises UserError where PEFT refuses the adapter.
     """
     import peft
+    import torch
 
     from .. import peft as _loratrf  # noqa: F401  (registers LORATRF)
 
     base = load_base(adapter, base_model, dtype="float32")
     try:
-        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path))
+        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path)).eval()
+        if dtype != "float32":
+            if merge:
+                model.merge_adapter()
+            model = model.to(getattr(torch, dtype)).float()
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
-    return BaseModel(model.eval(), base.path, base.task, base.input_names)
+    return BaseModel(model, base.path, base.task, base.input_names)
 
 
 def sample_inputs(
