@@ -48,17 +48,17 @@ class AdaptedLinear(nn.Module):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,
-            attrs=self.attributes,
+            attrs={**self.attributes},
             dtype=hidden.dtype,
             shape=hidden.shape,
             version=VERSION,
         )
 
-    @property
-    def _inputs(self) -> tuple[str, ...]:
-        return OPS[self.op].inputs
-
-    def _weight(self, name: str) -> torch.Tensor:
+    def _input(self, name: str, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if name in ("base", "z"):
+            return hidden
+        if name == "x":
+            return x
         held = getattr(self, _MODULE_OF_INPUT[name])
         return held if name == "tau" else held.weight
 
@@ -92,9 +92,9 @@ def attach(
         )
         if op is not None:
             attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
-            tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+            parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptedLinear(base_layer, op, tensors, attributes))
+            setattr(model.get_submodule(parent), child, AdaptedLinear(base_layer, op, parameters, attributes))
         rows.append(
             {
                 "module": path,

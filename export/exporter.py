@@ -160,14 +160,14 @@ def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[di
 
 
 def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict[str, Any]]:
-    """PEFT's own merge, for kinds that have no low-rank operator form (DoRA, LoHa, ...); changes base.model in place."""
+    """PEFT's own merge, for kinds that have no low-rank operator form (DoRA, LoHa, ...); base.model changes in place."""
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base.model.float()
     try:
         model = peft.PeftModel.from_pretrained(base.model, str(adapter.path))
-        names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        names = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
         merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise UserError(

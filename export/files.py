@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
 
 
 def base_sha256(folder: Path) -> str | None:
-    """One sha256 over the sha256s of the folder's *.safetensors in name order; None where there are none (hub names)."""
+    """One sha256 over those of the folder's *.safetensors in name order; None where there are none (a hub name)."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         return None

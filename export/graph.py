@@ -156,12 +156,9 @@ def _packed_module(matmul: ir.Node) -> str:
     paths = [_module(user).removesuffix(".base_layer") for user in users if user is not None and _module(user)]
     if not paths or len(paths) != len(users):
         return ""
-    parents = {path.rpartition(".")[0] for path in paths}
-    return (
-        f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}"
-        if len(parents) == 1
-        else ""
-    )
+    if len({path.rpartition(".")[0] for path in paths}) != 1:
+        return ""
+    return f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}"
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:

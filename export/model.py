@@ -41,7 +41,7 @@ _TASK_OF_CLASS = {
 class BaseModel:
     """A torch model in eval mode with what the export needs to know of it."""
 
-    model: PreTrainedModel
+    model: Any  # PreTrainedModel, or PeftModel from load_reference
     path: str
     task: str
     input_names: tuple[str, ...]

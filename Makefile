@@ -1,0 +1,34 @@
+# make demo: the main job on real input. make test: lint, types and the whole test suite. Both make what they need.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc')
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/kernels/*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,demo,test]'
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	# mypy finds packages by folder: show it export/ where setuptools installs it.
+	mkdir -p build/types/loratrf_deploy
+	ln -sf $(CURDIR)/loratrf_deploy/*.py build/types/loratrf_deploy/
+	ln -sfn $(CURDIR)/export build/types/loratrf_deploy/export
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV) loratrf_deploy/*.so demo-out
