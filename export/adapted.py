@@ -42,9 +42,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.base_layer(x)
-        inputs = [
-            hidden if name in ("base", "z") else x if name == "x" else self._weight(name) for name in self._inputs
-        ]
+        inputs = [self._input(name, hidden, x) for name in OPS[self.op].inputs]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,

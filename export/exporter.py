@@ -160,7 +160,7 @@ def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[di
 
 
 def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict[str, Any]]:
-    """PEFT's own merge, for kinds that have no low-rank operator form (DoRA, LoHa, ...); base.model changes in place."""
+    """PEFT's own merge, in place, for kinds that have no low-rank operator form (DoRA, LoHa, ...)."""
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 

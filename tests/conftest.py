@@ -1,0 +1,66 @@
+"""Fixtures: base models, adapters and exports on disk, each made once per session and only when a test asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+
+class Exported(NamedTuple):
+    """An adapter, its base and the model exported from them."""
+
+    base: Path
+    adapter: Path
+    model: Path
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """make_tiny(family, task, kind, **adapter options) -> (base, adapter), folders to read only."""
+    import tiny
+
+    made: dict[Any, Path] = {}
+
+    def make(family: str = "bert", task: str = "text-classification", kind: str = "loratrf", **options: Any):
+        base_key, adapter_key = (family, task), (family, task, kind, repr(sorted(options.items())))
+        if base_key not in made:
+            made[base_key] = tiny.make_base(tmp_path_factory.mktemp("base") / family, family, task)
+        if adapter_key not in made:
+            folder = tmp_path_factory.mktemp("adapter") / kind
+            made[adapter_key] = tiny.make_adapter(made[base_key], folder, kind=kind, **options)
+        return made[base_key], made[adapter_key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory):
+    """make_export(family, task, kind, mode=, dtype=, **adapter options) -> Exported, without the parity check."""
+    from loratrf_deploy.export import export_adapter
+
+    made: dict[Any, Exported] = {}
+
+    def make(
+        family: str = "bert",
+        task: str = "text-classification",
+        kind: str = "loratrf",
+        *,
+        mode: str = "separate",
+        dtype: str = "float32",
+        **options: Any,
+    ) -> Exported:
+        key = (family, task, kind, mode, dtype, repr(sorted(options.items())))
+        if key not in made:
+            base, adapter = make_tiny(family, task, kind, **options)
+            out = tmp_path_factory.mktemp("export") / "model.onnx"
+            export_adapter(adapter, out, base_model=base, mode=mode, dtype=dtype, check=False)
+            made[key] = Exported(base, adapter, out)
+        return made[key]
+
+    return make
