@@ -1,0 +1,194 @@
+"""Error by layer: the outputs of torch modules held against the ONNX nodes that compute them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._parity_figures import relative_error, valid
+from .session import library_path
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime
+    import torch
+
+    from .export.model import BaseModel
+    from .parity import LayerError
+
+__all__ = ["compare_layers", "run_torch"]
+
+Inputs = dict[str, NDArray[Any]]
+
+
+def run_torch(base: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> dict[str, NDArray[Any]]:
+    """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays.
+
+    PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
+    effect of the adapter.
+    """
+    import torch
+
+    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model):
+        outputs = base.model(**{name: torch.from_numpy(value) for name, value in batch.items()})
+    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def compare_layers(
+    graph: ir.Model,
+    model: Path,
+    base: BaseModel,
+    batch: Inputs,
+    *,
+    library: bool,
+    mask: NDArray[np.bool_] | None,
+    tolerance: float,
+) -> tuple[list[LayerError], int]:
+    """Error of every module that both sides compute, in the graph's order, then of the outputs; and the number skipped.
+
+    `graph` is what onnx_ir loaded from `model`, unchanged on return. A module is compared where it is a leaf or an
+    adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
+    of their own.
+    """
+    from .parity import run_onnx
+
+    nodes = _nodes_by_module(graph)
+    with _recorded(base.model, set(nodes)) as seen:
+        expected = run_torch(base, batch)
+    session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library)
+    got = run_onnx(session, batch)
+
+    layers, skipped = [], 0
+    for name, node in nodes.items():
+        if name not in seen:
+            continue
+        a, b = got[names[name]], seen[name].value(node.op_type)
+        if a.shape != b.shape or not a.size:
+            skipped += 1
+            continue
+        layers.append(_error(name, node.op_type, a, b, mask, tolerance))
+    for name in expected:
+        if name in got and got[name].shape == expected[name].shape:
+            layers.append(_error(name, "output", got[name], expected[name], mask, tolerance, output=name))
+    return layers, skipped
+
+
+def _error(
+    name: str,
+    op: str,
+    a: NDArray,
+    b: NDArray,
+    mask: NDArray[np.bool_] | None,
+    tolerance: float,
+    output: str = "",
+) -> LayerError:
+    from .parity import LayerError
+
+    relative, absolute = relative_error(valid(a, mask, output), valid(b, mask, output))
+    # A NaN in PyTorch is no drift of the export's.
+    return LayerError(name, op, relative, absolute, drifts=not math.isnan(relative) and relative > tolerance)
+
+
+def _nodes_by_module(graph: ir.Model) -> dict[str, ir.Node]:
+    """The last node of each module, in the order in which they run."""
+    last: dict[str, tuple[int, ir.Node]] = {}
+    for position, node in enumerate(graph.graph):
+        if name := node.metadata_props.get("module"):
+            last[name] = (position, node)
+    return {name: node for name, (_, node) in sorted(last.items(), key=lambda item: item[1][0])}
+
+
+class _Seen:
+    """A torch module's output, and the bias in it."""
+
+    def __init__(self, output: torch.Tensor, bias: torch.Tensor | None):
+        self.output, self.bias = output, bias
+
+    def value(self, op: str) -> NDArray[Any]:
+        # The exporter fuses some biases into the operator behind (BiasGelu, attention): the MatMul is without it.
+        without = self.bias is not None and op == "MatMul"
+        return (self.output - self.bias if without and self.bias is not None else self.output).numpy()
+
+
+@contextlib.contextmanager
+def _recorded(model: torch.nn.Module, names: set[str]) -> Iterator[dict[str, _Seen]]:
+    """Yields what the modules `names` put out while inside; the last call counts."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    seen: dict[str, _Seen] = {}
+    handles = []
+
+    def record(name: str, bias: torch.Tensor | None) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                seen[name] = _Seen(output.detach().clone(), bias)
+
+        return hook
+
+    for path, module in model.named_modules():
+        # A container's name is also borne by stray nodes (reshapes, residuals) that are not its output.
+        if not isinstance(module, BaseTunerLayer) and next(module.children(), None) is not None:
+            continue
+        name = _plain_name(path)
+        if name in names:
+            bias = module.bias.detach() if isinstance(module, torch.nn.Linear) and module.bias is not None else None
+            handles.append(module.register_forward_hook(record(name, bias)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _plain_name(path: str) -> str:
+    """A module's path in the base model: PEFT's prefix and its wrapper of a saved head removed."""
+    return path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+@contextlib.contextmanager
+def _layers_off(model: torch.nn.Module) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _session_with_outputs(
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool
+) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+    """A session that also gives the first output of `nodes`, and module -> output name.
+
+    The graph goes to ONNX Runtime in memory, so nothing is written: the model's folder may be read-only.
+    """
+    import onnx_ir as ir
+    import onnxruntime
+
+    outputs = graph.graph.outputs
+    before = len(outputs)
+    names = {module: node.outputs[0].name or "" for module, node in nodes.items()}
+    try:
+        outputs.extend(
+            {value.name: value for node in nodes.values() if (value := node.outputs[0]) not in outputs}.values()
+        )
+        content = ir.to_proto(graph).SerializeToString()
+    finally:
+        del outputs[before:]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+    if library:
+        options.register_custom_ops_library(str(library_path()))
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]), names

@@ -1,0 +1,419 @@
+"""Does an exported model compute what PyTorch computed? The measurement; `report` shows it, `parity_cli` runs it.
+
+The oracle is PEFT's own model in float32. ONNX Runtime runs the export with the custom-op library and without it, and a
+third comparison switches the adapter off in PyTorch: an export that equals the bare base has lost its adapter.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._parity_figures import Figures, compare, worst
+from .errors import UserError
+from .session import create_session, library_path
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime
+
+    from .export.model import BaseModel
+
+__all__ = ["EFFECT", "TOLERANCES", "VARIANTS", "Check", "LayerError", "ParityReport", "check_parity"]
+
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
+
+EFFECT = 10.0
+"""The adapter has an effect where it changes an output by more than this many tolerances."""
+
+VARIANTS = ("with library", "without library", "base-off")
+
+Inputs = dict[str, NDArray[Any]]
+Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of one output. `status`: "passed", "failed", "skipped", or "no effect" (a finding, see `reason`).
+
+    "with library" and "without library" hold ONNX Runtime against PyTorch with the adapter. "base-off" holds the export
+    against PyTorch without the adapter's layers, where a large error is what passes.
+    """
+
+    variant: str
+    output: str
+    status: str
+    reason: str = ""
+    figures: Figures | None = None
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """relative = max|a-b| / max|b| of one module's output, in execution order; `op` is the ONNX operator behind it."""
+
+    module: str
+    op: str
+    relative: float
+    absolute: float
+    drifts: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was compared and what came out. `layers` follow the graph's order, outputs last; `inputs` are shapes."""
+
+    model: str
+    adapter: str
+    dtype: str
+    tolerance: float
+    checks: tuple[Check, ...]
+    layers: tuple[LayerError, ...]
+    layers_variant: str
+    layers_skipped: int
+    inputs: tuple[dict[str, tuple[int, ...]], ...]
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed and at least one comparison with PyTorch passed: skipped is not passed."""
+        statuses = [check.status for check in self.checks]
+        return "failed" not in statuses and any(
+            check.status == "passed" and check.variant != "base-off" for check in self.checks
+        )
+
+    @property
+    def first_drift(self) -> LayerError | None:
+        """The first layer, in execution order, whose error exceeds the tolerance; None where parity holds."""
+        return None if self.passed else next((layer for layer in self.layers if layer.drifts), None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of checks by status; every status is there."""
+        counts = dict.fromkeys(("passed", "failed", "skipped", "no effect"), 0)
+        for check in self.checks:
+            counts[check.status] += 1
+        return counts
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what came out, and where the fault begins."""
+        counts = self.counts
+        parts = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        if self.passed:
+            return f"Parity holds ({parts})."
+        drift = self.first_drift
+        if drift is not None:
+            return (
+                f"Parity failed ({parts}). The first layer that drifts is {drift.module} ({drift.op}): relative error "
+                f"{drift.relative:.2e}, tolerance {self.tolerance:g}."
+            )
+        if counts["failed"]:
+            return f"Parity failed ({parts}). No layer drifts on its own: see the reasons of the failed checks."
+        return f"Parity is not proven ({parts}): no comparison could be run."
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that an export's manifest keeps: verdict, tolerance and one row per check; JSON-ready."""
+        return {
+            "passed": self.passed,
+            "tolerance": self.tolerance,
+            "inputs": len(self.inputs),
+            "checks": [_check_dict(check) for check in self.checks],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-ready: non-finite numbers become strings ("inf", "nan"), which JSON has no numbers for."""
+        values = asdict(self) | {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "counts": self.counts,
+            "first_drift": self.first_drift and self.first_drift.module,
+            "checks": [_check_dict(check) for check in self.checks],
+        }
+        return _jsonable(values)
+
+
+def check_parity(
+    model: str | Path,
+    adapter: str | Path,
+    base_model: str | Path | None = None,
+    inputs: Sequence[Mapping[str, NDArray[Any]]] | None = None,
+    *,
+    tolerance: float | None = None,
+    reference: BaseModel | None = None,
+    step: Callable[[str], None] = lambda text: None,
+) -> ParityReport:
+    """max|onnx - torch| / max|torch| <= tolerance for every output, with and without the library; and onnx ≠ base.
+
+    `inputs`: batches by input name, ids (batch, sequence) integers or pixels (batch, channels, H, W); None makes random
+    ones of several sizes, padding included. `tolerance` None takes the one of the model's dtype. `reference` is what
+    `load_reference` gives, where the caller has it already. The error is the largest over all batches; where an output
+    has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ on them), but
+    must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute
+    the same is a report.
+    """
+    from . import _parity_inputs, _parity_layers
+    from .adapter import read_adapter
+    from .export.model import load_reference
+
+    begin = time.perf_counter()
+    model = Path(model)
+    step("reading the model")
+    graph = _load_graph(model)
+    dtype = model_dtype(graph)
+    tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
+    read = read_adapter(adapter)
+    step("loading PyTorch's model")
+    base = reference or load_reference(read, base_model)
+    names = [value.name or "" for value in graph.graph.inputs]
+    if inputs is None:
+        batches = _parity_inputs.default_inputs(base)
+    else:
+        batches = [_parity_inputs.complete(dict(batch), base) for batch in inputs]
+    if foreign := sorted(set(names) - set(batches[0])):
+        raise UserError(
+            f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
+            "model that loratrf-export made from this adapter and base."
+        )
+    outputs = tuple(value.name or "" for value in graph.graph.outputs)
+
+    expected, base_off = [], []
+    for number, batch in enumerate(batches, 1):
+        step(f"running PyTorch, batch {number} of {len(batches)}")
+        expected.append(_parity_layers.run_torch(base, batch))
+        base_off.append(_parity_layers.run_torch(base, batch, adapter_on=False))
+    if unknown := sorted(set(outputs) - set(expected[0])):
+        raise UserError(
+            f"{model} gives {', '.join(outputs)}, PyTorch's model gives {', '.join(expected[0])}: no counterpart for "
+            f"{', '.join(unknown)}. Expected a model that loratrf-export made for the same task."
+        )
+
+    runs = {}
+    for library in (True, False):
+        variant = VARIANTS[0] if library else VARIANTS[1]
+        step(f"running ONNX Runtime {variant}")
+        runs[variant] = _run(model, batches, outputs, library=library)
+    refusals = [run for run in runs.values() if isinstance(run, UserError)]
+    if len(refusals) == len(runs):
+        raise refusals[-1]
+
+    masks = [_parity_inputs.padding_mask(batch) for batch in batches]
+    checks = [
+        check
+        for variant, run in runs.items()
+        for check in _parity_checks(variant, run, outputs, expected, masks, tolerance)
+    ]
+    worked = next(variant for variant, run in runs.items() if isinstance(run, list))
+    checks += _effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+
+    step("comparing layers")
+    failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
+    traced = worked if failed == VARIANTS[2] else failed
+    number = _worst_batch(runs[traced], outputs, expected, masks)  # type: ignore[arg-type]
+    layers, skipped = _parity_layers.compare_layers(
+        graph, model, base, batches[number], library=traced == VARIANTS[0], mask=masks[number], tolerance=tolerance
+    )
+    return ParityReport(
+        model=str(model),
+        adapter=str(adapter),
+        dtype=dtype,
+        tolerance=tolerance,
+        checks=tuple(checks),
+        layers=tuple(layers),
+        layers_variant=traced,
+        layers_skipped=skipped,
+        inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in batches),
+        versions=_versions(),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def model_dtype(model: ir.Model) -> str:
+    """The float type that most of the model's weights have, by number of values: "float32", "float16", "bfloat16"."""
+    import onnx_ir as ir
+
+    names = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+    sizes: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            name = names.get(tensor.dtype, "float32")
+            sizes[name] = sizes.get(name, 0) + tensor.size
+    return max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def _load_graph(model: Path) -> ir.Model:
+    import onnx_ir as ir
+
+    if not model.is_file():
+        raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
+    try:
+        return ir.load(model)
+    except Exception as error:  # protobuf and onnx_ir raise many classes
+        raise UserError(
+            f"{model} is not a readable ONNX model ({error}). Export it again with loratrf-export."
+        ) from error
+
+
+def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, library: bool) -> list[Outputs] | UserError:
+    """Outputs by batch; a UserError where the library isn't built or ONNX Runtime refuses model or inputs."""
+    if library:
+        try:
+            library_path()
+        except UserError as error:
+            return _NotBuilt(str(error))
+    try:
+        session = create_session(model, library=library)
+        return [run_onnx(session, batch, outputs) for batch in batches]
+    except UserError as error:
+        return error
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        return UserError(f"ONNX Runtime fails in {model}: {error}")
+
+
+class _NotBuilt(UserError):
+    """The custom-op library is absent: what needs it is skipped, not failed."""
+
+
+def run_onnx(session: onnxruntime.InferenceSession, batch: Inputs, outputs: Sequence[str] | None = None) -> Outputs:
+    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes."""
+    feeds = {}
+    for value in session.get_inputs():
+        array = batch[value.name]
+        feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
+    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _parity_checks(
+    variant: str,
+    run: list[Outputs] | UserError,
+    outputs: Sequence[str],
+    expected: Sequence[Outputs],
+    masks: Sequence[NDArray[np.bool_] | None],
+    tolerance: float,
+) -> list[Check]:
+    if isinstance(run, UserError):
+        status = "skipped" if isinstance(run, _NotBuilt) else "failed"
+        return [Check(variant, name, status, str(run)) for name in outputs]
+    checks = []
+    for name in outputs:
+        figures = _over_batches(run, expected, name, masks, tolerance)
+        if any(got[name].shape != right[name].shape for got, right in zip(run, expected, strict=True)):
+            reason = f"shape {run[0][name].shape}, PyTorch gives {expected[0][name].shape}"
+        elif np.isnan(figures.relative):
+            reason = "PyTorch's own output has NaN or Inf, so nothing can be compared"
+        elif np.isinf(figures.absolute):
+            reason = "NaN or Inf where PyTorch's output is finite"
+        elif figures.relative > tolerance:
+            reason = f"relative error {figures.relative:.2e}, tolerance {tolerance:g}"
+        elif figures.flips:
+            reason = f"{figures.flips} of {figures.choices} top-1 answers differ"
+        else:
+            reason = ""
+        checks.append(Check(variant, name, "failed" if reason else "passed", reason, figures))
+    return checks
+
+
+def _effect_checks(
+    run: list[Outputs],
+    outputs: Sequence[str],
+    expected: Sequence[Outputs],
+    base_off: Sequence[Outputs],
+    masks: Sequence[NDArray[np.bool_] | None],
+    tolerance: float,
+) -> list[Check]:
+    """Whether the export differs from PyTorch with the adapter's layers off by clearly more than the tolerance."""
+    checks = []
+    for name in outputs:
+        exported = _over_batches(run, base_off, name, masks, tolerance)
+        true = _over_batches(expected, base_off, name, masks, tolerance).relative
+        status, reason = "passed", ""
+        if not exported.relative > EFFECT * tolerance:
+            if true > EFFECT * tolerance:
+                status = "failed"
+                reason = (
+                    f"the export equals the base model without the adapter (relative difference "
+                    f"{exported.relative:.2e}); in PyTorch the adapter makes a difference of {true:.2e}"
+                )
+            else:
+                status = "no effect"
+                reason = (
+                    f"the adapter itself changes nothing that could be told from rounding: relative difference "
+                    f"{true:.2e} in PyTorch, looked for more than {EFFECT * tolerance:g}"
+                )
+        checks.append(Check(VARIANTS[2], name, status, reason, exported))
+    return checks
+
+
+def _over_batches(
+    run: Sequence[Outputs],
+    expected: Sequence[Outputs],
+    name: str,
+    masks: Sequence[NDArray[np.bool_] | None],
+    tolerance: float,
+) -> Figures:
+    return worst(
+        [
+            compare(got[name], right[name], name=name, mask=mask, tolerance=tolerance)
+            for got, right, mask in zip(run, expected, masks, strict=True)
+        ]
+    )
+
+
+def _worst_batch(
+    run: list[Outputs],
+    outputs: Sequence[str],
+    expected: Sequence[Outputs],
+    masks: Sequence[NDArray[np.bool_] | None],
+) -> int:
+    def error(number: int) -> float:
+        figures = [
+            compare(run[number][name], expected[number][name], name=name, mask=masks[number]).relative
+            for name in outputs
+        ]
+        return max(np.inf if np.isnan(value) else value for value in figures)
+
+    return max(range(len(run)), key=error)
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    from . import __version__
+
+    packages = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "peft")
+    versions = {"loratrf-deploy": __version__}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def _check_dict(check: Check) -> dict[str, Any]:
+    values: dict[str, Any] = {"variant": check.variant, "output": check.output, "status": check.status}
+    if check.reason:
+        values["reason"] = check.reason
+    if check.figures is not None:
+        values |= asdict(check.figures)
+    return _jsonable(values)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
