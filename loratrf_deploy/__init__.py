@@ -4,9 +4,10 @@ Running a model needs onnxruntime alone: `create_session("model.onnx")`. Making 
 an adapter `loratrf_deploy.peft`; both need the `export` extra and are imported only when asked for.
 """
 
+from .adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
 from .session import create_session, library_path
 
-__all__ = ["UserError", "__version__", "create_session", "library_path"]
+__all__ = ["Adapter", "LayerAdapter", "UserError", "__version__", "create_session", "library_path", "read_adapter"]
 
 __version__ = "0.1.0"
