@@ -82,7 +82,7 @@ class _Checker:
 
     def checked(self) -> dict[str, Any]:
         kind = self.config.get("peft_type")
-        if kind not in ADAPTED_TYPES and kind not in _OTHER_TYPES:
+        if not isinstance(kind, str) or kind not in _OTHER_TYPES.union(ADAPTED_TYPES):
             self.fail("peft_type", '"LORATRF", "LORA" or another kind that PEFT 0.21 knows')
         self.one_of("task_type", (None, *_TASK_TYPES))
         self.text("base_model_name_or_path")

@@ -74,7 +74,7 @@ def decode(file: Path, raw: bytes) -> tuple[dict[str, NDArray], set[str]]:
             dtypes.add(np.dtype(dtype).name)
             with np.errstate(over="ignore"):  # becomes infinite, which is reported by name
                 value = value.astype(np.float32)
-        tensors[name] = np.ascontiguousarray(value)
+        tensors[name] = value
     return tensors, dtypes
 
 

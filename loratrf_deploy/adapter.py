@@ -312,7 +312,8 @@ class _Parts:
             "C": (filter_rank, *outs),
             "D": (*outs, filter_rank),
         }
-        for part, value in parts.items():
+        for part in (part for part in _SHAPES if part in parts):
+            value = parts[part]
             if value.shape != expected[part] or 0 in value.shape or value.ndim != len(_SHAPES[part]):
                 sizes = f"R = {rank}, F = {filter_rank} from the config"
                 self._fail(
