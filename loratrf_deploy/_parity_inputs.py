@@ -114,7 +114,7 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
         "attention_mask": 2,
         "token_type_ids": max(int(getattr(config, "type_vocab_size", 1) or 1), 1),
     }
-    completed = {}
+    completed: Inputs = {}
     for name in base.input_names:
         array = values[name]
         array = array[None] if array.ndim == 1 else array

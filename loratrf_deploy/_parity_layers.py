@@ -31,12 +31,15 @@ def run_torch(base: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> dic
     """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays.
 
     PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
-    effect of the adapter.
+    effect of the adapter. The adapted model is called itself, not through PeftModel's forward, which loses inputs on
+    the way: PeftModelForQuestionAnswering (PEFT 0.21) drops token_type_ids.
     """
     import torch
+    from peft import PeftModel
 
+    model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
     with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model):
-        outputs = base.model(**{name: torch.from_numpy(value) for name, value in batch.items()})
+        outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
