@@ -1,0 +1,208 @@
+// out(t, row) = src(t, row) + sum_k in(t, k) W(row, k): the one product behind all four weights of an adapter.
+//
+// Included by each isa_*.cc, in its own anonymous namespace (see lanes.h). Two forms: Gemm on packed weights, blocked
+// in registers over tokens and rows, for many tokens; Dots on weights as they are, for the few tokens where reading the
+// weight is all that counts.
+//
+// Packed layout: rows in panels of kPanel; a panel holds, for each k, its rows side by side, the last panel's padded
+// with zeros to whole vectors. Panel p starts at p * kPanel * cols.
+#pragma once
+
+#include "lanes.h"
+
+#if LORATRF_LANES == 4
+constexpr int kPanelVecs = 4;
+#else
+constexpr int kPanelVecs = 2;
+#endif
+constexpr int kPanel = kPanelVecs * kLanes;
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;  // of 32 registers
+#else
+constexpr int kAccumulators = 12;  // of 16
+#endif
+// Eight independent chains hide the latency of a multiply-add; more rows would only run out of address registers.
+constexpr int kMaxTokens = 8;
+constexpr int TokensAtOnce(int vecs) { return kAccumulators / vecs < kMaxTokens ? kAccumulators / vecs : kMaxTokens; }
+
+inline int64_t PanelVecs(int64_t rows, int64_t first_row) { return Min(kPanelVecs, CeilDiv(rows - first_row, kLanes)); }
+
+size_t PackedSize(int64_t rows, int64_t cols) { return static_cast<size_t>(RoundUp(rows, kLanes) * cols); }
+
+// Packs the panel that starts at first_row of w (rows, cols).
+template <class E>
+void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, float* packed) {
+  constexpr int64_t kStep = 64;
+  const int64_t width = PanelVecs(rows, first_row) * kLanes;
+  const int64_t valid = Min(width, rows - first_row);
+  float* out = packed + first_row * cols;
+  float block[kPanel][kStep];
+  for (int64_t row = valid; row < width; ++row) memset(block[row], 0, sizeof(block[row]));
+  for (int64_t k0 = 0; k0 < cols; k0 += kStep) {
+    const int64_t count = Min(kStep, cols - k0);
+    for (int64_t row = 0; row < valid; ++row) Convert(w + (first_row + row) * cols + k0, block[row], count);
+    for (int64_t k = 0; k < count; ++k, out += width) {
+      for (int64_t row = 0; row < width; ++row) out[row] = block[row][k];
+    }
+  }
+}
+
+// `tokens` rows of in by `panels` whole panels of `vecs` vectors, one register block after the other.
+template <int tokens, int vecs>
+void Block(const float* in, int64_t in_stride, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
+           const float* src, int64_t src_stride, float* out, int64_t out_stride) {
+  for (; panels > 0; --panels, panel += panel_stride, src += vecs * kLanes, out += vecs * kLanes) {
+    Vec sum[tokens][vecs];
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) sum[t][v] = Load(src + t * src_stride + v * kLanes);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec weight[vecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) weight[v] = Load(panel + (k * vecs + v) * kLanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t) {
+        const Vec value = Splat(in[t * in_stride + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; ++v) sum[t][v] += value * weight[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) Store(out + t * out_stride + v * kLanes, sum[t][v]);
+    }
+  }
+}
+
+typedef void (*BlockFn)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, const float*, int64_t, float*,
+                        int64_t);
+
+template <int vecs, int tokens = TokensAtOnce(vecs)>
+BlockFn PickBlock(int64_t wanted) {
+  if constexpr (tokens > 1) {
+    if (wanted < tokens) return PickBlock<vecs, tokens - 1>(wanted);
+  }
+  return Block<tokens, vecs>;
+}
+
+inline BlockFn PickBlock(int64_t vecs, int64_t tokens) {
+#if LORATRF_LANES == 4
+  if (vecs == 4) return PickBlock<4>(tokens);
+  if (vecs == 3) return PickBlock<3>(tokens);
+#endif
+  return vecs == 2 ? PickBlock<2>(tokens) : PickBlock<1>(tokens);
+}
+
+// A stretch of a packed weight: rows [first_row, first_row + count), k's [k0, k0 + depth).
+struct Stretch {
+  const float* packed;
+  int64_t rows, cols;        // of the whole weight
+  int64_t first_row, count;  // first_row is a multiple of kPanel
+  int64_t k0, depth;
+};
+
+// The panels from `row` of the stretch on that have `vecs` vectors each; src and out already point at that row.
+void GemmPanels(const Stretch& w, int64_t row, int64_t vecs, int64_t panels, int64_t tokens, const float* in,
+                int64_t in_stride, const float* src, int64_t src_stride, float* out, int64_t out_stride) {
+  const float* panel = w.packed + (w.first_row + row) * w.cols + w.k0 * vecs * kLanes;
+  const int64_t groups = CeilDiv(tokens, TokensAtOnce(static_cast<int>(vecs)));
+  for (int64_t t = 0, group = 0; group < groups; ++group) {
+    // Equal shares: 8 tokens go as 4 + 4, not 6 + 2.
+    const int64_t share = CeilDiv(tokens - t, groups - group);
+    PickBlock(vecs, share)(in + t * in_stride, in_stride, panel, kPanel * w.cols, panels, w.depth, src + t * src_stride,
+                           src_stride, out + t * out_stride, out_stride);
+    t += share;
+  }
+}
+
+// out(t, i) = src(t, i) + sum_k in(t, k) W(first_row + i, k0 + k) for i < count and t < tokens. `padded` says that src
+// and out have whole vectors behind row count - 1 (and the result there is src's).
+void Gemm(const Stretch& w, int64_t tokens, const float* in, int64_t in_stride, const float* src, int64_t src_stride,
+          float* out, int64_t out_stride, bool padded) {
+  const int64_t whole = w.count / kPanel, rest = w.count % kPanel;
+  if (whole) GemmPanels(w, 0, kPanelVecs, whole, tokens, in, in_stride, src, src_stride, out, out_stride);
+  if (!rest) return;
+  const int64_t row = whole * kPanel;
+  const int64_t vecs = PanelVecs(w.rows, w.first_row + row);
+  src += row, out += row;
+  if (padded || rest == vecs * kLanes) {
+    GemmPanels(w, row, vecs, 1, tokens, in, in_stride, src, src_stride, out, out_stride);
+    return;
+  }
+  float edge[kMaxTokens][kPanel] = {};
+  const size_t bytes = static_cast<size_t>(rest) * sizeof(float);
+  for (int64_t t = 0; t < tokens; t += kMaxTokens) {
+    const int64_t share = Min(kMaxTokens, tokens - t);
+    for (int64_t i = 0; i < share; ++i) memcpy(edge[i], src + (t + i) * src_stride, bytes);
+    GemmPanels(w, row, vecs, 1, share, in + t * in_stride, in_stride, edge[0], kPanel, edge[0], kPanel);
+    for (int64_t i = 0; i < share; ++i) memcpy(out + (t + i) * out_stride, edge[i], bytes);
+  }
+}
+
+constexpr int kMaxDotTokens = 4;
+
+// A stretch of a weight as it was given; no multiple of anything.
+template <class E>
+struct RawStretch {
+  const E* data;
+  int64_t rows, cols;
+  int64_t first_row, count;
+  int64_t k0, depth;
+};
+
+// As Gemm for 1 to kMaxDotTokens tokens. src may be out.
+template <class E, int tokens>
+void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const float* src, int64_t src_stride,
+            float* out, int64_t out_stride) {
+  constexpr int kRows = tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+  const int64_t whole = w.depth / kLanes * kLanes, rest = w.depth - whole;
+  const E* end = w.data + w.rows * w.cols;
+  const VecU32 mask = MaskBelow(rest);
+  Vec in_rest[tokens];
+  for (int t = 0; t < tokens; ++t) in_rest[t] = LoadPart(in + t * in_stride + whole, rest);
+  for (int64_t row = 0; row < w.count; row += kRows) {
+    const int64_t valid = Min(kRows, w.count - row);
+    Vec sum[kRows][tokens] = {};
+    const E* from[kRows];
+    // Rows past the end repeat the last one; their sums are dropped.
+    for (int i = 0; i < kRows; ++i) from[i] = w.data + (w.first_row + Min(row + i, w.count - 1)) * w.cols + w.k0;
+    for (int64_t k = 0; k < whole; k += kLanes) {
+      Vec value[tokens];
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) value[t] = Load(in + t * in_stride + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec weight = Load(from[i] + k);
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; ++t) sum[i][t] += weight * value[t];
+      }
+    }
+    if (rest) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        // A whole vector where the weight has one left, with what is not ours masked off: it could be infinite.
+        const E* tail = from[i] + whole;
+        const Vec weight = end - tail >= kLanes ? (Vec)((VecU32)Load(tail) & mask) : LoadPart(tail, rest);
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; ++t) sum[i][t] += weight * in_rest[t];
+      }
+    }
+    for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        if (i < valid) out[t * out_stride + row + i] = src[t * src_stride + row + i] + Sum(sum[i][t]);
+      }
+    }
+  }
+}
+
+template <class E>
+void Dots(const RawStretch<E>& w, int64_t tokens, const float* in, int64_t in_stride, const float* src,
+          int64_t src_stride, float* out, int64_t out_stride) {
+  auto* dots = tokens == 1 ? DotsOf<E, 1> : tokens == 2 ? DotsOf<E, 2> : tokens == 3 ? DotsOf<E, 3> : DotsOf<E, 4>;
+  dots(w, in, in_stride, src, src_stride, out, out_stride);
+}

@@ -1,0 +1,217 @@
+// Who does which tokens and columns: the tile plan, the split plan, packing, and the entry of each instruction set.
+// Included by each isa_*.cc, in its own anonymous namespace (see lanes.h).
+#pragma once
+
+#include "fused.h"
+
+// Runs body(i) for i in [0, count): in this thread where `serial`, else through the caller's parallel-for.
+template <class Body>
+void For(const Call& call, bool serial, int64_t count, Body& body) {
+  if (serial || count == 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  call.parallel.run(
+      call.parallel.self, static_cast<size_t>(count),
+      [](void* argument, size_t i) { (*static_cast<Body*>(argument))(static_cast<int64_t>(i)); }, &body);
+}
+
+template <class E>
+void RunTiles(Work<E>& work, bool serial) {
+  const Call& call = work.call;
+  const int64_t tiles = RoundUp(CeilDiv(call.T, kTileTokens), serial ? 1 : 2);
+  // Half types keep a tile's y in float32 until its one rounding; LowRank stores each piece at once.
+  const int64_t tile_stride = IsFloat<E>::value ? 0 : work.filter() ? RoundUp(call.N, kColumns) : kColumns;
+  auto body = [&](int64_t tile) {
+    const int64_t t0 = call.T * tile / tiles, tokens = call.T * (tile + 1) / tiles - t0;
+    if (!tokens) return;
+    const int64_t block_size = IsFloat<E>::value ? 0 : tokens * kColumns;
+    Scratch scratch(Scratch::Size(tokens * work.r_stride) + Scratch::Size(tokens * work.f_stride) +
+                    Scratch::Size(tokens * 2) + Scratch::Size(block_size) + Scratch::Size(tokens * tile_stride));
+    if (!scratch) {
+      __atomic_store_n(&work.failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+    float* u = scratch.Take(tokens * work.r_stride);
+    float* v = scratch.Take(tokens * work.f_stride);
+    float* sums = scratch.Take(tokens * 2);
+    float* block = scratch.Take(block_size);
+    float* y = scratch.Take(tokens * tile_stride);
+    Moments* moments = reinterpret_cast<Moments*>(sums);
+    Zero(u, tokens * work.r_stride);
+    Zero(v, tokens * work.f_stride);
+    Zero(sums, tokens * 2);
+    if (work.low_rank()) Reduce(work, t0, tokens, 0, call.K, block, u);
+    if (work.filter()) {
+      Forward(work, t0, tokens, 0, call.N, u, y, tile_stride, moments, v);
+      Score(work, tokens, moments, v);
+      Filter(work, t0, tokens, 0, call.N, v, y, tile_stride);
+    } else {
+      for (int64_t n0 = 0; n0 < call.N; n0 += kColumns) {
+        Forward(work, t0, tokens, n0, Min(kColumns, call.N - n0), u, y, tile_stride, moments, v);
+      }
+    }
+  };
+  For(call, serial, tiles, body);
+}
+
+// to[i] += sum over pieces of from[piece * size + i].
+inline void AddPieces(const float* from, int64_t pieces, int64_t size, float* to) {
+  for (int64_t piece = 0; piece < pieces; ++piece, from += size) {
+    for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+  }
+}
+
+template <class E>
+void RunSplit(Work<E>& work, bool serial) {
+  const Call& call = work.call;
+  const int64_t T = call.T, N = call.N;
+  const int64_t k_pieces = work.low_rank() ? CeilDiv(call.K, kSplitColumns) : 0;
+  const int64_t n_pieces = CeilDiv(N, kSplitColumns);
+  const int64_t u_size = T * work.r_stride, v_size = T * work.f_stride, sums_size = T * 2;
+  const int64_t block_size = IsFloat<E>::value ? 0 : T * kColumns;
+  const int64_t tile_stride = IsFloat<E>::value ? 0 : RoundUp(N, kSplitColumns);
+  // Every piece has sums of its own, behind the total: added up in a fixed order.
+  Scratch scratch(Scratch::Size(u_size * (k_pieces + 1)) + Scratch::Size(v_size * (n_pieces + 1)) +
+                  Scratch::Size(sums_size * (n_pieces + 1)) + Scratch::Size(block_size * k_pieces) +
+                  Scratch::Size(T * tile_stride));
+  if (!scratch) {
+    work.failed = true;
+    return;
+  }
+  float* u = scratch.Take(u_size * (k_pieces + 1));
+  float* v = scratch.Take(v_size * (n_pieces + 1));
+  float* sums = scratch.Take(sums_size * (n_pieces + 1));
+  float* blocks = scratch.Take(block_size * k_pieces);
+  float* y = scratch.Take(T * tile_stride);
+  Zero(u, u_size * (k_pieces + 1));
+  Zero(v, v_size * (n_pieces + 1));
+  Zero(sums, sums_size * (n_pieces + 1));
+  const auto width = [](int64_t piece, int64_t total) { return Min(kSplitColumns, total - piece * kSplitColumns); };
+  if (work.low_rank()) {
+    auto reduce = [&](int64_t piece) {
+      Reduce(work, 0, T, piece * kSplitColumns, width(piece, call.K), blocks + piece * block_size,
+             u + (piece + 1) * u_size);
+    };
+    For(call, serial, k_pieces, reduce);
+    AddPieces(u + u_size, k_pieces, u_size, u);
+  }
+  auto forward = [&](int64_t piece) {
+    Forward(work, 0, T, piece * kSplitColumns, width(piece, N), u, y + (tile_stride ? piece * kSplitColumns : 0),
+            tile_stride, reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v + (piece + 1) * v_size);
+  };
+  For(call, serial, n_pieces, forward);
+  if (!work.filter()) return;
+  AddPieces(v + v_size, n_pieces, v_size, v);
+  AddPieces(sums + sums_size, n_pieces, sums_size, sums);
+  Score(work, T, reinterpret_cast<Moments*>(sums), v);
+  auto filter = [&](int64_t piece) {
+    Filter(work, 0, T, piece * kSplitColumns, width(piece, N), v, y + (tile_stride ? piece * kSplitColumns : 0),
+           tile_stride);
+  };
+  For(call, serial, n_pieces, filter);
+}
+
+// A weight that the caller didn't pack, and where to pack it.
+struct Unpacked {
+  Weight* weight;
+  int64_t rows, cols;
+  float* out;
+};
+
+// Packs what the caller didn't, all panels in one parallel-for. memory: room for them all.
+template <class E>
+void PackWeights(const Call& call, bool serial, Unpacked* weights, int count) {
+  int64_t tasks = 0;
+  for (int i = 0; i < count; ++i) tasks += CeilDiv(weights[i].rows, kPanel);
+  auto body = [&](int64_t task) {
+    const Unpacked* unpacked = weights;
+    for (int64_t panels; task >= (panels = CeilDiv(unpacked->rows, kPanel)); ++unpacked) task -= panels;
+    PackPanel(static_cast<const E*>(unpacked->weight->data), unpacked->rows, unpacked->cols, task * kPanel,
+              unpacked->out);
+  };
+  For(call, serial, tasks, body);
+  for (int i = 0; i < count; ++i) weights[i].weight->packed = weights[i].out;
+}
+
+template <class E>
+Status RunTyped(Call call) {
+  const int64_t weight_size = call.R * (call.K + call.N) + 2 * call.F * call.N;
+  const bool serial = call.T * weight_size < kSerialWork;
+  const bool direct = call.T <= kMaxDotTokens;
+  const bool split = direct || (call.T <= kSplitTokens && !serial);
+
+  Unpacked unpacked[4];
+  int unpacked_count = 0;
+  int64_t unpacked_size = 0;
+  const auto want = [&](Weight* weight, int64_t rows, int64_t cols) {
+    if (direct) weight->packed = nullptr;
+    if (direct || weight->packed || rows == 0 || cols == 0) return;
+    unpacked[unpacked_count++] = {weight, rows, cols, nullptr};
+    unpacked_size += Scratch::Size(static_cast<int64_t>(PackedSize(rows, cols)));
+  };
+  want(&call.A, call.R, call.K);
+  want(&call.B, call.R ? call.N : 0, call.R);
+  want(&call.C, call.F, call.N);
+  want(&call.D, call.F ? call.N : 0, call.F);
+
+  const int64_t tau_size = call.F && !IsFloat<E>::value ? call.N : 0;
+  Scratch shared(unpacked_size + Scratch::Size(tau_size));
+  if (!shared) return Status::kOutOfMemory;
+  for (int i = 0; i < unpacked_count; ++i) {
+    unpacked[i].out = shared.Take(static_cast<int64_t>(PackedSize(unpacked[i].rows, unpacked[i].cols)));
+  }
+  if (unpacked_count) PackWeights<E>(call, serial, unpacked, unpacked_count);
+
+  Work<E> work{call, RoundUp(call.R, kLanes), RoundUp(call.F, kLanes), nullptr, 0.0f, false};
+  if (call.F) {
+    if constexpr (IsFloat<E>::value) {
+      work.tau = static_cast<const float*>(call.tau);
+    } else {
+      float* widened = shared.Take(tau_size);
+      Convert(static_cast<const E*>(call.tau), widened, call.N);
+      work.tau = widened;
+    }
+    Moments moments{};
+    AddMoments(work.tau, 0, work.tau, 1, call.N, &moments);
+    const float norm = __builtin_sqrtf(moments.square);
+    work.tau_norm = norm > kEpsilon ? norm : kEpsilon;
+  }
+  if (split) {
+    RunSplit(work, serial);
+  } else {
+    RunTiles(work, serial);
+  }
+  return work.failed ? Status::kOutOfMemory : Status::kOk;
+}
+
+Status RunCall(const Call& call) {
+  switch (call.type) {
+    case Type::kFloat32:
+      return RunTyped<float>(call);
+    case Type::kFloat16:
+      return RunTyped<Half>(call);
+    default:
+      return RunTyped<BFloat16>(call);
+  }
+}
+
+template <class E>
+void PackAll(int64_t rows, int64_t cols, const void* weight, float* out) {
+  for (int64_t row = 0; row < rows; row += kPanel) PackPanel(static_cast<const E*>(weight), rows, cols, row, out);
+}
+
+Status PackCall(Type type, int64_t rows, int64_t cols, const void* weight, float* out) {
+  switch (type) {
+    case Type::kFloat32:
+      PackAll<float>(rows, cols, weight, out);
+      break;
+    case Type::kFloat16:
+      PackAll<Half>(rows, cols, weight, out);
+      break;
+    case Type::kBFloat16:
+      PackAll<BFloat16>(rows, cols, weight, out);
+      break;
+  }
+  return Status::kOk;
+}

@@ -1,0 +1,205 @@
+// The operators for Python: loratrf_deploy._kernels. Takes whatever lends its memory through the buffer protocol
+// (numpy) or DLPack (torch); needs the headers of neither. Used through loratrf_deploy.torch_ops and the tests.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "dlpack.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace loratrf {
+namespace {
+
+// A borrowed tensor: C-contiguous, on the CPU. `buffer` or `capsule` keeps the memory.
+struct Borrowed {
+  py::buffer_info buffer;
+  py::object capsule;
+  void* data;
+  Shape shape;
+  Type type;
+};
+
+[[noreturn]] void TypeFault(const char* name, const std::string& got, const std::string& expected) {
+  throw py::type_error(std::string(name) + " is " + got + ", expected " + expected + ".");
+}
+
+constexpr char kTypes[] = "float32, float16 or bfloat16";
+
+Borrowed FromBuffer(const py::buffer& source, const char* name, bool writable) {
+  Borrowed tensor;
+  py::buffer_info info = source.request(writable);
+  if (info.format == "f" && info.itemsize == 4) {
+    tensor.type = Type::kFloat32;
+  } else if (info.format == "e" && info.itemsize == 2) {
+    tensor.type = Type::kFloat16;
+  } else {
+    TypeFault(name, "of buffer format \"" + info.format + "\"", kTypes);
+  }
+  tensor.shape.assign(info.shape.begin(), info.shape.end());
+  py::ssize_t stride = info.itemsize;
+  for (size_t i = info.shape.size(); i-- > 0; stride *= info.shape[i]) {
+    if (info.size > 0 && info.shape[i] > 1 && info.strides[i] != stride) {
+      throw py::value_error(std::string(name) + " is strided, expected it C-contiguous: pass a contiguous copy.");
+    }
+  }
+  tensor.data = info.ptr;
+  tensor.buffer = std::move(info);
+  return tensor;
+}
+
+Borrowed FromDlpack(const py::object& source, const char* name) {
+  Borrowed tensor;
+  const py::object capsule = source.attr("__dlpack__")();
+  auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (!managed) throw py::error_already_set();
+  const dlpack::Tensor& lent = managed->tensor;
+  if (lent.device.type != dlpack::kCpu) {
+    TypeFault(name, "on device type " + std::to_string(lent.device.type), "a CPU tensor");
+  }
+  const auto is = [&](uint8_t code, uint8_t bits) {
+    return lent.dtype.code == code && lent.dtype.bits == bits && lent.dtype.lanes == 1;
+  };
+  if (is(dlpack::kFloatCode, 32)) {
+    tensor.type = Type::kFloat32;
+  } else if (is(dlpack::kFloatCode, 16)) {
+    tensor.type = Type::kFloat16;
+  } else if (is(dlpack::kBFloatCode, 16)) {
+    tensor.type = Type::kBFloat16;
+  } else {
+    TypeFault(name, "of DLPack type " + std::to_string(lent.dtype.code) + "/" + std::to_string(lent.dtype.bits),
+              kTypes);
+  }
+  tensor.shape.assign(lent.shape, lent.shape + lent.ndim);
+  const bool empty = std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end();
+  int64_t stride = 1;
+  for (int32_t i = lent.ndim; lent.strides && !empty && i-- > 0; stride *= lent.shape[i]) {
+    if (lent.shape[i] > 1 && lent.strides[i] != stride) {
+      throw py::value_error(std::string(name) + " is strided, expected it C-contiguous: pass a contiguous copy.");
+    }
+  }
+  tensor.data = static_cast<char*>(lent.data) + lent.byte_offset;
+  tensor.capsule = capsule;  // its destructor gives the tensor back
+  return tensor;
+}
+
+Borrowed Borrow(const py::handle& source, const char* name, bool writable) {
+  if (PyObject_CheckBuffer(source.ptr())) {
+    return FromBuffer(py::reinterpret_borrow<py::buffer>(source), name, writable);
+  }
+  if (py::hasattr(source, "__dlpack__")) return FromDlpack(py::reinterpret_borrow<py::object>(source), name);
+  TypeFault(name, "a " + std::string(py::str(py::type::handle_of(source).attr("__name__"))),
+            "a numpy array or a torch tensor");
+}
+
+const Isa* g_forced_isa = nullptr;  // guarded by the GIL
+
+const Isa* CurrentIsa() {
+  if (g_forced_isa) return g_forced_isa;
+  const Isa* isa = nullptr;
+  const std::string error = ChooseIsa(&isa);
+  if (!error.empty()) throw py::value_error(error);
+  return isa;
+}
+
+// Runs op on its inputs into out; threads < 1 stands for all of the machine's.
+void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
+             int threads, bool prepack) {
+  const OpInfo& info = InfoOf(op);
+  std::vector<Borrowed> tensors;
+  std::vector<Shape> shapes;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    tensors.push_back(Borrow(inputs[i], info.inputs[i], false));
+    shapes.push_back(tensors[i].shape);
+    if (tensors[i].type != tensors[0].type) {
+      TypeFault(info.inputs[i], "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
+    }
+  }
+  const Borrowed y = Borrow(out, "out", true);
+  if (y.type != tensors[0].type) TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
+  Dims dims;
+  std::string error = CheckShapes(op, shapes, &dims);
+  if (error.empty() && y.shape != shapes[0]) {
+    error = std::string(info.name) + ": out is " + Describe(y.shape) + ", expected " + Describe(shapes[0]) + ".";
+  }
+  FilterInput filter = FilterInput::kAdapted;
+  if (error.empty()) error = ParseFilterInput(filter_input, &filter);
+  if (!error.empty()) throw py::value_error(error);
+
+  const Isa* isa = CurrentIsa();
+  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  std::vector<const void*> data;
+  for (const Borrowed& tensor : tensors) data.push_back(tensor.data);
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    std::vector<std::vector<float>> memory(tensors.size());
+    std::vector<const float*> packed(tensors.size());
+    for (size_t i = 0; prepack && i < tensors.size(); ++i) {
+      if (info.inputs[i][1] != '\0' || info.inputs[i][0] < 'A' || info.inputs[i][0] > 'D') continue;
+      memory[i].resize(PackedSize(isa, shapes[i][0], shapes[i][1]));
+      Pack(isa, tensors[i].type, shapes[i][0], shapes[i][1], data[i], memory[i].data());
+      packed[i] = memory[i].data();
+    }
+    status = Run(op, isa, Threads(&threads), tensors[0].type, dims, filter, data.data(), packed.data(), y.data);
+  }
+  if (status == Status::kOutOfMemory) throw std::bad_alloc();
+  if (status != Status::kOk) throw py::value_error(Describe(op, status));
+}
+
+}  // namespace
+}  // namespace loratrf
+
+PYBIND11_MODULE(_kernels, m) {
+  using namespace loratrf;
+  using Object = py::object;
+  m.doc() = "The operators on CPU tensors, each into an `out` of the first input's shape (which may be that input).";
+  m.attr("MAX_RANK") = kMaxRank;
+  m.def(
+      "low_rank",
+      [](Object base, Object x, Object A, Object B, Object out, int threads, bool prepack) {
+        Compute(Op::kLowRank, {base, x, A, B}, out, "adapted", threads, prepack);
+      },
+      py::arg("base"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("out"), py::kw_only(), py::arg("threads") = 0,
+      py::arg("prepack") = false, "out = base + (x Aᵀ) Bᵀ");
+  m.def(
+      "task_filter",
+      [](Object z, Object tau, Object C, Object D, Object out, int threads, bool prepack) {
+        Compute(Op::kTaskFilter, {z, tau, C, D}, out, "adapted", threads, prepack);
+      },
+      py::arg("z"), py::arg("tau"), py::arg("C"), py::arg("D"), py::arg("out"), py::kw_only(), py::arg("threads") = 0,
+      py::arg("prepack") = false, "out = z + ((s·z) Cᵀ) Dᵀ");
+  m.def(
+      "lora_trf",
+      [](Object base, Object x, Object A, Object B, Object tau, Object C, Object D, Object out,
+         const std::string& filter_input, int threads,
+         bool prepack) { Compute(Op::kLoraTrf, {base, x, A, B, tau, C, D}, out, filter_input, threads, prepack); },
+      py::arg("base"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("tau"), py::arg("C"), py::arg("D"),
+      py::arg("out"), py::arg("filter_input") = "adapted", py::kw_only(), py::arg("threads") = 0,
+      py::arg("prepack") = false, "out = h + ((s·z) Cᵀ) Dᵀ, h = base + (x Aᵀ) Bᵀ, z = h or base");
+  m.def("isa", [] { return IsaName(CurrentIsa()); }, "Name of the instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (const char* name : {"baseline", "avx2", "avx512", "lanes16"}) {
+          if (FindIsa(name)) names.append(name);
+        }
+        return names;
+      },
+      "Names of the instruction sets that this build has and this CPU can run.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        const Isa* isa = FindIsa(name.c_str());
+        if (!isa) throw py::value_error("Instruction set \"" + name + "\" is not in this build or not in this CPU.");
+        g_forced_isa = name.empty() ? nullptr : isa;
+      },
+      py::arg("name"), "Forces an instruction set; \"\" goes back to LORATRF_ISA or the best one.");
+}
