@@ -43,6 +43,8 @@ _NOT_SEPARABLE_KEYS = {
     ".lora_diag": "KaSA diagonals",
     ".token_adapter.": "trainable token embeddings",
 }
+# Saved, but read by the backward pass alone.
+_TRAINING_ONLY = (".lora_velora_embed",)
 # Modules whose weights PEFT saves beside the adapter when the vocabulary was resized or embeddings were targeted.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out", "shared", "tok_embeddings")
 
@@ -243,7 +245,7 @@ class _Parts:
                 unused.append(key)
             elif suffix:
                 layers.setdefault(name.removesuffix(suffix), {})[_PARTS[suffix]] = value
-            elif not self._keep(name, value):
+            elif not name.endswith(_TRAINING_ONLY) and not self._keep(name, value):
                 unused.append(key)
         if self.not_separable:
             return
