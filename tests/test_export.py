@@ -1,0 +1,166 @@
+"""The exported model against PyTorch, for every family and task; and what the exported folder looks like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import tiny
+from loratrf_deploy import create_session, library_path, read_adapter
+from loratrf_deploy.export.model import load_reference, sample_inputs
+
+LIMIT = {"float32": 1e-5, "float16": 2e-3}
+SHAPES = [(1, 1), (1, 7), (3, 2), (2, 19), (4, 64)]
+TEXT_TASKS = [task for task in tiny.TASKS if task != "image-classification"]
+FAMILY_TASKS = [
+    (family, task)
+    for family in tiny.FAMILIES
+    for task in (TEXT_TASKS if family != "vit" else ["image-classification", "feature-extraction"])
+]
+
+
+def assert_parity(exported, dtype: str = "float32") -> None:
+    """Both sessions, with the library and without, against PEFT's own forward, on shapes that were not traced."""
+    manifest = json.loads((exported.model.parent / "loratrf.json").read_text())
+    reference = load_reference(
+        read_adapter(exported.adapter), exported.base, dtype=dtype, merge=manifest["mode"] == "merged"
+    )
+    assert library_path().is_file()
+    for library in (True, False):
+        session = create_session(exported.model, library=library)
+        names = [output.name for output in session.get_outputs()]
+        for seed, (batch, sequence) in enumerate(SHAPES):
+            inputs = sample_inputs(reference, batch=batch, sequence=sequence, seed=seed)
+            with torch.no_grad():
+                expected = reference.model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+            feeds = {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in inputs.items()}
+            for name, actual in zip(names, session.run(None, feeds), strict=True):
+                wanted = expected[name].numpy()
+                assert actual.dtype == dtype
+                assert actual.shape == wanted.shape
+                error = np.abs(actual.astype(np.float64) - wanted).max() / np.abs(wanted).max()
+                assert error <= LIMIT[dtype], f"{name} {batch}x{sequence} library={library}: {error:.2e}"
+                if "logits" in name:
+                    clear = np.ptp(np.partition(wanted, -2, -1)[..., -2:], -1) > 2 * error * np.abs(wanted).max()
+                    assert (actual.argmax(-1) == wanted.argmax(-1))[clear].all()
+
+
+@pytest.mark.parametrize(("family", "task"), FAMILY_TASKS)
+def test_separate_loratrf(make_export: Callable, family: str, task: str) -> None:
+    assert_parity(make_export(family, task, "loratrf", mode="separate"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "loratrf"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_merged(make_export: Callable, family: str, kind: str) -> None:
+    task = "image-classification" if family == "vit" else "text-classification"
+    exported = make_export(family, task, kind, mode="merged")
+    assert_parity(exported)
+    domains = {entry.domain for entry in onnx.load(exported.model, load_external_data=False).opset_import}
+    assert ("com.loratrf" in domains) == (kind == "loratrf")
+
+
+@pytest.mark.parametrize("mode", ["separate", "merged"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_float16(make_export: Callable, family: str, mode: str) -> None:
+    task = "image-classification" if family == "vit" else "text-classification"
+    exported = make_export(family, task, "loratrf", mode=mode, dtype="float16")
+    assert_parity(exported, "float16")
+
+
+@pytest.mark.parametrize("mode", ["separate", "merged"])
+def test_filter_on_the_unadapted_output(make_export: Callable, mode: str) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", mode=mode, filter_input="base")
+    assert_parity(exported)
+    nodes = onnx.load(exported.model, load_external_data=False).graph.node
+    assert {node.op_type for node in nodes if node.domain == "com.loratrf"} == {"LoraTrf"}
+
+
+def test_filters_where_there_is_no_low_rank_half_and_the_other_way_round(make_export: Callable) -> None:
+    exported = make_export(
+        "bert", kind="loratrf", target_modules=["query"], filter_target_modules=["value", "intermediate.dense"]
+    )
+    assert_parity(exported)
+    nodes = onnx.load(exported.model, load_external_data=False).graph.node
+    ops = {node.metadata_props[0].value: node.op_type for node in nodes if node.domain == "com.loratrf"}
+    layer = "bert.encoder.layer.0"
+    assert ops[f"{layer}.attention.self.query"] == "LowRank"
+    assert ops[f"{layer}.attention.self.value"] == "TaskFilter"
+    assert ops[f"{layer}.intermediate.dense"] == "TaskFilter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "rank_pattern": {"layer.1.attention.self.query": 7}, "alpha_pattern": {"value": 5}},
+        {"bias": "all"},
+        {"bias": "lora_only", "lora_bias": True},
+        {"layers_to_transform": [1], "layers_pattern": "layer"},
+        {"target_modules": r".*layer\.0\..*(query|dense)"},
+        {"target_modules": "all-linear", "exclude_modules": ["pooler.dense"]},
+    ],
+    ids=lambda options: "+".join(options),
+)
+@pytest.mark.parametrize("mode", ["separate", "merged"])
+def test_every_flavour_of_plain_lora(make_export: Callable, options: dict, mode: str) -> None:
+    assert_parity(make_export("bert", "text-classification", "lora", mode=mode, **options))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}], ids=lambda options: "+".join(options))
+def test_kinds_that_only_merge(make_export: Callable, options: dict) -> None:
+    assert_parity(make_export("bert", "text-classification", "lora", mode="merged", **options))
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_opset(make_tiny: Callable, tmp_path: Path, opset: int) -> None:
+    from conftest import Exported
+    from loratrf_deploy.export import export_adapter
+
+    base, adapter = make_tiny("bert", "text-classification", "loratrf")
+    export_adapter(adapter, tmp_path / "model.onnx", base_model=base, mode="separate", opset=opset, check=False)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
+    assert_parity(Exported(base, adapter, tmp_path / "model.onnx"))
+
+
+def test_the_folder_and_the_graph_are_clean(make_export: Callable) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", mode="separate")
+    folder = exported.model.parent
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.onnx", "model.onnx.data", "config.json", "loratrf.json", "tokenizer.json"}
+    onnx.checker.check_model(str(exported.model))
+    model = onnx.load(exported.model, load_external_data=False)
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    ids = ["batch", "sequence"]
+    assert shapes == {"input_ids": ids, "token_type_ids": ids, "attention_mask": ids, "logits": ["batch", 3]}
+    initializers = {value.name for value in model.graph.initializer}
+    value = "bert.encoder.layer.1.attention.self.value"
+    weights = ("lora_A.weight", "lora_B.weight", "trf_tau", "trf_C.weight", "trf_D.weight", "base_layer.bias")
+    assert {f"{value}.{name}" for name in weights} <= initializers
+    assert "bert.encoder.layer.1.attention.self.query_key_value.MatMul.weight" in initializers
+    assert [(function.domain, function.name) for function in model.functions] == [("com.loratrf", "LoraTrf")]
+    # ORT fusions are kept beside our operators, and nothing of the exporting machine's paths travels.
+    kinds = {node.op_type for node in model.graph.node}
+    assert {"SkipLayerNormalization", "BiasGelu", "LoraTrf"} <= kinds
+    assert b"site-packages" not in exported.model.read_bytes()
+
+
+def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:
+    from transformers import AutoTokenizer
+
+    for family in ("bert", "roberta", "deberta-v2"):
+        exported = make_export(family, "text-classification", "loratrf", mode="separate")
+        tokenizer = AutoTokenizer.from_pretrained(exported.model.parent)
+        session = create_session(exported.model)
+        feeds = tokenizer(["rain fell on the harbour", "short"], padding=True, return_tensors="np")
+        (logits,) = session.run(None, {name: np.asarray(value) for name, value in feeds.items()})
+        assert logits.shape == (2, 3)

@@ -1,0 +1,223 @@
+"""loratrf-export as users meet it: what it prints, how it fails, and that a failed export leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loratrf_deploy.export.cli import main
+
+EXPORT = [sys.executable, "-c", "import sys; from loratrf_deploy.export.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture
+def adapter(make_tiny: Callable, tmp_path: Path) -> tuple[Path, Path]:
+    """(base, adapter): the adapter a copy that a test may damage."""
+    base, original = make_tiny("bert", "text-classification", "loratrf")
+    return base, Path(shutil.copytree(original, tmp_path / "adapter"))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(capsys: pytest.CaptureFixture, base: Path, folder: Path, out: Path, *more: str) -> str:
+    """Runs the export, which must be refused: exit code 2, one paragraph, nothing written. Returns the paragraph."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    code = main(["--adapter", str(folder), "--base-model", str(base), "--out", str(out), *more])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else None) == before
+    return captured.err
+
+
+def test_missing_adapter_folder(capsys, adapter, tmp_path) -> None:
+    assert "nowhere" in refused(capsys, adapter[0], tmp_path / "nowhere", tmp_path / "model.onnx")
+
+
+def test_truncated_weights(capsys, adapter, tmp_path) -> None:
+    path = adapter[1] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "adapter_model.safetensors" in refused(capsys, *adapter, tmp_path / "model.onnx")
+
+
+def test_not_a_number_in_the_weights(capsys, adapter, tmp_path) -> None:
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    edit_tensors(adapter[1], lambda tensors: tensors[key].__setitem__((0, 0), np.nan))
+    assert "layer.0.attention.self.query" in refused(capsys, *adapter, tmp_path / "model.onnx")
+
+
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(capsys, adapter, tmp_path) -> None:
+    (adapter[1] / "adapter_model.safetensors").rename(adapter[1] / "adapter_model.bin")
+    message = refused(capsys, *adapter, tmp_path / "model.onnx")
+    assert "adapter_model.bin" in message
+    assert "save_file" in message or "save_pretrained" in message
+
+
+def test_unknown_peft_type(capsys, adapter, tmp_path) -> None:
+    edit_config(adapter[1], peft_type="MAGIC")
+    assert "MAGIC" in refused(capsys, *adapter, tmp_path / "model.onnx")
+
+
+def test_adapter_of_a_wider_base(capsys, make_tiny, adapter, tmp_path) -> None:
+    import tiny
+
+    other = tiny.make_base(tmp_path / "wide", "bert", hidden_size=48)
+    message = refused(capsys, other, adapter[1], tmp_path / "model.onnx")
+    assert "attention.self.query" in message
+    assert "48" in message
+    assert "32" in message
+
+
+def test_adapter_of_another_architecture(capsys, make_tiny, adapter, tmp_path) -> None:
+    other, _ = make_tiny("distilbert", "text-classification", "lora")
+    assert "attention.self.query" in refused(capsys, other, adapter[1], tmp_path / "model.onnx")
+
+
+def test_adapter_that_applies_only_in_part(capsys, adapter, tmp_path) -> None:
+    prefix = "base_model.model.bert.encoder.layer.1.attention.self.value."
+
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            del tensors[key]
+
+    edit_tensors(adapter[1], drop)
+    message = refused(capsys, *adapter, tmp_path / "model.onnx")
+    assert "bert.encoder.layer.1.attention.self.value" in message
+
+
+def test_base_without_the_head_that_the_task_needs(capsys, make_tiny, adapter, tmp_path) -> None:
+    base, folder = make_tiny("bert", "feature-extraction", "loratrf")
+    folder = Path(shutil.copytree(folder, tmp_path / "headless"))
+    edit_config(folder, task_type="TOKEN_CLS")
+    prefixed = {}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for key, value in tensors.items():
+        prefixed[key.replace("base_model.model.", "base_model.model.bert.")] = value
+    save_file(prefixed, folder / "adapter_model.safetensors")
+    message = refused(capsys, base, folder, tmp_path / "model.onnx")
+    assert "classifier.weight" in message
+    assert "modules_to_save" in message
+
+
+def test_base_that_is_not_there(capsys, adapter, tmp_path) -> None:
+    assert "no-such-base" in refused(capsys, tmp_path / "no-such-base", adapter[1], tmp_path / "model.onnx")
+    edit_config(adapter[1], base_model_name_or_path="nobody/no-such-model")
+    code = main(["--adapter", str(adapter[1]), "--out", str(tmp_path / "model.onnx")])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "nobody/no-such-model" in message
+    assert "--base-model" in message
+
+
+def test_dora_in_separate_mode_is_refused_with_the_advice_to_merge(capsys, make_tiny, tmp_path) -> None:
+    base, folder = make_tiny("bert", "text-classification", "lora", use_dora=True)
+    message = refused(capsys, base, folder, tmp_path / "model.onnx", "--mode", "separate")
+    assert "use_dora" in message
+    assert "--mode merged" in message
+
+
+def test_task_that_this_version_does_not_export(capsys, adapter, tmp_path) -> None:
+    edit_config(adapter[1], task_type="CAUSAL_LM")
+    assert "CAUSAL_LM" in refused(capsys, *adapter, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("out", ["folder", "model.txt", "file.txt/model.onnx"])
+def test_output_path_that_cannot_be(capsys, adapter, tmp_path, out) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    assert "--out" in refused(capsys, *adapter, tmp_path / out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_folder_without_permission(capsys, adapter, tmp_path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "permission" in refused(capsys, *adapter, tmp_path / "locked" / "model.onnx")
+
+
+@pytest.mark.parametrize("opset", ["17", "99"])
+def test_opset_out_of_range(capsys, adapter, tmp_path, opset) -> None:
+    assert "18 to 23" in refused(capsys, *adapter, tmp_path / "model.onnx", "--opset", opset)
+
+
+def test_disk_full_in_the_middle(adapter, tmp_path) -> None:
+    """A limit on file sizes fails the write of the weights as a full disk does."""
+    base, folder = adapter
+    out = tmp_path / "out" / "model.onnx"
+    result = subprocess.run(
+        [*EXPORT, "--adapter", folder, "--base-model", base, "--out", out, "--no-check"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Nothing was left behind" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_in_the_middle(adapter, tmp_path, how) -> None:
+    base, folder = adapter
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.onnx").write_bytes(b"an older export")
+    command = [*EXPORT, "--adapter", folder, "--base-model", base, "--out", tmp_path / "out" / "model.onnx"]
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob(".loratrf-export-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error.decode() == "interrupted; nothing was written\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"an older export"
+
+
+def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -> None:
+    base, folder = adapter
+    out = tmp_path / "new" / "folder" / "model.onnx"
+    result = subprocess.run(
+        [*EXPORT, "--adapter", folder, "--base-model", base, "--out", out], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for word in (str(out), "merged", "4 adapted", "TaskFilter", "parity", "top-1"):
+        assert word in result.stdout
+    manifest = json.loads((out.parent / "loratrf.json").read_text())
+    assert manifest["parity"]["passed"] is True
+    assert [layer["op"] for layer in manifest["layers"]] == ["TaskFilter"] * 4
+    again = subprocess.run(
+        [*EXPORT, "--adapter", folder, "--base-model", base, "--out", out, "--mode", "separate", "--no-check"],
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "not checked" in again.stdout
+    assert json.loads((out.parent / "loratrf.json").read_text())["mode"] == "separate"
+    assert not list(out.parent.glob(".*"))

@@ -1,0 +1,118 @@
+"""What an installed package is: light enough to run models without torch, and complete."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+
+CHILD = """
+import sys
+for name in ("torch", "transformers", "peft", "onnx"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is importable: the test's environment is not the cpu extra alone")
+import numpy as np
+from loratrf_deploy import create_session
+from loratrf_deploy.inspect_cli import main
+ids = np.arange(10, dtype=np.int64).reshape(2, 5)
+feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+with_library = create_session(sys.argv[1]).run(None, feeds)[0]
+without = create_session(sys.argv[1], library=False).run(None, feeds)[0]
+assert with_library.shape == (2, 3) and np.abs(with_library - without).max() < 1e-5
+sys.exit(main([sys.argv[1]]))
+"""
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """The installed distributions that `requirements` pull in, themselves included, by their own metadata."""
+    from packaging.requirements import Requirement
+
+    names: set[str] = set()
+    queue = [Requirement(text) for text in requirements]
+    while queue:
+        requirement = queue.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name in names:
+            continue
+        names.add(name)
+        for text in metadata.requires(requirement.name) or []:
+            inner = Requirement(text)
+            if inner.marker is None or inner.marker.evaluate({"extra": ""}):
+                queue.append(inner)
+    return names
+
+
+@pytest.fixture(scope="module")
+def cpu_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages that holds what `pip install '.[cpu]'` would and nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path_factory.mktemp("cpu-extra")
+    for name in closure([*project["dependencies"], *project["optional-dependencies"]["cpu"]]):
+        distribution = metadata.distribution(name)
+        for top in {path.parts[0] for path in distribution.files or [] if ".." not in path.parts}:
+            source = Path(str(distribution.locate_file(top)))
+            if source.exists() and source.name != "__pycache__":
+                (folder / top).symlink_to(source)
+    package = folder / "loratrf_deploy"
+    package.mkdir()
+    for path in (ROOT / "loratrf_deploy").iterdir():
+        if path.suffix in (".py", ".so"):
+            (package / path.name).symlink_to(path)
+    return folder
+
+
+def test_running_and_inspecting_need_the_cpu_extra_alone(make_export: Callable, cpu_only: Path) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", mode="separate")
+    # -I -S: no environment variables, no working directory, no site-packages but ours.
+    code = f"import sys; sys.path.insert(0, {str(cpu_only)!r})\n{CHILD}"
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(exported.model)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "LoraTrf" in result.stdout
+
+
+def test_importing_the_package_stays_light() -> None:
+    heavy = ["torch", "transformers", "onnxruntime", "rich"]
+    code = f"import loratrf_deploy, sys; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_command_is_installed_and_helps() -> None:
+    scripts = {entry.name for entry in metadata.distribution("loratrf-deploy").entry_points}
+    assert {"loratrf-export", "loratrf-parity", "loratrf-inspect"} <= scripts
+    for name in ("loratrf-export", "loratrf-parity", "loratrf-inspect"):
+        result = subprocess.run([Path(sys.executable).with_name(name), "--help"], capture_output=True, text=True)
+        assert result.returncode == 0
+        assert result.stdout.startswith(f"usage: {name}")
+
+
+def test_public_names() -> None:
+    import loratrf_deploy
+    import loratrf_deploy.export
+
+    assert sorted(loratrf_deploy.__all__) == [
+        "Adapter",
+        "LayerAdapter",
+        "UserError",
+        "__version__",
+        "create_session",
+        "library_path",
+        "read_adapter",
+    ]
+    assert loratrf_deploy.__version__ == metadata.version("loratrf-deploy")
+    assert sorted(loratrf_deploy.export.__all__) == ["ExportResult", "export_adapter"]
+    for module in (loratrf_deploy, loratrf_deploy.export):
+        assert all(hasattr(module, name) for name in module.__all__)
