@@ -59,13 +59,13 @@ def page(report: ParityReport) -> str:
         body += [
             "<h2>Error by layer</h2>",
             f'<p class="soft">Relative error of each layer\'s output, {_text(report.layers_variant)}, in the order in '
-            "which the layers run, on the batch with the largest error. Hover over a point for its name.</p>",
+            "which the layers run, on the batch with the largest error. Hollow points are exactly equal; hover over a point for its name.</p>",
             *_picture(report),
             f"<details><summary>All {len(report.layers)} layers"
             + (f" ({report.layers_skipped} more have no comparable value)" if report.layers_skipped else "")
             + "</summary>",
             *_table(
-                ("layer", "operator", "relative error", "max abs error", "result"),
+                ("layer", "operator", "rel error", "abs error", "result"),
                 [
                     (
                         (layer.module, layer.op, number(layer.relative), number(layer.absolute), _word(layer)),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ def print_report(report: ParityReport, console: Console | None = None) -> None:
     from rich.table import Table
 
     if console is None:
-        console = Console(highlight=False, soft_wrap=True)
+        # A pipe has no width of its own, and a table cut to 80 columns can't be read by a script.
+        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     colours = {"passed": "green", "failed": "bold red", "skipped": "yellow", "no effect": "yellow"}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(COLUMNS):
@@ -43,8 +45,7 @@ def print_report(report: ParityReport, console: Console | None = None) -> None:
     for check in report.checks:
         colour = colours[check.status]
         table.add_row(*map(escape, row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
-    # A pipe has no width of its own, and a table that wraps can't be read by a script.
-    console.print(table, width=None if console.is_terminal else 200)
+    console.print(table)
     for reason in reasons(report):
         console.print(escape(reason))
     colour = "green" if report.passed else "bold red"
@@ -105,7 +106,7 @@ def to_markdown(report: ParityReport) -> str:
         worst = sorted(report.layers, key=lambda layer: -(math.inf if math.isnan(layer.relative) else layer.relative))
         lines += ["", f"## Largest errors by layer ({report.layers_variant}; {len(report.layers)} compared)", ""]
         lines += table(
-            ("layer", "operator", "relative error", "absolute error"),
+            ("layer", "operator", "rel error", "abs error"),
             [(f"`{layer.module}`", layer.op, number(layer.relative), number(layer.absolute)) for layer in worst[:10]],
         )
     return "\n".join(lines) + "\n"
@@ -157,7 +158,7 @@ FORMATS: dict[str, Callable[[ParityReport], str]] = {
 }
 """File suffix -> what makes the text of the report."""
 
-COLUMNS = ("comparison", "output", "max abs error", "relative error", "cosine", "top-1", "result")
+COLUMNS = ("comparison", "output", "abs error", "rel error", "cosine", "top-1", "result")
 
 
 def row(check: Check) -> tuple[str, ...]:
@@ -223,4 +224,4 @@ def _figures_line(figures: Figures | None) -> str:
 
 def _printable(text: str) -> str:
     """XML has no way to say a control character."""
-    return re.sub(r"[^\t\n\r -퟿-�\U00010000-\U0010ffff]", "?", text)
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)

@@ -1,0 +1,107 @@
+"""loratrf-parity: the command line around `check_parity`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cli import command, progress, quiet
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .parity import ParityReport
+
+__all__ = ["main", "run"]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """loratrf-parity --model model.onnx --adapter PATH: exit 0 parity holds, 1 it doesn't, 2 the input is at fault."""
+    from .report import check_report_path, print_report, write_report
+
+    args = _parser().parse_args(argv)
+    for path in args.report:
+        check_report_path(path)
+    with progress() as step:
+        report = run(args.model, args.adapter, args.base_model, args.inputs, args.tolerance, step)
+    for path in args.report:
+        write_report(report, path)
+    print_report(report)
+    return 0 if report.passed else 1
+
+
+def run(
+    model: Path,
+    adapter: Path,
+    base_model: str | None = None,
+    inputs: Path | None = None,
+    tolerance: float | None = None,
+    step: Callable[[str], None] = lambda text: None,
+) -> ParityReport:
+    """`check_parity` on a file of inputs, quietly. Raises UserError, also where the `export` extra is not installed."""
+    needed = ("torch", "transformers", "peft", "onnx_ir", "optimum")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"Parity is measured against PyTorch, and {', '.join(missing)} is not installed here. Install the extra "
+            "that models are made with: `pip install 'loratrf-deploy[cpu,export]'`."
+        )
+    for what, path in (("model", model), ("inputs file", inputs)):
+        if path is not None and not path.is_file():
+            raise UserError(f"No {what} at {path}.")
+    with quiet():
+        step("importing torch and transformers")
+        from ._parity_inputs import read_inputs
+        from .adapter import read_adapter
+        from .export.model import load_reference
+        from .parity import check_parity
+
+        batches = reference = None
+        if inputs is not None:
+            step("reading the inputs")
+            reference = load_reference(read_adapter(adapter), base_model)
+            batches = read_inputs(inputs, reference, model.parent)
+        return check_parity(model, adapter, base_model, batches, tolerance=tolerance, reference=reference, step=step)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .report import FORMATS
+
+    parser = argparse.ArgumentParser(
+        prog="loratrf-parity",
+        description="Prove that an exported model computes what PyTorch computes, with the custom-op library and "
+        "without it, and that the adapter has an effect. On failure names the first layer that drifts.",
+    )
+    parser.add_argument("--model", required=True, type=Path, help="exported model, such as model.onnx")
+    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory that it was exported from")
+    parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help='JSON lines: texts ({"text": ...}, {"sentence1": ..., "sentence2": ...}, {"question": ..., "context": '
+        '...}) or arrays by input name ({"input_ids": [...]}); default: random batches of several sizes',
+    )
+    parser.add_argument(
+        "--report", action="append", default=[], type=Path, help=f"write a report ({', '.join(FORMATS)}); repeatable"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=positive,
+        help="largest relative error, max|a-b| / max|b| (default: 1e-5 for float32 weights, 2e-3 for float16)",
+    )
+    return parser
+
+
+def positive(text: str) -> float:
+    """A tolerance: a finite number over zero."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number over zero")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
