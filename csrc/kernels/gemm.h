@@ -78,6 +78,34 @@ void Block(const float* in, int64_t in_stride, const float* panel, int64_t panel
   }
 }
 
+// One token: four independent sums per vector keep the multiply-adds from waiting for each other.
+template <int vecs>
+void Line(const float* in, int64_t, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
+          const float* src, int64_t, float* out, int64_t) {
+  constexpr int kWays = 4;
+  for (; panels > 0; --panels, panel += panel_stride, src += vecs * kLanes, out += vecs * kLanes) {
+    Vec sum[kWays][vecs] = {};
+    int64_t k = 0;
+    for (; k + kWays <= depth; k += kWays) {
+#pragma GCC unroll 4
+      for (int way = 0; way < kWays; ++way) {
+        const Vec value = Splat(in[k + way]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; ++v) sum[way][v] += value * Load(panel + ((k + way) * vecs + v) * kLanes);
+      }
+    }
+    for (; k < depth; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) sum[0][v] += Splat(in[k]) * Load(panel + (k * vecs + v) * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; ++v) {
+      const Vec total = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
+      Store(out + v * kLanes, Load(src + v * kLanes) + total);
+    }
+  }
+}
+
 typedef void (*BlockFn)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, const float*, int64_t, float*,
                         int64_t);
 
@@ -85,8 +113,10 @@ template <int vecs, int tokens = TokensAtOnce(vecs)>
 BlockFn PickBlock(int64_t wanted) {
   if constexpr (tokens > 1) {
     if (wanted < tokens) return PickBlock<vecs, tokens - 1>(wanted);
+    return Block<tokens, vecs>;
+  } else {
+    return Line<vecs>;
   }
-  return Block<tokens, vecs>;
 }
 
 inline BlockFn PickBlock(int64_t vecs, int64_t tokens) {

@@ -25,7 +25,8 @@ inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
-inline Vec Splat(float value) { return Vec{} + value; }
+// value - 0 is value, signed zeros included; + 0 is not, and would cost an instruction.
+inline Vec Splat(float value) { return value - Vec{}; }
 inline VecU32 Select(VecU32 mask, VecU32 yes, VecU32 no) { return (mask & yes) | (~mask & no); }
 
 inline Vec Load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }

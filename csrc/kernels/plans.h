@@ -138,8 +138,11 @@ template <class E>
 Status RunTyped(Call call) {
   const int64_t weight_size = call.R * (call.K + call.N) + 2 * call.F * call.N;
   const bool serial = call.T * weight_size < kSerialWork;
-  const bool direct = call.T <= kMaxDotTokens;
-  const bool split = direct || (call.T <= kSplitTokens && !serial);
+  const auto have = [](const Weight& weight, int64_t rank) { return rank == 0 || weight.packed; };
+  const bool packed = have(call.A, call.R) && have(call.B, call.R) && have(call.C, call.F) && have(call.D, call.F);
+  const bool direct = call.T <= kMaxDotTokens && !packed;
+  const bool few = call.T <= kMaxDotTokens;
+  const bool split = few || (call.T <= kSplitTokens && !serial);
 
   Unpacked unpacked[4];
   int unpacked_count = 0;
