@@ -59,7 +59,8 @@ def page(report: ParityReport) -> str:
         body += [
             "<h2>Error by layer</h2>",
             f'<p class="soft">Relative error of each layer\'s output, {_text(report.layers_variant)}, in the order in '
-            "which the layers run, on the batch with the largest error. Hollow points are exactly equal; hover over a point for its name.</p>",
+            "which the layers run, on the batch with the largest error. Hollow points are exactly equal; hover over a "
+            "point for its name.</p>",
             *_picture(report),
             f"<details><summary>All {len(report.layers)} layers"
             + (f" ({report.layers_skipped} more have no comparable value)" if report.layers_skipped else "")
