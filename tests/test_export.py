@@ -38,7 +38,9 @@ def assert_parity(exported, dtype: str = "float32") -> None:
         for seed, (batch, sequence) in enumerate(SHAPES):
             inputs = sample_inputs(reference, batch=batch, sequence=sequence, seed=seed)
             with torch.no_grad():
-                expected = reference.model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+                # Not PeftModel's own forward: for question answering it drops token_type_ids.
+                model = reference.model.get_base_model()
+                expected = model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
             feeds = {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in inputs.items()}
             for name, actual in zip(names, session.run(None, feeds), strict=True):
                 wanted = expected[name].numpy()
@@ -46,7 +48,7 @@ def assert_parity(exported, dtype: str = "float32") -> None:
                 assert actual.shape == wanted.shape
                 error = np.abs(actual.astype(np.float64) - wanted).max() / np.abs(wanted).max()
                 assert error <= LIMIT[dtype], f"{name} {batch}x{sequence} library={library}: {error:.2e}"
-                if "logits" in name:
+                if "logits" in name and wanted.shape[-1] > 1:
                     clear = np.ptp(np.partition(wanted, -2, -1)[..., -2:], -1) > 2 * error * np.abs(wanted).max()
                     assert (actual.argmax(-1) == wanted.argmax(-1))[clear].all()
 
