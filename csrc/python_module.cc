@@ -161,6 +161,13 @@ PYBIND11_MODULE(_kernels, m) {
   using Object = py::object;
   m.doc() = "The operators on CPU tensors, each into an `out` of the first input's shape (which may be that input).";
   m.attr("MAX_RANK") = kMaxRank;
+  py::dict ops;
+  for (Op op : {Op::kLowRank, Op::kTaskFilter, Op::kLoraTrf}) {
+    py::list inputs;
+    for (const char* input : InfoOf(op).inputs) inputs.append(input);
+    ops[InfoOf(op).name] = inputs;
+  }
+  m.attr("OPS") = ops;
   m.def(
       "low_rank",
       [](Object base, Object x, Object A, Object B, Object out, int threads, bool prepack) {

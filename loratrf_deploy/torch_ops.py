@@ -1,0 +1,78 @@
+"""The CPU kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter` and `.lora_trf`.
+
+Importing this module registers them, with fake kernels, so that torch.compile and torch.export pass through. They are
+for inference: no gradient is defined. Letters: T tokens (any leading dimensions), K in-features, N out-features, R rank,
+F filter rank; float32, float16 or bfloat16, one dtype for all tensors of a call, on the CPU. Strided inputs are copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _kernels
+
+__all__ = ["lora_trf", "low_rank", "task_filter"]
+
+
+@torch.library.custom_op("loratrf::low_rank", mutates_args=(), device_types="cpu")
+def low_rank(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """y = base + (x Aᵀ) Bᵀ
+
+    base (T,N), x (T,K), A (R,K), B (N,R) with alpha/R already folded into B. Returns y (T,N), contiguous.
+    Raises ValueError for shapes that don't fit or R over 1024, TypeError for other or mixed dtypes.
+    """
+    out = _like(base)
+    _kernels.low_rank(*_ready(base, x, A, B), out, threads=torch.get_num_threads())
+    return out
+
+
+@torch.library.custom_op("loratrf::task_filter", mutates_args=(), device_types="cpu")
+def task_filter(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """y = z + ((s·z) Cᵀ) Dᵀ, s = clamp(⟨z,τ⟩ / (max(‖z‖,ε) · max(‖τ‖,ε)), 0, 1), ε = 1e-8
+
+    z (T,N), tau (N), C (F,N), D (N,F) with gamma already folded into D. Returns y (T,N), contiguous.
+    Raises ValueError for shapes that don't fit or F over 1024, TypeError for other or mixed dtypes.
+    """
+    out = _like(z)
+    _kernels.task_filter(*_ready(z, tau, C, D), out, threads=torch.get_num_threads())
+    return out
+
+
+@torch.library.custom_op("loratrf::lora_trf", mutates_args=(), device_types="cpu")
+def lora_trf(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, tau: Tensor, C: Tensor, D: Tensor, filter_input: str = "adapted"
+) -> Tensor:
+    """y = h + ((s·z) Cᵀ) Dᵀ, h = base + (x Aᵀ) Bᵀ, z = h for "adapted", base for "base", s as in `task_filter`
+
+    Shapes as in `low_rank` and `task_filter`. Returns y (T,N), contiguous. Raises ValueError for shapes that don't fit,
+    ranks over 1024 or another filter_input, TypeError for other or mixed dtypes.
+    """
+    out = _like(base)
+    _kernels.lora_trf(*_ready(base, x, A, B, tau, C, D), out, filter_input, threads=torch.get_num_threads())
+    return out
+
+
+@low_rank.register_fake
+def _(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return _like(base)
+
+
+@task_filter.register_fake
+def _(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return _like(z)
+
+
+@lora_trf.register_fake
+def _(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, tau: Tensor, C: Tensor, D: Tensor, filter_input: str = "adapted"
+) -> Tensor:
+    return _like(base)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _ready(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().contiguous() for tensor in tensors]
