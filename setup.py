@@ -1,4 +1,4 @@
-"""Builds the shared libraries with CMake, for `pip install .` and `pip install -e .` alike; the rest is pyproject.toml."""
+"""Builds the shared libraries with CMake, for `pip install .` and `pip install -e .`; the rest is pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times every operator: the custom-op kernel, its function body in ONNX Runtime, PyTorch eager, and the layer's own GEMM.
+"""Times every operator: our kernel, its function body in ONNX Runtime, PyTorch eager, and the layer's own GEMM.
 
     python benchmarks/bench_ops.py [--quick] [--threads 2] [--dtype float32] [--inputs] [--out bench.json]
 

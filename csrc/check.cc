@@ -116,7 +116,11 @@ std::string ParseFilterInput(const std::string& text, FilterInput* out) {
     *out = text == "base" ? FilterInput::kBase : FilterInput::kAdapted;
     return "";
   }
-  return "LoraTrf: filter_input is \"" + text + "\", expected \"adapted\" or \"base\".";
+  // A stranger's text: keep it short and printable.
+  std::string shown = text.substr(0, 40);
+  std::replace_if(shown.begin(), shown.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return "LoraTrf: filter_input is \"" + shown + (text.size() > shown.size() ? "..." : "") +
+         "\", expected \"adapted\" or \"base\".";
 }
 
 std::string Describe(const Shape& shape) {

@@ -151,7 +151,7 @@ std::string StringAttribute(const OrtApi* api, const OrtKernelInfo* info, const 
   }
   std::vector<char> text(size + 1);
   Check(ort::KernelInfoGetAttribute_string(api)(info, name, text.data(), &size));
-  return text.data();
+  return std::string(text.data(), size ? size - 1 : 0);  // size counts the end, and what is inside may hold a zero
 }
 
 OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi* api, const OrtKernelInfo* info, void** out) {

@@ -1,8 +1,9 @@
 """The CPU kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter` and `.lora_trf`.
 
 Importing this module registers them, with fake kernels, so that torch.compile and torch.export pass through. They are
-for inference: no gradient is defined. Letters: T tokens (any leading dimensions), K in-features, N out-features, R rank,
-F filter rank; float32, float16 or bfloat16, one dtype for all tensors of a call, on the CPU. Strided inputs are copied.
+for inference: no gradient is defined. Letters: T tokens (any leading dimensions), K in-features, N out-features, R
+rank, F filter rank; float32, float16 or bfloat16, one dtype for all tensors of a call, on the CPU. Strided inputs are
+copied.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def assert_close(actual, expected, dtype: str, what: str = "") -> None:
 
 
 def assert_rounded_once(actual, expected, dtype: str, what: str = "") -> None:
-    """Half types: `actual` is `expected` (float64) rounded to nearest, bar the rare value beside a rounding boundary."""
+    """Half types: `actual` is `expected` (float64) rounded to nearest, bar rare values beside a rounding boundary."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     exponent = np.frexp(np.abs(expected))[1] - 1
     ulp = np.ldexp(1.0, np.maximum(exponent, SMALLEST_EXPONENT[dtype]) - MANTISSA[dtype])

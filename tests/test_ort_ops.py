@@ -1,0 +1,337 @@
+"""The custom-op library in ONNX Runtime: values, the function body as its twin, hostile nodes, in-place, threads."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from loratrf_deploy import reference, schemas
+from tolerances import assert_close, assert_rounded_once
+
+ir = pytest.importorskip("onnx_ir")
+ort = pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "loratrf_deploy" / "libloratrf_ort.so"
+if not LIBRARY.is_file():
+    pytest.skip("libloratrf_ort.so is not built", allow_module_level=True)
+
+OPSET = 20
+TYPES = {
+    "float32": (ir.DataType.FLOAT, np.float32),
+    "float16": (ir.DataType.FLOAT16, np.float16),
+    "bfloat16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
+}
+REFERENCE = {"LowRank": reference.low_rank, "TaskFilter": reference.task_filter, "LoraTrf": reference.lora_trf}
+CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
+WEIGHTS = ["A", "B", "tau", "C", "D"]
+
+
+def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0):
+    """The inputs of `op` in float32; about half of the tokens pass the filter."""
+    rng = np.random.default_rng(seed)
+    lead = T if isinstance(T, tuple) else (T,)
+    shapes = {"x": (*lead, K), "A": (R, K), "B": (N, R), "C": (F, N), "D": (N, F)}
+    values = {name: rng.standard_normal(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    values["tau"] = rng.standard_normal(N)
+    values["base"] = rng.standard_normal((*lead, N)) + values["tau"] * rng.uniform(-1, 1, (*lead, 1))
+    values["z"] = values["base"]
+    return {name: values[name].astype(np.float32) for name in schemas.OPS[op].inputs}
+
+
+def model_of(op, values, dtype="float32", constant=(), attributes=None, functions=True, types=None):
+    """Float32 inputs, cast to dtype, one node, its result cast back; the shapes of the inputs are left open."""
+    inputs, initializers, nodes, arguments = [], [], [], []
+    for name, value in values.items():
+        onnx_type, numpy_type = TYPES[(types or {}).get(name, dtype)]
+        if name in constant:
+            tensor = ir.tensor(value.astype(numpy_type), dtype=onnx_type, name=name)
+            arguments.append(ir.Value(name=name, const_value=tensor))
+            initializers.append(arguments[-1])
+            continue
+        inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)))
+        nodes.append(ir.node("Cast", [inputs[-1]], attributes={"to": onnx_type}))
+        nodes[-1].outputs[0].name = f"{name}_cast"
+        arguments.append(nodes[-1].outputs[0])
+    nodes.append(ir.node(op, arguments, attributes=attributes or {}, domain=schemas.DOMAIN))
+    nodes.append(ir.node("Cast", nodes[-1].outputs, attributes={"to": ir.DataType.FLOAT}))
+    nodes[-1].outputs[0].name = "y"
+    nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
+    graph = ir.Graph(
+        inputs, nodes[-1].outputs, nodes=nodes, initializers=initializers, opset_imports=imports, name="test"
+    )
+    filter_input = (attributes or {}).get("filter_input", "adapted")
+    bodies = [schemas.function_body(op, OPSET, filter_input)] if functions else []
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=bodies)).SerializeToString()
+
+
+def session_of(model, library=True, threads=2):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if library:
+        options.register_custom_ops_library(str(LIBRARY))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(session, values):
+    names = {value.name for value in session.get_inputs()}
+    return session.run(None, {name: value for name, value in values.items() if name in names})[0]
+
+
+def expected_of(op, values, dtype, filter_input):
+    rounded = [value.astype(TYPES[dtype][1]).astype(np.float64) for value in values.values()]
+    options = {"filter_input": filter_input} if op == "LoraTrf" else {}
+    return REFERENCE[op](*rounded, **options)
+
+
+def attributes_of(op, filter_input):
+    return {"filter_input": filter_input} if op == "LoraTrf" else {}
+
+
+@pytest.mark.parametrize("constant", [(), WEIGHTS, ("A", "D")], ids=["inputs", "constants", "mixed"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+def test_matches_reference_and_function_body(op, filter_input, dtype, constant):
+    attributes = attributes_of(op, filter_input)
+    for T in (1, (2, 5), (3, 1, 33)):
+        values = values_of(op, T, K=99, N=600, R=19, F=8)
+        model = model_of(op, values, dtype, constant, attributes)
+        expected = expected_of(op, values, dtype, filter_input)
+        kernel = run(session_of(model), values)
+        what = f"{op} {filter_input} T={T}"
+        assert_close(kernel, expected, dtype, f"{what} kernel")
+        assert_close(run(session_of(model, library=False), values), expected, dtype, f"{what} function")
+        if dtype != "float32":
+            assert_rounded_once(kernel, expected, dtype, what)
+
+
+@pytest.mark.parametrize("op", schemas.OPS)
+def test_registered_as_in_the_table(op):
+    schema = schemas.OPS[op]
+    for dtype in schemas.TYPES:
+        values = values_of(op)
+        session_of(model_of(op, values, dtype, functions=False))
+        with pytest.raises(Exception, match=r"(?i)input|arity|invalid|in position"):
+            session_of(model_of(op, dict(list(values.items())[:-1]), dtype, functions=False))
+    # Defaults: a node without attributes is one with the table's.
+    if schema.attributes:
+        values = values_of(op)
+        given = run(session_of(model_of(op, values, attributes=schema.attributes, functions=False)), values)
+        np.testing.assert_array_equal(run(session_of(model_of(op, values, functions=False)), values), given)
+
+
+def test_exports_only_its_entry_point():
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(LIBRARY)], check=True, capture_output=True, text=True)
+    assert [line.split()[-1] for line in symbols.stdout.splitlines()] == ["RegisterCustomOps"]
+
+
+def test_needs_no_cpp_runtime():
+    if not shutil.which("objdump"):
+        pytest.skip("objdump is not installed")
+    text = subprocess.run(["objdump", "-p", str(LIBRARY)], check=True, capture_output=True, text=True).stdout
+    needed = {line.split()[-1] for line in text.splitlines() if "NEEDED" in line}
+    if any("asan" in library for library in needed):
+        pytest.skip("a sanitizer build brings run-times")
+    assert needed <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+@pytest.mark.parametrize("T", [(), (1,), (4,), (2, 3, 1, 2), (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("op", schemas.OPS)
+def test_any_leading_dimensions(op, T):
+    values = values_of(op, T)
+    actual = run(session_of(model_of(op, values, constant=WEIGHTS)), values)
+    assert actual.shape == (*T, 99)
+    assert_close(actual, expected_of(op, values, "float32", "adapted"), "float32", f"{op} {T}")
+
+
+def test_output_shape_is_inferred():
+    values = values_of("LowRank")
+    base, x = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("base", "x"))
+    base.shape, x.shape = ir.Shape(["batch", "sequence", 99]), ir.Shape(["batch", "sequence", 19])
+    weights = [ir.Value(name=name, const_value=ir.tensor(values[name], name=name)) for name in "AB"]
+    node = ir.node("LowRank", [base, x, *weights], domain=schemas.DOMAIN)
+    node.outputs[0].name = "y"
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
+    graph = ir.Graph([base, x], node.outputs, nodes=[node], initializers=weights, opset_imports=imports, name="test")
+    session = session_of(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    assert session.get_outputs()[0].shape == ["batch", "sequence", 99]
+
+
+def change(name, *shape):
+    return lambda values: values | {name: np.zeros(shape, np.float32)}
+
+
+HOSTILE = {
+    "wrong K": (change("A", 4, 18), r"LoraTrf: A is \(4, 18\), expected \(R, K = 19\)\. Shapes: base \(2, 5, 99\)"),
+    "wrong R": (change("B", 99, 5), r"LoraTrf: B is \(99, 5\), expected \(N = 99, R = 4\)"),
+    "wrong tau": (change("tau", 98), r"LoraTrf: tau is \(98\), expected \(N = 99\)"),
+    "tau is a matrix": (change("tau", 1, 99), r"LoraTrf: tau is \(1, 99\), expected \(N = 99\)"),
+    "C transposed": (change("C", 99, 7), r"LoraTrf: C is \(99, 7\), expected \(F, N = 99\)"),
+    "D transposed": (change("D", 7, 99), r"LoraTrf: D is \(7, 99\), expected \(N = 99, F = 7\)"),
+    "F over limit": (
+        lambda values: change("D", 99, 1025)(change("C", 1025, 99)(values)),
+        r"LoraTrf: C \(1025, 99\) has rank 1025, the kernels take at most 1024",
+    ),
+    "R over limit": (
+        lambda values: change("B", 99, 1025)(change("A", 1025, 19)(values)),
+        r"LoraTrf: A \(1025, 19\) has rank 1025",
+    ),
+    "R is 0": (
+        lambda values: change("B", 99, 0)(change("A", 0, 19)(values)),
+        r"LoraTrf: A is \(0, 19\), expected \(R, K = 19\)",
+    ),
+    "other leading dimensions": (change("x", 5, 2, 19), r"x is \(5, 2, 19\), expected the leading dimensions of base"),
+    "leading dimensions missing": (change("x", 19), r"LoraTrf: x is \(19\), expected the leading dimensions of base"),
+    "scalar base": (change("base"), r"LoraTrf: base is \(\)"),
+    "no features": (change("base", 2, 5, 0), r"LoraTrf: base is \(2, 5, 0\)"),
+    "weight is a vector": (change("A", 19), r"LoraTrf: A is \(19\), expected \(R, K = 19\)"),
+}
+
+
+@pytest.mark.parametrize("constant", [(), WEIGHTS], ids=["inputs", "constants"])
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_node(fault, constant):
+    spoil, message = HOSTILE[fault]
+    values = spoil(values_of("LoraTrf"))
+    session = session_of(model_of("LoraTrf", values, constant=constant))
+    with pytest.raises(Exception, match=message):
+        run(session, values)
+
+
+@pytest.mark.parametrize("filter_input", ["both", "", "adapted\0", 1, 2.0, "x" * 5000], ids=lambda x: str(x)[:8])
+def test_hostile_attribute(filter_input):
+    model = model_of("LoraTrf", values_of("LoraTrf"), attributes={"filter_input": filter_input}, functions=False)
+    with pytest.raises(Exception, match=r'filter_input is ".*expected "adapted" or "base"'):
+        session_of(model)
+
+
+@pytest.mark.parametrize("name", ["x", "A", "B", "tau", "C", "D"])
+def test_hostile_type_mix(name):
+    values = values_of("LoraTrf")
+    with pytest.raises(Exception, match=r"(?i)type|LoraTrf"):
+        run(session_of(model_of("LoraTrf", values, types={name: "float16"}, functions=False)), values)
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("LORATRF_ISA", "mmx")
+    with pytest.raises(Exception, match='LORATRF_ISA is "mmx", which this build or this CPU lacks'):
+        session_of(model_of("LowRank", values_of("LowRank")))
+
+
+def test_instruction_sets_agree(monkeypatch):
+    values = values_of("LoraTrf", 40, K=99, N=600)
+    model = model_of("LoraTrf", values, constant=WEIGHTS)
+    best = run(session_of(model), values)
+    monkeypatch.setenv("LORATRF_ISA", "baseline")
+    assert_close(run(session_of(model), values), best.astype(np.float64), "float32", "baseline")
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_run_time_weights_are_read_anew(T):
+    # Another adapter through the same session, of another rank too: nothing of the first may stay.
+    values = values_of("LoraTrf", T)
+    session = session_of(model_of("LoraTrf", values))
+    for seed, R, F in ((0, 4, 7), (1, 4, 7), (2, 33, 1), (3, 1, 64)):
+        values = values_of("LoraTrf", T, R=R, F=F, seed=seed)
+        expected = expected_of("LoraTrf", values, "float32", "adapted")
+        assert_close(run(session, values), expected, "float32", f"adapter {seed}")
+
+
+def test_overridable_initializers_are_not_packed():
+    # Weights that are inputs with a default, as swappable exports have them.
+    values = values_of("LowRank", 40)
+    proto = ir.from_proto(__import__("onnx").load_from_string(model_of("LowRank", values, constant=("A", "B"))))
+    for name in "AB":
+        proto.graph.inputs.append(proto.graph.initializers[name])
+    session = session_of(ir.to_proto(proto).SerializeToString())
+    feeds = {name: values[name] for name in ("base", "x")}
+    default = session.run(None, feeds)[0]
+    assert_close(default, expected_of("LowRank", values, "float32", ""), "float32", "default")
+    other = values | {"B": values["B"] * -2}
+    actual = session.run(None, feeds | {"B": other["B"]})[0]
+    assert_close(actual, expected_of("LowRank", other, "float32", ""), "float32", "override")
+
+
+def test_many_threads_at_once():
+    values = values_of("LoraTrf", 40, K=99, N=600, R=19)
+    for constant in ((), WEIGHTS):
+        session = session_of(model_of("LoraTrf", values, constant=constant))
+        expected = run(session, values)
+        wrong = []
+
+        def work(session=session, expected=expected, wrong=wrong):
+            wrong.extend(1 for _ in range(20) if not np.array_equal(run(session, values), expected))
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not wrong
+
+
+PEAK = """
+import re, sys
+import numpy, onnxruntime as ort
+def peak():  # of this program alone: getrusage's carries the parent's over
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+options = ort.SessionOptions()
+options.enable_cpu_mem_arena = False
+options.intra_op_num_threads = 1
+options.register_custom_ops_library(sys.argv[2])
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+feeds = {"base": numpy.ones((16384, 1024), numpy.float32), "x": numpy.ones((16384, 1), numpy.float32)}
+before = peak()
+session.run(None, feeds)
+print((peak() - before) / 65536)
+"""
+
+
+def test_reuses_the_buffer_of_base(tmp_path):
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc to read the peak memory from")
+    # Neg -> LowRank -> ReduceSum over 64 MiB: one such buffer at the peak if y takes base's, two if it doesn't.
+    values = {"base": None, "x": None, "A": np.ones((1, 1), np.float32), "B": np.ones((1024, 1), np.float32)}
+    arguments = {name: ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in values}
+    arguments["base"].shape, arguments["x"].shape = ir.Shape((16384, 1024)), ir.Shape((16384, 1))
+    for name in "AB":
+        arguments[name].const_value = ir.tensor(values[name], name=name)
+    negative = ir.node("Neg", [arguments["base"]])
+    node = ir.node("LowRank", [*negative.outputs, *list(arguments.values())[1:]], domain=schemas.DOMAIN)
+    total = ir.node("ReduceSum", node.outputs)
+    total.outputs[0].name, total.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [arguments["base"], arguments["x"]],
+        total.outputs,
+        nodes=[negative, node, total],
+        initializers=[arguments["A"], arguments["B"]],
+        opset_imports={"": OPSET, schemas.DOMAIN: schemas.VERSION},
+        name="test",
+    )
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "model.onnx"), str(LIBRARY)]
+    buffers = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.9 < buffers < 1.5, f"{buffers:.2f} buffers of base's size at the peak"
+
+
+def test_declared_abi_is_the_official_one(tmp_path):
+    folders = [Path(root) / sub for root in ("/usr/include", "/usr/local/include") for sub in ("", "onnxruntime")]
+    header = next((folder for folder in folders if (folder / "onnxruntime_c_api.h").is_file()), None)
+    if not header:
+        pytest.skip("onnxruntime_c_api.h is not installed (Debian 13: libonnxruntime-dev)")
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    check = ROOT / "tests" / "ort_abi_check.cc"
+    subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{header}", str(check)], check=True)
