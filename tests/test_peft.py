@@ -18,6 +18,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from loratrf_deploy import reference
+from loratrf_deploy._peft_layer import filter_score
 from loratrf_deploy.adapter import check_fits, read_adapter
 from loratrf_deploy.errors import UserError
 from loratrf_deploy.peft import FilteredLinear, LoraTrfConfig, LoraTrfLinear, LoraTrfModel, initialize_filters
@@ -162,6 +163,15 @@ def test_half_precision_keeps_the_score_in_float32(dtype: torch.dtype, upcast: b
     expected = formula(layer, x)
     spacing = torch.finfo(dtype).eps * np.abs(expected).max()
     assert np.abs(out.double().numpy() - expected).max() < 4 * spacing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_score_of_half_precision_inputs_is_exact(dtype: torch.dtype) -> None:
+    z, tau = (torch.randn(9, 16) * 3e4).clamp(-6e4, 6e4).to(dtype), torch.randn(16).to(dtype)  # ‖z‖ is beyond float16
+    score = filter_score(z, tau)
+    assert score.dtype == torch.float32
+    np.testing.assert_allclose(score, reference.filter_score(z.double().numpy(), tau.double().numpy()), atol=1e-6)
+    assert 0 < float(score.max()) < 1
 
 
 def test_starts_at_the_base_model() -> None:
