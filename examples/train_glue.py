@@ -185,7 +185,7 @@ library_name: peft
 # {results["method"]} adapter for {results["task"]} on all-MiniLM-L6-v2
 
 Dev set, looked at once after training: {scores}.
-Epoch {results["chosen_epoch"]} of {len(results["held_out_by_epoch"])}, chosen on a held-out tenth of the {rows} training
+Epoch {results["chosen_epoch"]} of {len(results["held_out_by_epoch"])}, chosen on a held-out tenth of {rows} training
 rows; {results["trained_parameters"]} trained parameters, {results["seconds"]} s on {results["threads"]} CPU threads.
 
 Made with
