@@ -12,15 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loratrf_deploy import reference, schemas
+from loratrf_deploy import UserError, library_path, reference, schemas
 from tolerances import assert_close, assert_rounded_once
 
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "loratrf_deploy" / "libloratrf_ort.so"
-if not LIBRARY.is_file():
+try:
+    LIBRARY = library_path()
+except UserError:
     pytest.skip("libloratrf_ort.so is not built", allow_module_level=True)
 
 OPSET = 20
