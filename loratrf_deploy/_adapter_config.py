@@ -86,6 +86,12 @@ class _Checker:
             self.fail("peft_type", '"LORATRF", "LORA" or another kind that PEFT 0.21 knows')
         self.one_of("task_type", (None, *_TASK_TYPES))
         self.text("base_model_name_or_path")
+        self.text("revision")
+        mapping = self.config.get("auto_mapping")
+        if mapping is not None and not (
+            isinstance(mapping, dict) and all(isinstance(value, str | None) for value in mapping.values())
+        ):
+            self.fail("auto_mapping", "null or an object of strings")
         self.names("modules_to_save", text=False)
         if kind not in ADAPTED_TYPES:
             return self.config

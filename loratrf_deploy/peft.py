@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -57,9 +57,8 @@ def _peft_type() -> PeftType:
         PeftType._member_map_["LORATRF"] = member
         PeftType._value2member_map_["LORATRF"] = member
         PeftType._member_names_.append("LORATRF")
-        for listed in (getattr(PeftType, "_hashable_values_", None),):  # Python 3.13 up looks here for `in`
-            if listed is not None:
-                listed.append("LORATRF")
+        if hasattr(PeftType, "_hashable_values_"):  # where Python 3.13 and later look for `in`
+            cast(Any, PeftType)._hashable_values_.append("LORATRF")
         type.__setattr__(PeftType, "LORATRF", member)
     return PeftType["LORATRF"]
 
