@@ -16,15 +16,6 @@ constexpr int64_t kTileTokens = 24;       // most tokens per tile
 constexpr int64_t kSerialWork = 1 << 19;  // multiply-adds below which waking threads costs more than it gives
 static_assert(kColumns % kPanel == 0 && kSplitColumns % kColumns == 0, "pieces are whole panels");
 
-template <class E>
-struct IsFloat {
-  static constexpr bool value = false;
-};
-template <>
-struct IsFloat<float> {
-  static constexpr bool value = true;
-};
-
 // 64-byte aligned memory for one task or call; null where there is none.
 class Scratch {
  public:
@@ -68,20 +59,21 @@ struct Moments {
   float square, along;
 };
 
-// out += in W^T over rows [first_row, +count) and k's [k0, +depth) of w (rows, cols).
+// out = src + in W^T over rows [first_row, +count) and k's [k0, +depth) of w (rows, cols), in the form that suits.
 template <class E>
 void Product(const Weight& w, int64_t rows, int64_t cols, int64_t first_row, int64_t count, int64_t k0, int64_t depth,
              int64_t tokens, const float* in, int64_t in_stride, const float* src, int64_t src_stride, float* out,
              int64_t out_stride, bool padded) {
+  const E* data = static_cast<const E*>(w.data);
   if (w.packed) {
     const Stretch stretch{w.packed, rows, cols, first_row, count, k0, depth};
     Gemm(stretch, tokens, in, in_stride, src, src_stride, out, out_stride, padded);
-    return;
-  }
-  const RawStretch<E> stretch{static_cast<const E*>(w.data), rows, cols, first_row, count, k0, depth};
-  for (int64_t t = 0; t < tokens; t += kMaxDotTokens) {
-    Dots(stretch, Min(kMaxDotTokens, tokens - t), in + t * in_stride, in_stride, src + t * src_stride, src_stride,
-         out + t * out_stride, out_stride);
+  } else if (tokens <= kMaxDotTokens) {
+    const RawStretch<E> stretch{data, rows, cols, first_row, count, k0, depth};
+    Dots(stretch, tokens, in, in_stride, src, src_stride, out, out_stride);
+  } else {
+    const RawStretch<E> stretch{data, rows, cols, first_row, count, k0, depth};
+    PackingGemm(stretch, tokens, in, in_stride, src, src_stride, out, out_stride, padded);
   }
 }
 

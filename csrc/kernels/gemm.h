@@ -1,8 +1,8 @@
 // out(t, row) = src(t, row) + sum_k in(t, k) W(row, k): the one product behind all four weights of an adapter.
 //
-// Included by each isa_*.cc, in its own anonymous namespace (see lanes.h). Two forms: Gemm on packed weights, blocked
-// in registers over tokens and rows, for many tokens; Dots on weights as they are, for the few tokens where reading the
-// weight is all that counts.
+// Included by each isa_*.cc, in its own anonymous namespace (see lanes.h). Three forms: Gemm on packed weights, blocked
+// in registers over tokens and rows; PackingGemm on weights as they are, for one use; Dots on weights as they are, for
+// so few tokens that reading the weight is all that counts.
 //
 // Packed layout: rows in panels of kPanel; a panel holds, for each k, its rows side by side, the last panel's padded
 // with zeros to whole vectors. Panel p starts at p * kPanel * cols.
@@ -30,20 +30,45 @@ inline int64_t PanelVecs(int64_t rows, int64_t first_row) { return Min(kPanelVec
 
 size_t PackedSize(int64_t rows, int64_t cols) { return static_cast<size_t>(RoundUp(rows, kLanes) * cols); }
 
-// Packs the panel that starts at first_row of w (rows, cols).
+// out: depth rows of `width` floats, out[k][row] = w[row][k] for row < valid, 0 beyond. w's rows are `stride` apart.
+inline void PackFloats(const float* w, int64_t stride, int64_t valid, int64_t width, int64_t depth, float* out) {
+  const int64_t whole = depth / 4 * 4;
+  int64_t row = 0;
+  for (; row + 4 <= valid; row += 4) {
+    const float* from = w + row * stride;
+    float* to = out + row;
+    for (int64_t k = 0; k < whole; k += 4, from += 4, to += 4 * width) {
+      Vec4 part[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const LooseVec4*>(from + i * stride);
+      Transpose(part[0], part[1], part[2], part[3]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) *reinterpret_cast<LooseVec4*>(to + i * width) = part[i];
+    }
+    for (int64_t k = whole; k < depth; ++k) {
+      for (int i = 0; i < 4; ++i) out[k * width + row + i] = w[(row + i) * stride + k];
+    }
+  }
+  for (; row < width; ++row) {
+    for (int64_t k = 0; k < depth; ++k) out[k * width + row] = row < valid ? w[row * stride + k] : 0.0f;
+  }
+}
+
+// Packs k's [k0, k0 + depth) of the panel that starts at first_row of w (rows, cols).
 template <class E>
-void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, float* packed) {
-  constexpr int64_t kStep = 64;
+void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, int64_t k0, int64_t depth, float* out) {
   const int64_t width = PanelVecs(rows, first_row) * kLanes;
   const int64_t valid = Min(width, rows - first_row);
-  float* out = packed + first_row * cols;
-  float block[kPanel][kStep];
-  for (int64_t row = valid; row < width; ++row) memset(block[row], 0, sizeof(block[row]));
-  for (int64_t k0 = 0; k0 < cols; k0 += kStep) {
-    const int64_t count = Min(kStep, cols - k0);
-    for (int64_t row = 0; row < valid; ++row) Convert(w + (first_row + row) * cols + k0, block[row], count);
-    for (int64_t k = 0; k < count; ++k, out += width) {
-      for (int64_t row = 0; row < width; ++row) out[row] = block[row][k];
+  w += first_row * cols + k0;
+  if constexpr (IsFloat<E>::value) {
+    PackFloats(w, cols, valid, width, depth, out);
+  } else {
+    constexpr int64_t kStep = 64;
+    float block[kPanel * kStep];
+    for (int64_t done = 0; done < depth; done += kStep) {
+      const int64_t count = Min(kStep, depth - done);
+      for (int64_t row = 0; row < valid; ++row) Convert(w + row * cols + done, block + row * kStep, count);
+      PackFloats(block, kStep, valid, width, count, out + done * width);
     }
   }
 }
@@ -173,22 +198,40 @@ void Gemm(const Stretch& w, int64_t tokens, const float* in, int64_t in_stride, 
   }
 }
 
-constexpr int kMaxDotTokens = 4;
-
-// A stretch of a weight as it was given; no multiple of anything.
+// A stretch of a weight as it was given.
 template <class E>
 struct RawStretch {
   const E* data;
   int64_t rows, cols;
-  int64_t first_row, count;
+  int64_t first_row, count;  // first_row is a multiple of kPanel
   int64_t k0, depth;
 };
 
-// As Gemm for 1 to kMaxDotTokens tokens. src may be out.
+// As Gemm, packing what it needs as it goes: for weights that are read once, so that what is packed stays in the L1
+// cache. src may be out.
+template <class E>
+void PackingGemm(const RawStretch<E>& w, int64_t tokens, const float* in, int64_t in_stride, const float* src,
+                 int64_t src_stride, float* out, int64_t out_stride, bool padded) {
+  constexpr int64_t kDepth = 256;
+  float packed[kPanel * kDepth];
+  for (int64_t done = 0; done < w.depth; done += kDepth) {
+    const int64_t depth = Min(kDepth, w.depth - done);
+    for (int64_t row = 0; row < w.count; row += kPanel) {
+      PackPanel(w.data, w.rows, w.cols, w.first_row + row, w.k0 + done, depth, packed);
+      const Stretch panel{packed, w.rows - w.first_row - row, depth, 0, Min(kPanel, w.count - row), 0, depth};
+      Gemm(panel, tokens, in + done, in_stride, src + row, src_stride, out + row, out_stride, padded);
+    }
+    src = out, src_stride = out_stride;
+  }
+}
+
+constexpr int kMaxDotTokens = 4;
+
+// As Gemm for 1 to kMaxDotTokens tokens; nothing is packed, nor does it take padding. src may be out.
 template <class E, int tokens>
 void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const float* src, int64_t src_stride,
             float* out, int64_t out_stride) {
-  constexpr int kRows = tokens == 1 ? 8 : tokens == 2 ? 4 : 2;
+  constexpr int kRows = tokens == 1 ? 8 : 4;
   const int64_t whole = w.depth / kLanes * kLanes, rest = w.depth - whole;
   const E* end = w.data + w.rows * w.cols;
   const VecU32 mask = MaskBelow(rest);
@@ -197,16 +240,18 @@ void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const fl
   for (int64_t row = 0; row < w.count; row += kRows) {
     const int64_t valid = Min(kRows, w.count - row);
     Vec sum[kRows][tokens] = {};
-    const E* from[kRows];
-    // Rows past the end repeat the last one; their sums are dropped.
-    for (int i = 0; i < kRows; ++i) from[i] = w.data + (w.first_row + Min(row + i, w.count - 1)) * w.cols + w.k0;
+    const E* from = w.data + (w.first_row + row) * w.cols + w.k0;
+    // Rows past the end read the last one again; their sums are dropped.
+    int64_t offset[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) offset[i] = Min(i, valid - 1) * w.cols;
     for (int64_t k = 0; k < whole; k += kLanes) {
       Vec value[tokens];
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) value[t] = Load(in + t * in_stride + k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Vec weight = Load(from[i] + k);
+        const Vec weight = Load(from + offset[i] + k);
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t) sum[i][t] += weight * value[t];
       }
@@ -215,16 +260,24 @@ void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const fl
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         // A whole vector where the weight has one left, with what is not ours masked off: it could be infinite.
-        const E* tail = from[i] + whole;
+        const E* tail = from + offset[i] + whole;
         const Vec weight = end - tail >= kLanes ? (Vec)((VecU32)Load(tail) & mask) : LoadPart(tail, rest);
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t) sum[i][t] += weight * in_rest[t];
       }
     }
+#pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        if (i < valid) out[t * out_stride + row + i] = src[t * src_stride + row + i] + Sum(sum[i][t]);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; i += 4) {
+        const Vec4 four = Sums(sum[i][t], sum[i + 1][t], sum[i + 2][t], sum[i + 3][t]);
+        const float* from_src = src + t * src_stride + row + i;
+        float* to = out + t * out_stride + row + i;
+        if (i + 4 <= valid) {
+          *reinterpret_cast<LooseVec4*>(to) = *reinterpret_cast<const LooseVec4*>(from_src) + four;
+        } else {
+          for (int64_t j = 0; i + j < valid; ++j) to[j] = from_src[j] + four[j];
+        }
       }
     }
   }

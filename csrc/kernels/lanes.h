@@ -21,6 +21,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+template <class E>
+struct IsFloat {
+  static constexpr bool value = false;
+};
+template <>
+struct IsFloat<float> {
+  static constexpr bool value = true;
+};
+
 inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
@@ -123,27 +132,50 @@ inline VecU32 MaskBelow(int64_t count) {
   return result;
 }
 
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef Vec4 LooseVec4 __attribute__((aligned(4), may_alias));
+
+// Lanes a, b, c, d of the eight that x and y have together.
 #if defined(__clang__)
-#define LORATRF_SWAP4(v, a, b, c, d) __builtin_shufflevector(v, v, a, b, c, d)
+#define LORATRF_PICK(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d)
 #else
-#define LORATRF_SWAP4(v, a, b, c, d) __builtin_shuffle(v, (Int4){a, b, c, d})
+#define LORATRF_PICK(x, y, a, b, c, d) __builtin_shuffle(x, y, (Int4){a, b, c, d})
 #endif
 
-// Sum of the lanes, in a fixed order.
-inline float Sum(Vec value) {
-  typedef float Vec4 __attribute__((vector_size(16)));
-  typedef int32_t Int4 __attribute__((vector_size(16), unused));
+// Rows become columns.
+inline void Transpose(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
+  const Vec4 ab_low = LORATRF_PICK(a, b, 0, 4, 1, 5), ab_high = LORATRF_PICK(a, b, 2, 6, 3, 7);
+  const Vec4 cd_low = LORATRF_PICK(c, d, 0, 4, 1, 5), cd_high = LORATRF_PICK(c, d, 2, 6, 3, 7);
+  a = LORATRF_PICK(ab_low, cd_low, 0, 1, 4, 5);
+  b = LORATRF_PICK(ab_low, cd_low, 2, 3, 6, 7);
+  c = LORATRF_PICK(ab_high, cd_high, 0, 1, 4, 5);
+  d = LORATRF_PICK(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+#undef LORATRF_PICK
+
+// Four lanes that add up to the sum of value's lanes.
+inline Vec4 Fold(Vec value) {
   Vec4 part[kLanes / 4];
   memcpy(part, &value, sizeof(value));
   Vec4 sum = part[0];
 #pragma GCC unroll 4
   for (int i = 1; i < kLanes / 4; ++i) sum += part[i];
-  sum += LORATRF_SWAP4(sum, 2, 3, 0, 1);
-  sum += LORATRF_SWAP4(sum, 1, 0, 3, 2);
-  return sum[0];
+  return sum;
 }
 
-#undef LORATRF_SWAP4
+// Sums of the lanes of four vectors, each in a fixed order.
+inline Vec4 Sums(Vec w, Vec x, Vec y, Vec z) {
+  Vec4 a = Fold(w), b = Fold(x), c = Fold(y), d = Fold(z);
+  Transpose(a, b, c, d);
+  return (a + c) + (b + d);
+}
+
+inline float Sum(Vec value) {
+  const Vec4 part = Fold(value);
+  return (part[0] + part[2]) + (part[1] + part[3]);
+}
 
 // to[i] = from[i] for i < count, converted (rounded to nearest even where `to` is narrower).
 template <class From, class To>

@@ -127,8 +127,9 @@ void PackWeights(const Call& call, bool serial, Unpacked* weights, int count) {
   auto body = [&](int64_t task) {
     const Unpacked* unpacked = weights;
     for (int64_t panels; task >= (panels = CeilDiv(unpacked->rows, kPanel)); ++unpacked) task -= panels;
-    PackPanel(static_cast<const E*>(unpacked->weight->data), unpacked->rows, unpacked->cols, task * kPanel,
-              unpacked->out);
+    const int64_t row = task * kPanel;
+    PackPanel(static_cast<const E*>(unpacked->weight->data), unpacked->rows, unpacked->cols, row, 0, unpacked->cols,
+              unpacked->out + row * unpacked->cols);
   };
   For(call, serial, tasks, body);
   for (int i = 0; i < count; ++i) weights[i].weight->packed = weights[i].out;
@@ -138,18 +139,14 @@ template <class E>
 Status RunTyped(Call call) {
   const int64_t weight_size = call.R * (call.K + call.N) + 2 * call.F * call.N;
   const bool serial = call.T * weight_size < kSerialWork;
-  const auto have = [](const Weight& weight, int64_t rank) { return rank == 0 || weight.packed; };
-  const bool packed = have(call.A, call.R) && have(call.B, call.R) && have(call.C, call.F) && have(call.D, call.F);
-  const bool direct = call.T <= kMaxDotTokens && !packed;
-  const bool few = call.T <= kMaxDotTokens;
-  const bool split = few || (call.T <= kSplitTokens && !serial);
+  // A weight that each task would pack anew is packed once before; one that is read once, where it is needed.
+  const bool split = call.T <= kMaxDotTokens || (call.T <= kSplitTokens && !serial);
 
   Unpacked unpacked[4];
   int unpacked_count = 0;
   int64_t unpacked_size = 0;
   const auto want = [&](Weight* weight, int64_t rows, int64_t cols) {
-    if (direct) weight->packed = nullptr;
-    if (direct || weight->packed || rows == 0 || cols == 0) return;
+    if (split || call.T <= kTileTokens || weight->packed || rows == 0 || cols == 0) return;
     unpacked[unpacked_count++] = {weight, rows, cols, nullptr};
     unpacked_size += Scratch::Size(static_cast<int64_t>(PackedSize(rows, cols)));
   };
@@ -201,7 +198,9 @@ Status RunCall(const Call& call) {
 
 template <class E>
 void PackAll(int64_t rows, int64_t cols, const void* weight, float* out) {
-  for (int64_t row = 0; row < rows; row += kPanel) PackPanel(static_cast<const E*>(weight), rows, cols, row, out);
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    PackPanel(static_cast<const E*>(weight), rows, cols, row, 0, cols, out + row * cols);
+  }
 }
 
 Status PackCall(Type type, int64_t rows, int64_t cols, const void* weight, float* out) {
