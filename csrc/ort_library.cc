@@ -196,6 +196,11 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
     std::vector<const float*> packed(count);
     std::vector<Shape> shapes(count);
     for (size_t i = 0; i < count; ++i) {
+      if (kernel.packed[i]) {  // a constant: everything about it is known
+        packed[i] = kernel.packed[i].get();
+        shapes[i] = kernel.packed_shapes[i];
+        continue;
+      }
       const OrtValue* value = nullptr;
       Check(ort::KernelContext_GetInput(api)(context, i, &value));
       if (!value) return Error(api, std::string(info.name) + ": input " + info.inputs[i] + " is missing.");
@@ -207,7 +212,6 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
                               std::to_string(kernel.element_type) + ").");
       }
       tensors[i] = DataOf(api, value);
-      if (kernel.packed[i] && kernel.packed_shapes[i] == shapes[i]) packed[i] = kernel.packed[i].get();
     }
     Dims dims;
     const std::string error = CheckShapes(kernel.op, shapes, &dims);

@@ -81,8 +81,10 @@ void Product(const Weight& w, int64_t rows, int64_t cols, int64_t first_row, int
 template <class E>
 void Reduce(const Work<E>& work, int64_t t0, int64_t tokens, int64_t k0, int64_t depth, float* block, float* u) {
   const Call& call = work.call;
-  for (int64_t end = k0 + depth; k0 < end; k0 += kColumns) {
-    const int64_t count = Min(kColumns, end - k0);
+  // Few tokens of float32 have nothing to keep in a cache: long runs through the weight are what counts.
+  const int64_t step = IsFloat<E>::value && tokens <= kMaxDotTokens ? depth : kColumns;
+  for (int64_t end = k0 + depth; k0 < end; k0 += step) {
+    const int64_t count = Min(step, end - k0);
     const E* x = static_cast<const E*>(call.x) + t0 * call.K + k0;
     const float* in;
     int64_t stride;

@@ -26,6 +26,8 @@ bool Supported(const Isa* isa) {
 
 bool BadSize(int64_t size) { return size < 1; }
 
+bool Has(const Weight& weight) { return weight.data || weight.packed; }
+
 Status CheckRank(int64_t rank) {
   if (BadSize(rank)) return Status::kBadSize;
   return rank > kMaxRank ? Status::kRankTooHigh : Status::kOk;
@@ -35,8 +37,8 @@ Status Run(const Isa* isa, const Call& call) {
   if (call.T < 0 || BadSize(call.N)) return Status::kBadSize;
   if (call.T == 0) return Status::kOk;
   if (!call.base || !call.y) return Status::kNullPointer;
-  if (call.R > 0 && !(call.x && call.A.data && call.B.data)) return Status::kNullPointer;
-  if (call.F > 0 && !(call.tau && call.C.data && call.D.data)) return Status::kNullPointer;
+  if (call.R > 0 && !(call.x && Has(call.A) && Has(call.B))) return Status::kNullPointer;
+  if (call.F > 0 && !(call.tau && Has(call.C) && Has(call.D))) return Status::kNullPointer;
   return isa->run(call);
 }
 

@@ -44,8 +44,8 @@ struct Isa;
 const Isa* FindIsa(const char* name);
 const char* IsaName(const Isa* isa);
 
-// A weight matrix (rows, cols): as it was given, and packed by Pack or nullptr. A constant weight is worth packing
-// once; otherwise the kernels pack it in every call of more than a few tokens.
+// A weight matrix (rows, cols): packed by Pack, or nullptr there and the matrix itself, which every call of more than a
+// few tokens then packs anew. A constant weight is worth packing once; its own data is not read again and may be null.
 struct Weight {
   const void* data;
   const float* packed;
