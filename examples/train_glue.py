@@ -174,7 +174,9 @@ def _version(package: str) -> str:
 
 
 def model_card(results: dict[str, Any]) -> str:
-    settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in results["settings"].items() if value)
+    settings = " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in results["settings"].items() if value is not None
+    )
     scores = ", ".join(f"{name} {value}" for name, value in results["dev"].items())
     rows = sum(results["rows"].values())
     return f"""---
