@@ -49,8 +49,11 @@ def valid(value: NDArray, mask: NDArray[np.bool_] | None, name: str = "") -> NDA
     return value[mask]
 
 
-def relative_error(a: NDArray, b: NDArray) -> tuple[float, float]:
-    """(max|a-b| / max|b|, max|a-b|) in float64; inf where a has NaN or Inf and b has none, NaN where b has them."""
+def relative_error(a: NDArray, b: NDArray, scale: float | None = None) -> tuple[float, float]:
+    """(max|a-b| / max|b|, max|a-b|) in float64; inf where a has NaN or Inf and b has none, NaN where b has them.
+
+    `scale` stands for max|b| where b is one of several batches.
+    """
     if not a.size:
         return 0.0, 0.0
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -58,21 +61,29 @@ def relative_error(a: NDArray, b: NDArray) -> tuple[float, float]:
         return math.nan, math.nan
     if not np.isfinite(a).all():
         return math.inf, math.inf
-    absolute, scale = float(np.abs(a - b).max()), float(np.abs(b).max())
+    absolute = float(np.abs(a - b).max())
+    scale = float(np.abs(b).max()) if scale is None else scale
     return (absolute / scale if scale else math.inf if absolute else 0.0), absolute
 
 
 def compare(
-    a: NDArray, b: NDArray, *, name: str = "", mask: NDArray[np.bool_] | None = None, tolerance: float = 0.0
+    a: NDArray,
+    b: NDArray,
+    *,
+    name: str = "",
+    mask: NDArray[np.bool_] | None = None,
+    tolerance: float = 0.0,
+    scale: float | None = None,
 ) -> Figures:
     """Figures of output `name`, `a` held against `b`, both of one shape; padded tokens (False in `mask`) don't count.
 
     Except that they must be finite: 0 · NaN is NaN in a mean over tokens. Shapes that differ are an infinite error.
+    `scale` stands for max|b| where b is one of several batches.
     """
     if a.shape != b.shape:
         return Figures(math.inf, math.inf, 0.0, None, 0, 0, 0)
     x, y = valid(a, mask, name), valid(b, mask, name)
-    relative, absolute = relative_error(x, y)
+    relative, absolute = relative_error(x, y, scale)
     if not np.isfinite(a[np.isfinite(b)]).all():
         relative = absolute = math.inf
     top1, ties, choices = None, 0, 0
@@ -86,7 +97,8 @@ def compare(
         margin = wanted[rows, right] - wanted[rows, chosen]
         differ = chosen != right
         # Each score may be off by tolerance * max|b|, in opposite directions.
-        ties = int((differ & (margin <= 2 * tolerance * np.abs(y).max(initial=0.0))).sum())
+        allowed = tolerance * (np.abs(y).max(initial=0.0) if scale is None else scale)
+        ties = int((differ & (margin <= 2 * allowed)).sum())
         top1 = 1.0 - float(differ.sum()) / choices if choices else None
     return Figures(absolute, relative, _cosine(x, y), top1, ties, choices, int(x.size))
 

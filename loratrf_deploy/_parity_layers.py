@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +52,19 @@ def compare_layers(
     library: bool,
     mask: NDArray[np.bool_] | None,
     tolerance: float,
+    folded: Collection[str] = (),
 ) -> tuple[list[LayerError], int]:
     """Error of every module that both sides compute, in the graph's order, then of the outputs; and the number skipped.
 
     `graph` is what onnx_ir loaded from `model`, unchanged on return. A module is compared where it is a leaf or an
     adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
-    of their own.
+    of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too.
     """
     from .parity import run_onnx
 
     nodes = _nodes_by_module(graph)
+    for name in folded:
+        nodes.pop(f"{name}.base_layer", None)
     with _recorded(base.model, set(nodes)) as seen:
         expected = run_torch(base, batch)
     session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library)
@@ -141,8 +144,9 @@ def _recorded(model: torch.nn.Module, names: set[str]) -> Iterator[dict[str, _Se
             continue
         name = _plain_name(path)
         if name in names:
-            bias = module.bias.detach() if isinstance(module, torch.nn.Linear) and module.bias is not None else None
-            handles.append(module.register_forward_hook(record(name, bias)))
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            bias = getattr(layer, "bias", None)
+            handles.append(module.register_forward_hook(record(name, None if bias is None else bias.detach())))
     try:
         yield seen
     finally:

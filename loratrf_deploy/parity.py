@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._parity_figures import Figures, compare, worst
+from ._parity_figures import Figures, compare, valid, worst
 from .errors import UserError
+from .schemas import DOMAIN, OPS
 from .session import create_session, library_path
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
 
+    from .adapter import Adapter
     from .export.model import BaseModel
 
 __all__ = ["EFFECT", "TOLERANCES", "VARIANTS", "Check", "LayerError", "ParityReport", "check_parity"]
@@ -155,10 +157,10 @@ def check_parity(
 
     `inputs`: batches by input name, ids (batch, sequence) integers or pixels (batch, channels, H, W); None makes random
     ones of several sizes, padding included. `tolerance` None takes the one of the model's dtype. `reference` is what
-    `load_reference` gives, where the caller has it already. The error is the largest over all batches; where an output
-    has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ on them), but
-    must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute
-    the same is a report.
+    `load_reference` gives, where the caller has it already: float32 whatever the model's dtype, so that rounding the
+    weights counts as error. Both maxima are over all batches; where an output has a row per token, padded tokens are
+    left out (nothing reads them, and attention libraries differ on them), but must be finite. Raises UserError where
+    model, adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
     """
     from . import _parity_inputs, _parity_layers
     from .adapter import read_adapter
@@ -172,6 +174,7 @@ def check_parity(
     tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
     read = read_adapter(adapter)
     step("loading PyTorch's model")
+    folded = _folded(read, graph)
     base = reference or load_reference(read, base_model)
     names = [value.name or "" for value in graph.graph.inputs]
     if inputs is None:
@@ -219,7 +222,14 @@ def check_parity(
     traced = worked if failed == VARIANTS[2] else failed
     number = _worst_batch(runs[traced], outputs, expected, masks)  # type: ignore[arg-type]
     layers, skipped = _parity_layers.compare_layers(
-        graph, model, base, batches[number], library=traced == VARIANTS[0], mask=masks[number], tolerance=tolerance
+        graph,
+        model,
+        base,
+        batches[number],
+        library=traced == VARIANTS[0],
+        mask=masks[number],
+        tolerance=tolerance,
+        folded=folded,
     )
     return ParityReport(
         model=str(model),
@@ -248,6 +258,16 @@ def model_dtype(model: ir.Model) -> str:
             name = names.get(tensor.dtype, "float32")
             sizes[name] = sizes.get(name, 0) + tensor.size
     return max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
+    """Layers whose low-rank half lies in the weights of the graph, not in an operator."""
+    ops = {node.metadata_props.get("module"): node.op_type for node in graph.graph if node.domain == DOMAIN}
+    return {
+        name
+        for name, layer in adapter.layers.items()
+        if layer.A is not None and "A" not in (OPS[ops[name]].inputs if ops.get(name) in OPS else ())
+    }
 
 
 def _load_graph(model: Path) -> ir.Model:
@@ -361,9 +381,12 @@ def _over_batches(
     masks: Sequence[NDArray[np.bool_] | None],
     tolerance: float,
 ) -> Figures:
+    """Figures over all batches together: a row with an undecided answer, scores near 0, has no scale of its own."""
+    compared = [valid(right[name], mask, name) for right, mask in zip(expected, masks, strict=True)]
+    scale = max(float(np.abs(value.astype(np.float64)).max(initial=0.0)) for value in compared)
     return worst(
         [
-            compare(got[name], right[name], name=name, mask=mask, tolerance=tolerance)
+            compare(got[name], right[name], name=name, mask=mask, tolerance=tolerance, scale=scale)
             for got, right, mask in zip(run, expected, masks, strict=True)
         ]
     )
