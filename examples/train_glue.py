@@ -149,7 +149,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         # The vocabulary is the base's own; without the word PEFT would go looking for the base on the hub.
         model.save_pretrained(options.out, save_embedding_layers=False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    hidden = ("out", "data", "base", "base_name", "task", "method")
+    hidden = {"out", "data", "base", "base_name", "task", "method"}
+    if options.method != "loratrf":
+        hidden |= {name for name in vars(options) if name.startswith("filter_")}
     return {
         "task": options.task,
         "method": options.method,
