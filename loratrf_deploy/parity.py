@@ -157,10 +157,10 @@ def check_parity(
 
     `inputs`: batches by input name, ids (batch, sequence) integers or pixels (batch, channels, H, W); None makes random
     ones of several sizes, padding included. `tolerance` None takes the one of the model's dtype. `reference` is what
-    `load_reference` gives, where the caller has it already: float32 whatever the model's dtype, so that rounding the
-    weights counts as error. Both maxima are over all batches; where an output has a row per token, padded tokens are
-    left out (nothing reads them, and attention libraries differ on them), but must be finite. Raises UserError where
-    model, adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
+    `load_reference` gives, where the caller has it already; None loads one whose weights are rounded to the model's
+    dtype and whose arithmetic is float32. Both maxima are over all batches; where an output has a row per token, padded
+    tokens are left out (nothing reads them, and attention libraries differ on them), but must be finite. Raises
+    UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
     """
     from . import _parity_inputs, _parity_layers
     from .adapter import read_adapter
@@ -175,7 +175,7 @@ def check_parity(
     read = read_adapter(adapter)
     step("loading PyTorch's model")
     folded = _folded(read, graph)
-    base = reference or load_reference(read, base_model)
+    base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
     names = [value.name or "" for value in graph.graph.inputs]
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
