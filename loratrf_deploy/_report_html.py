@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .report import BASE_OFF_NOTE, COLUMNS, _printable, facts, number, reasons, row
+from .report import BASE_OFF_NOTE, COLUMNS, facts, number, printable, reasons, row
 
 if TYPE_CHECKING:
     from .parity import LayerError, ParityReport
@@ -209,4 +209,4 @@ def _label(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
 
 
 def _text(text: str) -> str:
-    return escape(_printable(text))
+    return escape(printable(text))

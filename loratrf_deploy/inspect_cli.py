@@ -168,7 +168,9 @@ def _plain(text: str) -> str:
     """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
     from rich.markup import escape
 
-    return escape("".join(character if character.isprintable() else "?" for character in text))
+    from .report import printable
+
+    return escape(printable(text))
 
 
 def _or_dash(value: int | None) -> str:

@@ -147,7 +147,7 @@ def check_parity(
     model: str | Path,
     adapter: str | Path,
     base_model: str | Path | None = None,
-    inputs: Sequence[Mapping[str, NDArray[Any]]] | None = None,
+    inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None = None,
     *,
     tolerance: float | None = None,
     reference: BaseModel | None = None,
@@ -155,12 +155,13 @@ def check_parity(
 ) -> ParityReport:
     """max|onnx - torch| / max|torch| <= tolerance for every output, with and without the library; and onnx ≠ base.
 
-    `inputs`: batches by input name, ids (batch, sequence) integers or pixels (batch, channels, H, W); None makes random
-    ones of several sizes, padding included. `tolerance` None takes the one of the model's dtype. `reference` is what
-    `load_reference` gives, where the caller has it already; None loads one whose weights are rounded to the model's
-    dtype and whose arithmetic is float32. Both maxima are over all batches; where an output has a row per token, padded
-    tokens are left out (nothing reads them, and attention libraries differ on them), but must be finite. Raises
-    UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
+    `inputs`: batches by input name, ids (batch, sequence) integers or pixels (batch, channels, H, W); or a JSON-lines
+    file of texts or arrays; None makes random ones of several sizes, padding included. `tolerance` None takes the one
+    of the model's dtype. `reference` is what `load_reference` gives, where the caller has it already; None loads one
+    whose weights are rounded to the model's dtype and whose arithmetic is float32. Both maxima are over all batches;
+    where an output has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ
+    on them), but must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that
+    doesn't compute the same is a report.
     """
     from . import _parity_inputs, _parity_layers
     from .adapter import read_adapter
@@ -179,6 +180,8 @@ def check_parity(
     names = [value.name or "" for value in graph.graph.inputs]
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
+    elif isinstance(inputs, Path):
+        batches = _parity_inputs.read_inputs(inputs, base, model.parent)
     else:
         batches = [_parity_inputs.complete(dict(batch), base) for batch in inputs]
     if foreign := sorted(set(names) - set(batches[0])):
@@ -399,11 +402,9 @@ def _worst_batch(
     masks: Sequence[NDArray[np.bool_] | None],
 ) -> int:
     def error(number: int) -> float:
-        figures = [
-            compare(run[number][name], expected[number][name], name=name, mask=masks[number]).relative
-            for name in outputs
-        ]
-        return max(np.inf if np.isnan(value) else value for value in figures)
+        got, right = run[number], expected[number]
+        figures = [compare(got[name], right[name], name=name, mask=masks[number]) for name in outputs]
+        return max(np.inf if np.isnan(entry.absolute) else entry.absolute for entry in figures)
 
     return max(range(len(run)), key=error)
 

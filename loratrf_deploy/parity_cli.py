@@ -54,17 +54,9 @@ def run(
             raise UserError(f"No {what} at {path}.")
     with quiet():
         step("importing torch and transformers")
-        from ._parity_inputs import read_inputs
-        from .adapter import read_adapter
-        from .export.model import load_reference
         from .parity import check_parity
 
-        batches = reference = None
-        if inputs is not None:
-            step("reading the inputs")
-            reference = load_reference(read_adapter(adapter), base_model)
-            batches = read_inputs(inputs, reference, model.parent)
-        return check_parity(model, adapter, base_model, batches, tolerance=tolerance, reference=reference, step=step)
+        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, step=step)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,12 +44,12 @@ def print_report(report: ParityReport, console: Console | None = None) -> None:
         table.add_column(name, justify="right" if 2 <= number <= 5 else "left", no_wrap=True)
     for check in report.checks:
         colour = colours[check.status]
-        table.add_row(*map(escape, row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
+        table.add_row(*(escape(printable(cell)) for cell in row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
     console.print(table)
     for reason in reasons(report):
-        console.print(escape(reason))
+        console.print(escape(printable(reason)))
     colour = "green" if report.passed else "bold red"
-    console.print(f"[{colour}]{escape(report.verdict)}[/{colour}]")
+    console.print(f"[{colour}]{escape(printable(report.verdict))}[/{colour}]")
 
 
 def write_report(report: ParityReport, path: str | Path) -> None:
@@ -95,7 +95,9 @@ def to_markdown(report: ParityReport) -> str:
 
     def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
         lines = [head, tuple("---" for _ in head), *rows]
-        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        return [
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+        ]
 
     lines = ["# Parity report", "", f"**{report.verdict}**", ""]
     lines += [f"- {name}: {value}" for name, value in facts(report)]
@@ -109,7 +111,7 @@ def to_markdown(report: ParityReport) -> str:
             ("layer", "operator", "rel error", "abs error"),
             [(f"`{layer.module}`", layer.op, number(layer.relative), number(layer.absolute)) for layer in worst[:10]],
         )
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def to_junit(report: ParityReport) -> str:
@@ -126,19 +128,22 @@ def to_junit(report: ParityReport) -> str:
     )
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in facts(report):
-        ElementTree.SubElement(properties, "property", name=name, value=_printable(value))
+        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
     for check in report.checks:
         case = ElementTree.SubElement(
-            suite, "testcase", classname=f"parity.{Path(report.model).stem}", name=f"{check.variant}: {check.output}"
+            suite,
+            "testcase",
+            classname=f"parity.{printable(Path(report.model).stem)}",
+            name=printable(f"{check.variant}: {check.output}"),
         )
         if check.figures is not None:
             ElementTree.SubElement(case, "system-out").text = _figures_line(check.figures)
         if check.status == "failed":
-            failure = ElementTree.Element("failure", type="parity", message=_printable(check.reason))
-            failure.text = _printable(f"{_figures_line(check.figures)}\n{report.verdict}")
+            failure = ElementTree.Element("failure", type="parity", message=printable(check.reason))
+            failure.text = printable(f"{_figures_line(check.figures)}\n{report.verdict}")
             case.insert(0, failure)
         elif check.status != "passed":
-            case.insert(0, ElementTree.Element("skipped", message=_printable(f"{check.status}: {check.reason}")))
+            case.insert(0, ElementTree.Element("skipped", message=printable(f"{check.status}: {check.reason}")))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -189,11 +194,14 @@ def facts(report: ParityReport) -> list[tuple[str, str]]:
     return [
         ("model", report.model),
         ("adapter", report.adapter),
-        ("weights", report.dtype),
+        ("weights", report.dtype + ("" if report.dtype == "float32" else _ROUNDED)),
         ("tolerance", f"{report.tolerance:g} relative (max |a-b| / max |b|)"),
         ("inputs", f"{len(main)} batches: {shapes}"),
         ("versions", ", ".join(f"{name} {value}" for name, value in report.versions.items())),
     ]
+
+
+_ROUNDED = ", in PyTorch too, where the arithmetic is float32"
 
 
 def reasons(report: ParityReport) -> list[str]:
@@ -222,6 +230,6 @@ def _figures_line(figures: Figures | None) -> str:
     )
 
 
-def _printable(text: str) -> str:
-    """XML has no way to say a control character."""
-    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+def printable(text: str) -> str:
+    """A stranger's text without control characters and lone surrogates: XML can't say them, terminals obey them."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "?", text)
