@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..adapter import Adapter, read_adapter
+from ..adapter import Adapter, LayerAdapter, read_adapter
 from ..cli import quiet
 from ..errors import UserError
+from ..schemas import MAX_RANK
 from .files import base_sha256, check_writable, file_sha256, written_aside
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ __all__ = ["DTYPES", "MODES", "ExportResult", "export_adapter"]
 
 MODES = ("merged", "separate")
 DTYPES = ("float32", "float16")
+_LOST_STARTS = ("lora_ga", "corda")
+"""Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ def export_adapter(
         raise UserError(
             f"The adapter {adapter} can't be kept separate: {loaded.not_separable}. Export it merged: --mode merged."
         )
+    if high := [name for name, layer in loaded.layers.items() if max(_kept_ranks(layer, mode)) > MAX_RANK]:
+        raise UserError(
+            f"The adapter {adapter} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the operators take."
+            + (" Export it merged: --mode merged." if mode == "separate" else "")
+        )
     with written_aside(out) as aside:
         model = aside / out.name
         clock = _Clock(step)
@@ -96,6 +104,11 @@ def export_adapter(
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
+
+
+def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
+    """The ranks that stay in the graph: a merged low-rank half has none."""
+    return (layer.rank if mode == "separate" else 0, layer.filter_rank)
 
 
 def _write_model(
@@ -164,6 +177,13 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    start = str(adapter.config.get("init_lora_weights")).lower()
+    if start in _LOST_STARTS:
+        raise UserError(
+            f'The adapter {adapter.path} was trained with init_lora_weights="{start}" from changed base weights that '
+            "its file doesn't record, so nobody can restore them. Save it again from the training run, converted to "
+            "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
     base.model.float()
     try:
         model = peft.PeftModel.from_pretrained(base.model, str(adapter.path))

@@ -38,7 +38,8 @@ def written_aside(out: Path) -> Iterator[Path]:
         for path in sorted(aside.iterdir(), key=lambda path: path.name == out.name):
             os.replace(path, folder / path.name)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+        # numpy reports a full disk without an errno.
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
             raise
         raise UserError(_unwritable(out, error)) from error
     finally:

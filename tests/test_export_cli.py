@@ -43,6 +43,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 def refused(capsys: pytest.CaptureFixture, base: Path, folder: Path, out: Path, *more: str) -> str:
     """Runs the export, which must be refused: exit code 2, one paragraph, nothing written. Returns the paragraph."""
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    capsys.readouterr()  # what fixtures printed
     code = main(["--adapter", str(folder), "--base-model", str(base), "--out", str(out), *more])
     captured = capsys.readouterr()
     assert code == 2, captured
@@ -139,6 +140,22 @@ def test_dora_in_separate_mode_is_refused_with_the_advice_to_merge(capsys, make_
     assert "--mode merged" in message
 
 
+def test_initialisation_that_nobody_can_restore(capsys, make_tiny, tmp_path) -> None:
+    base, original = make_tiny("bert", "text-classification", "lora")
+    folder = Path(shutil.copytree(original, tmp_path / "ga"))
+    edit_config(folder, init_lora_weights="lora_ga")
+    message = refused(capsys, base, folder, tmp_path / "model.onnx")
+    assert "lora_ga" in message
+    assert "path_initial_model_for_weight_conversion" in message
+
+
+def test_rank_over_the_limit(capsys, make_tiny, tmp_path) -> None:
+    base, folder = make_tiny("bert", "text-classification", "lora", r=1025, target_modules=["query"])
+    message = refused(capsys, base, folder, tmp_path / "model.onnx", "--mode", "separate")
+    assert "1024" in message
+    assert "--mode merged" in message
+
+
 def test_task_that_this_version_does_not_export(capsys, adapter, tmp_path) -> None:
     edit_config(adapter[1], task_type="CAUSAL_LM")
     assert "CAUSAL_LM" in refused(capsys, *adapter, tmp_path / "model.onnx")
@@ -207,7 +224,7 @@ def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    for word in (str(out), "merged", "4 adapted", "TaskFilter", "parity", "top-1"):
+    for word in (str(out), "merged", "4 adapted", "TaskFilter", "Parity holds", "top-1"):
         assert word in result.stdout
     manifest = json.loads((out.parent / "loratrf.json").read_text())
     assert manifest["parity"]["passed"] is True
