@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._parity_figures import relative_error, valid
+from ._parity_result import LayerError
 from .session import library_path
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from .export.model import BaseModel
-    from .parity import LayerError
-
-__all__ = ["compare_layers", "run_torch"]
+__all__ = ["compare_layers", "run_onnx", "run_torch"]
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -43,6 +42,18 @@ def run_torch(base: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> dic
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
+def run_onnx(
+    session: onnxruntime.InferenceSession, batch: Inputs, outputs: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes."""
+    feeds = {}
+    for value in session.get_inputs():
+        array = batch[value.name]
+        feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
+    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
 def compare_layers(
     graph: ir.Model,
     model: Path,
@@ -60,8 +71,6 @@ def compare_layers(
     adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
     of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too.
     """
-    from .parity import run_onnx
-
     nodes = _nodes_by_module(graph)
     for name in folded:
         nodes.pop(f"{name}.base_layer", None)
@@ -94,8 +103,6 @@ def _error(
     tolerance: float,
     output: str = "",
 ) -> LayerError:
-    from .parity import LayerError
-
     relative, absolute = relative_error(valid(a, mask, output), valid(b, mask, output))
     # A NaN in PyTorch is no drift of the export's.
     return LayerError(name, op, relative, absolute, drifts=not math.isnan(relative) and relative > tolerance)

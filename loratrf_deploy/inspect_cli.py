@@ -102,9 +102,9 @@ def _show_model(console: Console, facts: dict[str, Any]) -> None:
         "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
-        "runs": "with the custom-op library or without it, on the definitions in the file"
-        if facts["needs_functions_or_library"]
-        else "anywhere: standard ONNX operators alone",
+        "runs": "anywhere: standard ONNX operators alone"
+        if facts["standard_operators_only"]
+        else "with the custom-op library or without it, on the definitions in the file",
         "parity": _parity_sentence(parity),
     }
     _rows(console, rows)

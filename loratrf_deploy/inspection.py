@@ -122,7 +122,7 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         "files": files,
         **{key: manifest.get(key) for key in _MANIFEST_FIELDS},
         "operators": operators,
-        "needs_functions_or_library": any(op != "merged" for op in operators),
+        "standard_operators_only": all(op == "merged" for op in operators),
         "warnings": warnings,
     }
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _parity_inputs, _parity_layers
 from ._parity_figures import Figures, compare, valid, worst
+from ._parity_result import VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
 from .schemas import DOMAIN, OPS
 from .session import create_session, library_path
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import onnxruntime
 
     from .adapter import Adapter
     from .export.model import BaseModel
@@ -36,111 +36,8 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 EFFECT = 10.0
 """The adapter has an effect where it changes an output by more than this many tolerances."""
 
-VARIANTS = ("with library", "without library", "base-off")
-
 Inputs = dict[str, NDArray[Any]]
 Outputs = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison of one output. `status`: "passed", "failed", "skipped", or "no effect" (a finding, see `reason`).
-
-    "with library" and "without library" hold ONNX Runtime against PyTorch with the adapter. "base-off" holds the export
-    against PyTorch without the adapter's layers, where a large error is what passes.
-    """
-
-    variant: str
-    output: str
-    status: str
-    reason: str = ""
-    figures: Figures | None = None
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """relative = max|a-b| / max|b| of one module's output, in execution order; `op` is the ONNX operator behind it."""
-
-    module: str
-    op: str
-    relative: float
-    absolute: float
-    drifts: bool
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """What was compared and what came out. `layers` follow the graph's order, outputs last; `inputs` are shapes."""
-
-    model: str
-    adapter: str
-    dtype: str
-    tolerance: float
-    checks: tuple[Check, ...]
-    layers: tuple[LayerError, ...]
-    layers_variant: str
-    layers_skipped: int
-    inputs: tuple[dict[str, tuple[int, ...]], ...]
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing failed and at least one comparison with PyTorch passed: skipped is not passed."""
-        statuses = [check.status for check in self.checks]
-        return "failed" not in statuses and any(
-            check.status == "passed" and check.variant != "base-off" for check in self.checks
-        )
-
-    @property
-    def first_drift(self) -> LayerError | None:
-        """The first layer, in execution order, whose error exceeds the tolerance; None where parity holds."""
-        return None if self.passed else next((layer for layer in self.layers if layer.drifts), None)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of checks by status; every status is there."""
-        counts = dict.fromkeys(("passed", "failed", "skipped", "no effect"), 0)
-        for check in self.checks:
-            counts[check.status] += 1
-        return counts
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: what came out, and where the fault begins."""
-        counts = self.counts
-        parts = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        if self.passed:
-            return f"Parity holds ({parts})."
-        drift = self.first_drift
-        if drift is not None:
-            return (
-                f"Parity failed ({parts}). The first layer that drifts is {drift.module} ({drift.op}): relative error "
-                f"{drift.relative:.2e}, tolerance {self.tolerance:g}."
-            )
-        if counts["failed"]:
-            return f"Parity failed ({parts}). No layer drifts on its own: see the reasons of the failed checks."
-        return f"Parity is not proven ({parts}): no comparison could be run."
-
-    def summary(self) -> dict[str, Any]:
-        """The figures that an export's manifest keeps: verdict, tolerance and one row per check; JSON-ready."""
-        return {
-            "passed": self.passed,
-            "tolerance": self.tolerance,
-            "inputs": len(self.inputs),
-            "checks": [_check_dict(check) for check in self.checks],
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-ready: non-finite numbers become strings ("inf", "nan"), which JSON has no numbers for."""
-        values = asdict(self) | {
-            "passed": self.passed,
-            "verdict": self.verdict,
-            "counts": self.counts,
-            "first_drift": self.first_drift and self.first_drift.module,
-            "checks": [_check_dict(check) for check in self.checks],
-        }
-        return _jsonable(values)
 
 
 def check_parity(
@@ -163,7 +60,6 @@ def check_parity(
     on them), but must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that
     doesn't compute the same is a report.
     """
-    from . import _parity_inputs, _parity_layers
     from .adapter import read_adapter
     from .export.model import load_reference
 
@@ -295,7 +191,7 @@ def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, libr
             return _NotBuilt(str(error))
     try:
         session = create_session(model, library=library)
-        return [run_onnx(session, batch, outputs) for batch in batches]
+        return [_parity_layers.run_onnx(session, batch, outputs) for batch in batches]
     except UserError as error:
         return error
     except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -304,16 +200,6 @@ def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, libr
 
 class _NotBuilt(UserError):
     """The custom-op library is absent: what needs it is skipped, not failed."""
-
-
-def run_onnx(session: onnxruntime.InferenceSession, batch: Inputs, outputs: Sequence[str] | None = None) -> Outputs:
-    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes."""
-    feeds = {}
-    for value in session.get_inputs():
-        array = batch[value.name]
-        feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
-    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def _parity_checks(
@@ -422,22 +308,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions | {"python": platform.python_version(), "machine": platform.machine()}
-
-
-def _check_dict(check: Check) -> dict[str, Any]:
-    values: dict[str, Any] = {"variant": check.variant, "output": check.output, "status": check.status}
-    if check.reason:
-        values["reason"] = check.reason
-    if check.figures is not None:
-        values |= asdict(check.figures)
-    return _jsonable(values)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
