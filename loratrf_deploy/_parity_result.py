@@ -55,6 +55,7 @@ class ParityReport:
     inputs: tuple[dict[str, tuple[int, ...]], ...]
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    layers_reason: str = ""
 
     @property
     def passed(self) -> bool:

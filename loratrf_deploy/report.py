@@ -205,14 +205,15 @@ _ROUNDED = ", in PyTorch too, where the arithmetic is float32"
 
 
 def reasons(report: ParityReport) -> list[str]:
-    """One line per reason, each naming the checks that it holds for."""
+    """One line per reason, naming the checks that it holds for; then why there are no layers."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for check in report.checks:
         if check.reason:
             grouped.setdefault((check.variant, check.status, check.reason), []).append(check.output)
-    return [
+    lines = [
         f"{variant}, {', '.join(outputs)}: {status}: {reason}" for (variant, status, reason), outputs in grouped.items()
     ]
+    return [*lines, *filter(None, [report.layers_reason])]
 
 
 def number(value: float) -> str:

@@ -17,6 +17,7 @@ from loratrf_deploy import UserError, parity, parity_cli
 from loratrf_deploy._parity_figures import Figures, compare, worst
 from loratrf_deploy._parity_inputs import complete, read_inputs
 from loratrf_deploy.parity import Check, check_parity
+from loratrf_deploy.report import to_markdown
 
 ROW = {"input_ids": [2, 5, 9, 3], "attention_mask": [1, 1, 1, 1], "token_type_ids": [0, 0, 1, 1]}
 
@@ -164,6 +165,18 @@ def test_model_that_runs_with_the_library_alone_fails(make_export, tmp_path):
         "base-off": "passed",
     }
     assert not report.passed
+
+
+def test_verdict_stands_where_layers_cannot_be_compared(make_export, monkeypatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("no inner values here")
+
+    base, adapter, model = make_export()
+    monkeypatch.setattr(parity._parity_layers, "compare_layers", refuse)
+    report = check_parity(model, adapter, base)
+    assert report.passed
+    assert report.layers == ()
+    assert "no inner values here" in to_markdown(report)
 
 
 def test_nothing_run_is_not_passed():
