@@ -16,7 +16,7 @@ from .errors import UserError
 __all__ = ["command", "progress", "quiet"]
 
 
-def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[..., int]) -> Callable[..., int]:
     """Wraps a command line's main(argv): returns its exit code; UserError -> one paragraph on stderr and 2.
 
     Exit codes: 0 done; 1 the parity check failed; 2 the input is at fault; 130 interrupted.

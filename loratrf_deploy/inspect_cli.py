@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def _versions(versions: dict[str, Any]) -> list[str]:
     return [f"{name} {value}" for name, value in versions.items()]
 
 
-def _rows(console: Console, rows: dict[str, str | None]) -> None:
+def _rows(console: Console, rows: Mapping[str, str | None]) -> None:
     for name, text in rows.items():
         if text:
             console.print(f"[bold]{name:<8}[/bold] {_plain(text)}")
