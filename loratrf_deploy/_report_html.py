@@ -128,7 +128,7 @@ def _picture(report: ParityReport) -> list[str]:
         if not value > 0:  # exactly zero lies on the axis; NaN is drawn at the top
             return _TOP if math.isnan(value) else _BOTTOM
         share = (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
-        return _BOTTOM - min(max(share, 0.0), 1.0) * (_BOTTOM - _TOP)
+        return _BOTTOM - share * (_BOTTOM - _TOP)
 
     out = [f'<svg viewBox="0 0 960 340" role="img" aria-label="{_text(_spoken(report))}">']
     for number_, (begin, end, label) in enumerate(_blocks(layers)):

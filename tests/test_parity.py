@@ -167,6 +167,27 @@ def test_model_that_runs_with_the_library_alone_fails(make_export, tmp_path):
     assert not report.passed
 
 
+def test_module_is_known_by_its_last_node():
+    """A biased linear layer is a MatMul and then an Add, and the Add holds its output."""
+    x, w, b = (ir.Value(name=name) for name in "xwb")
+    first = ir.node("MatMul", [x, w], metadata_props={"module": "dense"})
+    other = ir.node("Relu", [x], metadata_props={"module": "act"})
+    last = ir.node("Add", [first.outputs[0], b], metadata_props={"module": "dense"})
+    stray = ir.node("Shape", [x])
+    graph = ir.Graph([x, w, b], [last.outputs[0], other.outputs[0]], nodes=[first, other, last, stray])
+    found = parity._parity_layers._nodes_by_module(ir.Model(graph, ir_version=10))
+    assert list(found.items()) == [("act", other), ("dense", last)]
+
+
+def test_graph_keeps_its_outputs(make_export):
+    _, _, model = make_export()
+    graph = ir.load(model)
+    nodes = parity._parity_layers._nodes_by_module(graph)
+    session, names = parity._parity_layers._session_with_outputs(graph, model, nodes, library=False)
+    assert {value.name for value in session.get_outputs()} == {"logits", *names.values()}
+    assert [value.name for value in graph.graph.outputs] == ["logits"]
+
+
 def test_verdict_stands_where_layers_cannot_be_compared(make_export, monkeypatch):
     def refuse(*args: object, **options: object) -> None:
         raise RuntimeError("no inner values here")
@@ -296,11 +317,12 @@ def write_rows(path: Path, *rows: object) -> Path:
 def test_rows_of_texts_and_arrays(reference, tmp_path):
     rows = [{"text": "a film", "label": 1}, {"sentence": "the plot is thin and old"}, ROW]
     rows += [{"sentence1": "a film", "sentence2": "the plot"}, {"question": "where ?", "context": "behind the hall"}]
+    rows += [{"text": "the jokes"}]
     batches = read_inputs(
         write_rows(tmp_path / "rows.jsonl", *rows[:2], "", *rows[2:]), reference, Path(reference.path)
     )
-    # Neighbouring texts of one form share a batch, padded to the longest; the array row stands alone.
-    assert [batch["input_ids"].shape[0] for batch in batches] == [2, 1, 2]
+    # Neighbouring texts, or pairs of them, share a batch, padded to the longest; the array row stands alone.
+    assert [batch["input_ids"].shape[0] for batch in batches] == [2, 1, 2, 1]
     assert batches[0]["attention_mask"].sum(1).tolist()[0] < batches[0]["attention_mask"].sum(1).tolist()[1]
     assert set(batches[2]["token_type_ids"].ravel()) == {0, 1}
     assert all(list(batch) == list(reference.input_names) for batch in batches)

@@ -106,7 +106,9 @@ def test_html_is_well_formed_with_a_point_per_layer():
     (limit,) = [float(line.get("y1")) for line in picture.findall("line") if line.get("stroke-dasharray")]
     assert heights[3] < limit < heights[1]
     texts = [text.text for text in picture.findall("text")]
-    assert "drifts first: encoder.layer.1.query" in texts
+    # Right of the middle, the name runs to the left, so that it stays inside.
+    named = next(text for text in picture.findall("text") if text.get("class") == "name")
+    assert (named.text, named.get("text-anchor")) == ("drifts first: encoder.layer.1.query", "end")
     assert {"layer 0", "layer 1", "tolerance 1e-05"} <= set(texts)
 
 
