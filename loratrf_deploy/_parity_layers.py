@@ -151,14 +151,27 @@ def _recorded(model: torch.nn.Module, names: set[str]) -> Iterator[dict[str, _Se
             continue
         name = _plain_name(path)
         if name in names:
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            bias = getattr(layer, "bias", None)
-            handles.append(module.register_forward_hook(record(name, None if bias is None else bias.detach())))
+            handles.append(module.register_forward_hook(record(name, _bias(module))))
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _bias(module: torch.nn.Module) -> torch.Tensor | None:
+    """The constant in a linear layer's output, the low-rank half's own bias included; None where there is none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(module, BaseTunerLayer):
+        bias = getattr(module, "bias", None)
+        return None if bias is None else bias.detach()
+    total = _bias(module.get_base_layer())
+    for name, half in getattr(module, "lora_B", {}).items():
+        if getattr(half, "bias", None) is not None:
+            own = module.scaling[name] * half.bias.detach()  # type: ignore[index]
+            total = own if total is None else total + own
+    return total
 
 
 def _plain_name(path: str) -> str:

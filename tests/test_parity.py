@@ -59,9 +59,23 @@ def mute_model(mute_adapter, tmp_path_factory):
     ).model
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("loratrf", "separate"), ("loratrf", "merged"), ("lora", "merged")])
-def test_faithful_export_passes_and_no_layer_drifts(make_export, kind, mode):
-    base, adapter, model = make_export(kind=kind, mode=mode)
+BIASED = {"lora_bias": True, "target_modules": ["query", "dense"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("loratrf", "separate", {}),
+        ("loratrf", "merged", {}),
+        ("lora", "merged", {}),
+        # A bias that the adapter brings, which the export adds to the frozen layer's and fuses with what follows.
+        ("lora", "separate", BIASED),
+        ("lora", "merged", BIASED),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor:UserWarning")  # PEFT takes a bias for a shard
+def test_faithful_export_passes_and_no_layer_drifts(make_export, kind, mode, options):
+    base, adapter, model = make_export(kind=kind, mode=mode, **options)
     before = {path: path.read_bytes() for path in model.parent.iterdir()}
     report = check_parity(model, adapter, base)
     assert report.passed, report.verdict
