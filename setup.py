@@ -35,5 +35,11 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """An editable install: setuptools knows of the Python module only, the custom-op library stands beside it."""
+        super().copy_extensions_to_source()
+        name = "libloratrf_ort.so"
+        shutil.copy2(Path(self.build_lib) / "loratrf_deploy" / name, ROOT / "loratrf_deploy" / name)
+
 
 setup(ext_modules=[Extension("loratrf_deploy._kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})
