@@ -201,7 +201,13 @@ def test_interrupt_in_the_middle(adapter, tmp_path, how) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.onnx").write_bytes(b"an older export")
     command = [*EXPORT, "--adapter", folder, "--base-model", base, "--out", tmp_path / "out" / "model.onnx"]
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores SIGINT, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob(".loratrf-export-*")):
         assert process.poll() is None
