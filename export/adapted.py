@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,9 +60,7 @@ class AdaptedLinear(nn.Module):
         return held if name == "tau" else held.weight
 
 
-def attach(
-    model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype, step: Callable[[str], None] = lambda _: None
-) -> list[dict[str, Any]]:
+def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Puts `adapter` into `model` in place and turns it to `dtype`; returns what became of each layer, in order.
 
     merge: W' = W + (alpha/R)·BA in float32 before rounding to `dtype`. A filter never folds, since it depends on the
@@ -77,7 +74,6 @@ def attach(
         _set_parameter(model, name, value)
     rows = []
     for path, layer in adapter.layers.items():
-        step(f"adapting {path}")
         base_layer = model.get_submodule(path)
         if layer.lora_bias is not None:
             _add_bias(base_layer, layer.lora_bias * layer.scale)
