@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..adapter import Adapter, LayerAdapter, read_adapter
+from ..adapter_file import adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
+from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
 from .files import base_sha256, check_writable, file_sha256, written_aside
 
@@ -56,6 +58,7 @@ def export_adapter(
     *,
     base_model: str | Path | None = None,
     mode: str = "merged",
+    swappable: str | None = None,
     dtype: str = "float32",
     opset: int | None = None,
     check: bool = True,
@@ -64,14 +67,20 @@ def export_adapter(
     """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
 
     mode "merged" folds the low-rank halves into the weights and keeps an operator only where there is a task-aware
-    filter; "separate" keeps every half as an operator beside its frozen layer. `base_model` None takes the adapter's
-    own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
+    filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with mode
+    "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
+    nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
     `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
     way nothing is left behind.
     """
     out = Path(out)
     if mode not in MODES:
         raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
+    if swappable is not None and (mode != "separate" or swappable not in DEFAULTS):
+        raise UserError(
+            f"--swappable is {swappable!r} with --mode {mode}, expected one of {', '.join(DEFAULTS)} with --mode separate: "
+            "an adapter that is folded into the weights can't be swapped."
+        )
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
     check_writable(out)
@@ -80,6 +89,8 @@ def export_adapter(
         raise UserError(
             f"The adapter {adapter} can't be kept separate: {loaded.not_separable}. Export it merged: --mode merged."
         )
+    if swappable is not None:
+        check_swappable(loaded)
     if high := [name for name, layer in loaded.layers.items() if max(_kept_ranks(layer, mode)) > MAX_RANK]:
         raise UserError(
             f"The adapter {adapter} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the operators take."
@@ -89,7 +100,8 @@ def export_adapter(
         model = aside / out.name
         clock = _Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
+            manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, opset, clock)
+            _write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
@@ -100,10 +112,14 @@ def export_adapter(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        (aside / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
@@ -112,7 +128,14 @@ def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
 
 
 def _write_model(
-    adapter: Adapter, base_model: str | Path | None, out: Path, mode: str, dtype: str, opset: int | None, clock: _Clock
+    adapter: Adapter,
+    base_model: str | Path | None,
+    out: Path,
+    mode: str,
+    swappable: str | None,
+    dtype: str,
+    opset: int | None,
+    clock: _Clock,
 ) -> dict[str, Any]:
     clock("importing torch and transformers")
     import onnx_ir as ir
@@ -120,6 +143,7 @@ def _write_model(
 
     from .graph import DEFAULT_OPSET, OPSETS, finish, trace
     from .model import load_base, sample_inputs
+    from .swappable import Swap
 
     opset = DEFAULT_OPSET if opset is None else opset
     if opset not in OPSETS:
@@ -128,7 +152,8 @@ def _write_model(
     base = load_base(adapter, base_model)
     clock("adapting")
     torch_dtype = getattr(torch, dtype)
-    layers = _attach(adapter, base, mode, torch_dtype)
+    swap = Swap(adapter, base, dtype, swappable) if swappable is not None else None
+    layers = _attach(swap.placeholders if swap else adapter, base, mode, torch_dtype)
     sample = {
         name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
         for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
@@ -136,6 +161,8 @@ def _write_model(
     clock("tracing")
     program = trace(base.model, sample, opset)
     finish(program, opset)
+    if swap:
+        swap.apply(program.graph)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     _write_companions(base, adapter, out.parent)
@@ -148,9 +175,7 @@ def _write_model(
         "opset": opset,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
         "adapter": {
-            "name": adapter.path.resolve().name,
-            "sha256": adapter.sha256,
-            "peft_type": adapter.peft_type,
+            **adapter_facts(adapter),
             "filter_input": adapter.filter_input,
             "parameters": sum(layer.parameters for layer in adapter.layers.values()),
         },
@@ -159,6 +184,9 @@ def _write_model(
         "layers": layers,
         "parity": None,
     }
+    if swap:
+        manifest["swappable"] = swap.facts
+        write_adapter_file(out.with_name(swap.facts["file"]), swap.values, file_facts(adapter, manifest))
     del base, program
     gc.collect()
     return manifest
