@@ -66,7 +66,7 @@ def check_parity(
     begin = time.perf_counter()
     model = Path(model)
     step("reading the model")
-    graph = _load_graph(model)
+    graph = load_graph(model)
     dtype = model_dtype(graph)
     tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
     read = read_adapter(adapter)
@@ -102,7 +102,7 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = _run(model, batches, outputs, library=library)
+        runs[variant] = run_batches(model, batches, outputs, library=library)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -111,10 +111,10 @@ def check_parity(
     checks = [
         check
         for variant, run in runs.items()
-        for check in _parity_checks(variant, run, outputs, expected, masks, tolerance)
+        for check in parity_checks(variant, run, outputs, expected, masks, tolerance)
     ]
     worked = next(variant for variant, run in runs.items() if isinstance(run, list))
-    checks += _effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    checks += effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
 
     step("comparing layers")
     failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
@@ -147,7 +147,7 @@ def check_parity(
         layers_skipped=skipped,
         layers_reason=layers_reason,
         inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in batches),
-        versions=_versions(),
+        versions=versions(),
         seconds=time.perf_counter() - begin,
     )
 
@@ -176,7 +176,7 @@ def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
     }
 
 
-def _load_graph(model: Path) -> ir.Model:
+def load_graph(model: Path) -> ir.Model:
     import onnx_ir as ir
 
     if not model.is_file():
@@ -189,7 +189,9 @@ def _load_graph(model: Path) -> ir.Model:
         ) from error
 
 
-def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, library: bool) -> list[Outputs] | UserError:
+def run_batches(
+    model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, library: bool
+) -> list[Outputs] | UserError:
     """Outputs by batch; a UserError where the library isn't built or ONNX Runtime refuses model or inputs."""
     if library:
         try:
@@ -209,7 +211,7 @@ class _NotBuilt(UserError):
     """The custom-op library is absent: what needs it is skipped, not failed."""
 
 
-def _parity_checks(
+def parity_checks(
     variant: str,
     run: list[Outputs] | UserError,
     outputs: Sequence[str],
@@ -239,7 +241,7 @@ def _parity_checks(
     return checks
 
 
-def _effect_checks(
+def effect_checks(
     run: list[Outputs],
     outputs: Sequence[str],
     expected: Sequence[Outputs],
@@ -302,7 +304,7 @@ def _worst_batch(
     return max(range(len(run)), key=error)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib import metadata
 
     from . import __version__
