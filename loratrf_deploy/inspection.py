@@ -10,7 +10,7 @@ from typing import Any
 from .adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
 
-__all__ = ["MANIFEST", "inspect_path"]
+__all__ = ["MANIFEST", "file_sha256", "inspect_path", "read_manifest"]
 
 MANIFEST = "loratrf.json"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -93,12 +93,12 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
 
 
 def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     expected = (manifest.get("model") or {}).get("sha256")
     models = [model] if model is not None else sorted(folder.glob("*.onnx"))
     if not models:
         raise UserError(f"{folder} has a {MANIFEST} but no .onnx file: the export is incomplete. Export it again.")
-    hashes = {path: _sha256(path) for path in models}
+    hashes = {path: file_sha256(path) for path in models}
     model = next((path for path in models if hashes[path] == expected), models[0])
     data = model.with_name(f"{model.name}.data")
     files = {path.name: path.stat().st_size for path in (model, data) if path.is_file()}
@@ -142,7 +142,8 @@ _MANIFEST_FIELDS = {
 """Fields of a manifest that are shown, and the JSON types they may have."""
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What an export wrote to loratrf.json at `path`, its fields' types checked. Raises UserError."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -175,7 +176,8 @@ def _is_op(value: Any) -> bool:
     return isinstance(value, str) and value in {*OPS, "merged"}
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal. Raises UserError where it can't be read."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
