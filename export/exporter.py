@@ -17,7 +17,7 @@ from ..adapter import Adapter, LayerAdapter, read_adapter
 from ..adapter_file import adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
-from ..inspection import MANIFEST, file_sha256
+from ..manifest import MANIFEST, file_sha256
 from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
 from .files import base_sha256, check_writable, written_aside

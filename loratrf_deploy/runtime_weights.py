@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ._adapter_files import some
 from .adapter import Adapter, LayerAdapter
 from .errors import UserError
-from .inspection import MANIFEST, file_sha256, read_manifest
+from .manifest import MANIFEST, file_sha256, read_manifest
 
 __all__ = [
     "DEFAULTS",
@@ -267,7 +267,7 @@ def _read_weights(entries: Any) -> list[RuntimeWeight] | None:
             weight = RuntimeWeight(**{**entry, "shape": tuple(entry["shape"])})
         except (TypeError, KeyError):
             return None
-        texts = (weight.name, weight.module, weight.part)
+        texts = (weight.name, weight.module, weight.part, weight.dtype)
         dims = all(
             re.fullmatch(r".+\.[RF]", dim) if isinstance(dim, str) else type(dim) is int and dim > 0
             for dim in weight.shape
