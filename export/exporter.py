@@ -17,9 +17,10 @@ from ..adapter import Adapter, LayerAdapter, read_adapter
 from ..adapter_file import adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
+from ..manifest import MANIFEST, file_sha256
 from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
-from .files import base_sha256, check_writable, file_sha256, written_aside
+from .files import base_sha256, check_writable, written_aside
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,10 @@ def export_adapter(
     """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
 
     mode "merged" folds the low-rank halves into the weights and keeps an operator only where there is a task-aware
-    filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with mode
-    "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
-    nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
+    filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with
+    mode "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
+    nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own.
+    `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
     `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
     way nothing is left behind.
     """
@@ -80,7 +82,7 @@ def export_adapter(
         raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
     if swappable is not None and (mode != "separate" or swappable not in DEFAULTS):
         raise UserError(
-            f"--swappable is {swappable!r} with --mode {mode}, expected one of {', '.join(DEFAULTS)} with --mode separate: "
+            f"--swappable is {swappable!r} with --mode {mode}, expected {' or '.join(DEFAULTS)} with --mode separate: "
             "an adapter that is folded into the weights can't be swapped."
         )
     if dtype not in DTYPES:
@@ -121,7 +123,7 @@ def export_adapter(
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:

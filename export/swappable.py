@@ -85,8 +85,8 @@ def find_weights(
     """The run-time weights in a finished graph that was traced with `traced`: layers first, in the graph's order.
 
     A saved module's parameter is found by its name or, where the exporter transposed it for MatMul, by its values.
-    `default` is "base" or "adapter"; parameters in `untrained`, which the base model has no values of its own for, have
-    the adapter's either way. Raises UserError where the exporter folded a parameter into something else.
+    `default` is "base" or "adapter"; a module with parameters in `untrained`, which the base model has no values of its
+    own for, has the adapter's either way. Raises UserError where the exporter folded a parameter into something else.
     """
     weights = []
     for node in graph:
@@ -96,6 +96,7 @@ def find_weights(
             weights += layer_weights(traced.layers[module], parts, dtype, default)
     weights = list({weight.name: weight for weight in weights}.values())  # a shared layer is called more than once
     for module, tensors in traced.modules_to_save.items():
+        own = not any(f"{module}.{part}" in untrained for part in tensors)
         for part, value in tensors.items():
             name, transposed = _find(graph, f"{module}.{part}", value)
             weights.append(
@@ -106,7 +107,7 @@ def find_weights(
                     shape=value.shape[::-1] if transposed else value.shape,
                     dtype=dtype,
                     transposed=transposed,
-                    default="adapter" if f"{module}.{part}" in untrained else default,
+                    default=default if own else "adapter",
                 )
             )
     return weights

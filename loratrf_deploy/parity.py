@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from . import _parity_inputs, _parity_layers
 from ._parity_figures import Figures, compare, valid, worst
-from ._parity_result import VARIANTS, Check, LayerError, ParityReport
+from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
+from .runtime_weights import fit, read_swappable
 from .schemas import DOMAIN, OPS
 from .session import create_session, library_path
 
@@ -57,8 +58,9 @@ def check_parity(
     of the model's dtype. `reference` is what `load_reference` gives, where the caller has it already; None loads one
     whose weights are rounded to the model's dtype and whose arithmetic is float32. Both maxima are over all batches;
     where an output has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ
-    on them), but must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that
-    doesn't compute the same is a report.
+    on them), but must be finite. A swappable model is given the adapter's weights as --onto converts them, and is also
+    run without. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the
+    same is a report.
     """
     from .adapter import read_adapter
     from .export.model import load_reference
@@ -73,7 +75,9 @@ def check_parity(
     step("loading PyTorch's model")
     folded = _folded(read, graph)
     base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
-    names = [value.name or "" for value in graph.graph.inputs]
+    names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
+    swappable = read_swappable(model) if len(names) < len(graph.graph.inputs) else None
+    weights = fit(read, swappable.weights, swappable.filter_input) if swappable else {}
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
     elif isinstance(inputs, Path):
@@ -102,7 +106,7 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(model, batches, outputs, library=library)
+        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -115,10 +119,18 @@ def check_parity(
     ]
     worked = next(variant for variant, run in runs.items() if isinstance(run, list))
     checks += effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    if swappable:
+        step("running ONNX Runtime without an adapter")
+        default = expected
+        if swappable.default == "base":
+            heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
+            default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
+        run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
+        checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
 
     step("comparing layers")
     failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
-    traced = worked if failed == VARIANTS[2] else failed
+    traced = worked if failed in (VARIANTS[2], NO_ADAPTER) else failed
     number = _worst_batch(runs[traced], outputs, expected, masks)  # type: ignore[arg-type]
     layers: list[LayerError] = []
     skipped, layers_reason = 0, ""
@@ -128,6 +140,7 @@ def check_parity(
             model,
             base,
             batches[number],
+            weights=weights,
             library=traced == VARIANTS[0],
             mask=masks[number],
             tolerance=tolerance,
@@ -190,9 +203,15 @@ def load_graph(model: Path) -> ir.Model:
 
 
 def run_batches(
-    model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, library: bool
+    model: Path,
+    batches: Sequence[Inputs],
+    outputs: Sequence[str],
+    *,
+    library: bool,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> list[Outputs] | UserError:
-    """Outputs by batch; a UserError where the library isn't built or ONNX Runtime refuses model or inputs."""
+    """Outputs by batch, with the run-time `weights`; a UserError where the library isn't built, or ONNX Runtime refuses
+    model or inputs."""
     if library:
         try:
             library_path()
@@ -200,7 +219,7 @@ def run_batches(
             return _NotBuilt(str(error))
     try:
         session = create_session(model, library=library)
-        return [_parity_layers.run_onnx(session, batch, outputs) for batch in batches]
+        return [_parity_layers.run_onnx(session, batch, outputs, weights) for batch in batches]
     except UserError as error:
         return error
     except Exception as error:  # onnxruntime's exceptions share no public base class

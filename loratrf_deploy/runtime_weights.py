@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,18 @@ from numpy.typing import NDArray
 from ._adapter_files import some
 from .adapter import Adapter, LayerAdapter
 from .errors import UserError
+from .manifest import MANIFEST, file_sha256, read_manifest
 
 __all__ = [
     "DEFAULTS",
     "LAYER_PARTS",
     "RuntimeWeight",
+    "Swappable",
     "check_matches",
     "check_swappable",
     "fit",
     "layer_weights",
-    "read_weights",
+    "read_swappable",
     "zeros",
 ]
 
@@ -217,8 +220,45 @@ def check_matches(values: Mapping[str, NDArray[Any]], weights: Sequence[RuntimeW
         )
 
 
-def read_weights(entries: Any) -> list[RuntimeWeight] | None:
-    """The run-time weights that a manifest lists, None where the list is not what an export writes."""
+@dataclass(frozen=True)
+class Swappable:
+    """What a swappable model says of itself: its run-time weights, and what adapters are held against."""
+
+    model: Path
+    default: str
+    weights: tuple[RuntimeWeight, ...]
+    filter_input: str
+    manifest: dict[str, Any]
+
+
+def read_swappable(model: str | Path) -> Swappable:
+    """The contract of the swappable `model`, from the loratrf.json beside it.
+
+    Raises UserError where there is none, it describes another file, or the model wasn't exported with --swappable.
+    """
+    model = Path(model)
+    if not model.is_file():
+        raise UserError(f"No model at {model}: expected a model.onnx of loratrf-export --swappable.")
+    path = model.with_name(MANIFEST)
+    if not path.is_file():
+        raise UserError(f"{model} has no {MANIFEST} beside it, which says what adapters it takes. Keep them together.")
+    manifest = read_manifest(path)
+    facts = manifest.get("swappable")
+    if facts is None:
+        raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
+    weights = _read_weights(facts.get("weights")) if isinstance(facts, dict) else None
+    if weights is None or facts.get("default") not in DEFAULTS:
+        raise UserError(f"{path} is damaged: swappable is not what loratrf-export writes. Export the model again.")
+    if (manifest["model"] or {}).get("sha256") != file_sha256(model):
+        raise UserError(
+            f"{model} is not the file that {path.name} describes: it was changed or replaced after the export. Export "
+            "it again."
+        )
+    return Swappable(model, facts["default"], tuple(weights), str(manifest["adapter"].get("filter_input")), manifest)
+
+
+def _read_weights(entries: Any) -> list[RuntimeWeight] | None:
+    """The run-time weights that a manifest lists, None where they are not what an export writes."""
     if not isinstance(entries, list):
         return None
     weights = []
@@ -227,7 +267,7 @@ def read_weights(entries: Any) -> list[RuntimeWeight] | None:
             weight = RuntimeWeight(**{**entry, "shape": tuple(entry["shape"])})
         except (TypeError, KeyError):
             return None
-        texts = (weight.name, weight.module, weight.part)
+        texts = (weight.name, weight.module, weight.part, weight.dtype)
         dims = all(
             re.fullmatch(r".+\.[RF]", dim) if isinstance(dim, str) else type(dim) is int and dim > 0
             for dim in weight.shape
