@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._adapter_files import some
 from ..adapter import Adapter, LayerAdapter, check_fits, read_adapter
 from ..adapter_file import adapter_facts
 from ..cli import quiet
@@ -26,6 +26,7 @@ from .exporter import (
     common_facts,
     traced_inputs,
     write_companions,
+    write_manifest,
 )
 from .files import check_writable, written_aside
 
@@ -69,6 +70,7 @@ def export_grouped(
         clock = Clock(step)
         with quiet():
             manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
+            write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity_grouped import check_grouped_parity
@@ -80,7 +82,7 @@ def export_grouped(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        (aside / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
@@ -95,7 +97,7 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
-                f"The adapter {adapter.path} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the "
+                f"The adapter {adapter.path} has ranks over {MAX_RANK} at {some(high)}, more than the "
                 "operators take. Leave it out and export it merged: --adapter PATH --mode merged."
             )
         if adapter.task_type != first.task_type:
@@ -150,7 +152,8 @@ def _write_model(
     manifest = common_facts(base, out, "grouped", dtype, opset)
     manifest["adapter"] = {"filter_input": filter_input, "parameters": sum(map(_parameters, adapters.values()))}
     manifest["layers"] = [_row(layer, slots) for layer in layers.values()]
-    manifest["grouped"] = {
+    manifest["swappable"] = {
+        "default": "adapter",
         "slots": {name: slot for slot, name in enumerate(adapters)},
         "adapters": {name: adapter_facts(adapter) for name, adapter in adapters.items()},
         "weights": [weight.to_dict() for weight in weights],
@@ -252,7 +255,7 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{', '.join(dict.fromkeys(wrong))} also runs on what is not a row of the batch (such as relative positions "
+            f"{some(dict.fromkeys(wrong))} also runs on what is not a row of the batch (such as relative positions "
             "that all rows share), where rows can't have adapters of their own. Export the adapters apart, or train them "
             "on other layers."
         )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parity_inputs, _parity_layers
+from ._adapter_files import some
 from ._parity_figures import Figures, compare, valid, worst
 from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
@@ -77,6 +78,11 @@ def check_parity(
     base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
     swappable = read_swappable(model) if len(names) < len(graph.graph.inputs) else None
+    if swappable and swappable.slots:
+        raise UserError(
+            f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
+            f"{model} --adapters NAME=PATH ..."
+        )
     weights = fit(read, swappable.weights, swappable.filter_input) if swappable else {}
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
