@@ -255,8 +255,8 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{some(dict.fromkeys(wrong))} also runs on what is not a row of the batch, such as relative positions "
-            "that all rows share: there, rows can't have adapters of their own. Export the adapters apart, or train them on "
+            f"{some(dict.fromkeys(wrong))} also runs on what is no row of the batch, such as relative positions that "
+            "all rows share. There, rows can't have adapters of their own: export the adapters apart, or train them on "
             "other layers."
         )
 
