@@ -23,6 +23,8 @@ from ..schemas import MAX_RANK
 from .files import base_sha256, check_writable, written_aside
 
 if TYPE_CHECKING:
+    import torch
+
     from ..parity import ParityReport
     from .model import BaseModel
 
@@ -100,10 +102,10 @@ def export_adapter(
         )
     with written_aside(out) as aside:
         model = aside / out.name
-        clock = _Clock(step)
+        clock = Clock(step)
         with quiet():
             manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, opset, clock)
-            _write_manifest(aside, manifest)
+            write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
@@ -114,13 +116,14 @@ def export_adapter(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        _write_manifest(aside, manifest)
+        write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes loratrf.json."""
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -137,38 +140,70 @@ def _write_model(
     swappable: str | None,
     dtype: str,
     opset: int | None,
-    clock: _Clock,
+    clock: Clock,
 ) -> dict[str, Any]:
     clock("importing torch and transformers")
     import onnx_ir as ir
     import torch
 
-    from .graph import DEFAULT_OPSET, OPSETS, finish, trace
-    from .model import load_base, sample_inputs
+    from .graph import finish, trace
+    from .model import load_base
     from .swappable import Swap
 
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
+    opset = check_opset(opset)
     clock("loading the base model")
     base = load_base(adapter, base_model)
     clock("adapting")
-    torch_dtype = getattr(torch, dtype)
     swap = Swap(adapter, base, dtype, swappable) if swappable is not None else None
-    layers = _attach(swap.placeholders if swap else adapter, base, mode, torch_dtype)
-    sample = {
-        name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
-        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
-    }
+    layers = _attach(swap.placeholders if swap else adapter, base, mode, getattr(torch, dtype))
     clock("tracing")
-    program = trace(base.model, sample, opset)
+    program = trace(base.model, traced_inputs(base, dtype), opset)
     finish(program, opset)
     if swap:
         swap.apply(program.graph)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
-    _write_companions(base, adapter, out.parent)
-    manifest = {
+    write_companions(base, adapter, out.parent)
+    manifest = common_facts(base, out, mode, dtype, opset)
+    manifest["adapter"] = {
+        **adapter_facts(adapter),
+        "filter_input": adapter.filter_input,
+        "parameters": sum(layer.parameters for layer in adapter.layers.values()),
+    }
+    manifest["layers"] = layers
+    if swap:
+        manifest["swappable"] = swap.facts
+        write_adapter_file(out.with_name(swap.facts["file"]), swap.values, file_facts(adapter, manifest))
+    del base, program
+    gc.collect()
+    return manifest
+
+
+def check_opset(opset: int | None) -> int:
+    """`opset`, or the default for None. Raises UserError for one that can't be exported."""
+    from .graph import DEFAULT_OPSET, OPSETS
+
+    opset = DEFAULT_OPSET if opset is None else opset
+    if opset not in OPSETS:
+        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
+    return opset
+
+
+def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
+    """What a model is traced with: random inputs, floats in `dtype`."""
+    import torch
+
+    from .model import sample_inputs
+
+    return {
+        name: torch.from_numpy(value.astype(dtype) if value.dtype.kind == "f" else value)
+        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
+    }
+
+
+def common_facts(base: BaseModel, out: Path, mode: str, dtype: str, opset: int) -> dict[str, Any]:
+    """What every kind of export's manifest says of the model written to `out`; "adapter" and "layers" are to come."""
+    return {
         "format": 1,
         "loratrf_deploy": __version__,
         "mode": mode,
@@ -176,22 +211,12 @@ def _write_model(
         "dtype": dtype,
         "opset": opset,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
-        "adapter": {
-            **adapter_facts(adapter),
-            "filter_input": adapter.filter_input,
-            "parameters": sum(layer.parameters for layer in adapter.layers.values()),
-        },
+        "adapter": {},
         "base": {"name": Path(base.path).name, "sha256": base_sha256(Path(base.path))},
         "model": {"sha256": file_sha256(out)},
-        "layers": layers,
+        "layers": [],
         "parity": None,
     }
-    if swap:
-        manifest["swappable"] = swap.facts
-        write_adapter_file(out.with_name(swap.facts["file"]), swap.values, file_facts(adapter, manifest))
-    del base, program
-    gc.collect()
-    return manifest
 
 
 def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[dict[str, Any]]:
@@ -233,7 +258,7 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict
     return [{"module": name, "op": "merged", "rank": 0, "filter_rank": 0} for name in names]
 
 
-def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
     from .model import load_tokenizer
 
@@ -248,7 +273,7 @@ def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
         shutil.copy(preprocessor, folder)
 
 
-class _Clock:
+class Clock:
     """Tells `step` what begins and keeps how long each stage took, in seconds."""
 
     def __init__(self, step: Callable[[str], None]):

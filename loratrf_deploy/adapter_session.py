@@ -58,6 +58,11 @@ class AdapterSession:
         options: onnxruntime.SessionOptions | None = None,
     ):
         self._swappable = read_swappable(model)
+        if self._swappable.slots:
+            raise UserError(
+                f"{model} holds several adapters in slots, which its input adapter_ids chooses from row by row. Open "
+                "it with create_session, or export one with --swappable."
+            )
         self._session = create_session(model, library=library, providers=providers, options=options)
         self._device = _DEVICES.get(self._session.get_providers()[0], "cpu")
         self._inputs = [value.name for value in self._session.get_inputs()]

@@ -170,4 +170,11 @@ def _swappable_facts(manifest: dict[str, Any], folder: Path) -> dict[str, Any] |
         except UserError:
             fits = False
         (files if fits else others).append(path.name)
-    return {"default": facts.get("default"), "weights": len(facts["weights"]), "files": files, "other_files": others}
+    slots = facts.get("slots") if isinstance(facts.get("slots"), dict) else {}
+    return {
+        "default": facts.get("default"),
+        "weights": len(facts["weights"]),
+        "slots": slots,
+        "files": files,
+        "other_files": others,
+    }

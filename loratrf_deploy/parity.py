@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parity_inputs, _parity_layers
+from ._adapter_files import some
 from ._parity_figures import Figures, compare, valid, worst
 from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
@@ -68,7 +69,7 @@ def check_parity(
     begin = time.perf_counter()
     model = Path(model)
     step("reading the model")
-    graph = _load_graph(model)
+    graph = load_graph(model)
     dtype = model_dtype(graph)
     tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
     read = read_adapter(adapter)
@@ -77,6 +78,11 @@ def check_parity(
     base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
     swappable = read_swappable(model) if len(names) < len(graph.graph.inputs) else None
+    if swappable and swappable.slots:
+        raise UserError(
+            f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
+            f"{model} --adapters NAME=PATH ..."
+        )
     weights = fit(read, swappable.weights, swappable.filter_input) if swappable else {}
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
@@ -106,7 +112,7 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = _run(model, batches, outputs, library=library, weights=weights)
+        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -115,10 +121,10 @@ def check_parity(
     checks = [
         check
         for variant, run in runs.items()
-        for check in _parity_checks(variant, run, outputs, expected, masks, tolerance)
+        for check in parity_checks(variant, run, outputs, expected, masks, tolerance)
     ]
     worked = next(variant for variant, run in runs.items() if isinstance(run, list))
-    checks += _effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    checks += effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
     if swappable:
         step("running ONNX Runtime without an adapter")
         first = swappable.manifest["adapter"]
@@ -129,11 +135,11 @@ def check_parity(
                 "this is another one"
             )
         else:
-            run = _run(model, batches, outputs, library=worked == VARIANTS[0])
+            run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
         if swappable.default == "base":
             heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
             default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
-        checks += _parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
+        checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
 
     step("comparing layers")
     failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
@@ -167,7 +173,7 @@ def check_parity(
         layers_skipped=skipped,
         layers_reason=layers_reason,
         inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in batches),
-        versions=_versions(),
+        versions=versions(),
         seconds=time.perf_counter() - begin,
     )
 
@@ -196,7 +202,7 @@ def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
     }
 
 
-def _load_graph(model: Path) -> ir.Model:
+def load_graph(model: Path) -> ir.Model:
     import onnx_ir as ir
 
     if not model.is_file():
@@ -209,7 +215,7 @@ def _load_graph(model: Path) -> ir.Model:
         ) from error
 
 
-def _run(
+def run_batches(
     model: Path,
     batches: Sequence[Inputs],
     outputs: Sequence[str],
@@ -237,7 +243,7 @@ class _NotComparable(UserError):
     """What is needed for a comparison is absent, such as the custom-op library: it is skipped, not failed."""
 
 
-def _parity_checks(
+def parity_checks(
     variant: str,
     run: list[Outputs] | UserError,
     outputs: Sequence[str],
@@ -267,7 +273,7 @@ def _parity_checks(
     return checks
 
 
-def _effect_checks(
+def effect_checks(
     run: list[Outputs],
     outputs: Sequence[str],
     expected: Sequence[Outputs],
@@ -330,7 +336,7 @@ def _worst_batch(
     return max(range(len(run)), key=error)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib import metadata
 
     from . import __version__
