@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import onnxruntime as ort
-from bench_encoder import _adapter, _base, _cpu
+from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import _kernels, create_session, read_adapter
 from loratrf_deploy.cli import quiet
@@ -51,12 +51,12 @@ def main() -> None:
     if not args.op_only:
         with tempfile.TemporaryDirectory() as folder:
             rows += model_rows(Path(folder), args)
-    print(f"{_cpu()}, {args.threads} threads, ONNX Runtime {ort.__version__}, {args.rounds} rounds, {BATCH} rows\n")
+    print(f"{cpu()}, {args.threads} threads, ONNX Runtime {ort.__version__}, {args.rounds} rounds, {BATCH} rows\n")
     for row in rows:
         ratios = ", ".join(f"{name}: {ratio:.3f}" for name, ratio in row["ratios"].items())
         print(f"{row['what']}: {row['ms']:.2f} ms; {row['by']}: {ratios}")
     if args.out:
-        args.out.write_text(json.dumps({"machine": _cpu(), "threads": args.threads, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": cpu(), "threads": args.threads, "rows": rows}, indent=1) + "\n")
 
 
 def adapter_ids(different: int, together: bool) -> np.ndarray:
@@ -104,8 +104,8 @@ def operator_row(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def model_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
-        base = _base(folder / "base", "bert-base")
-        adapter = _adapter(base, folder / "adapter", "loratrf")
+        base = make_base(folder / "base", "bert-base")
+        adapter = make_adapter(base, folder / "adapter", "loratrf")
         export_grouped({"first": adapter}, folder / "model" / "model.onnx", base_model=base, check=False)
         reference = load_base(read_adapter(adapter), base)
         contract = read_swappable(folder / "model" / "model.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from .._adapter_files import some
 from ..adapter import Adapter, LayerAdapter, check_fits, read_adapter
-from ..adapter_file import adapter_facts
+from ..adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
 from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
@@ -63,6 +64,10 @@ def export_grouped(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
     check_writable(out)
+    if odd := [name for name in adapters if Path(f"{name}{SUFFIX}").name != f"{name}{SUFFIX}"]:
+        raise UserError(
+            f"--adapters has the name {odd[0]!r}, which is to be a file's: {odd[0]}{SUFFIX}. Choose another."
+        )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     _check_together(loaded, base_model)
     with written_aside(out) as aside:
@@ -94,6 +99,11 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         raise UserError("--adapters names no adapter, expected at least one: --adapters NAME=PATH ...")
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
+        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
+            raise UserError(
+                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
+                "letters, digits, spaces and . _ + -, not beginning with a dot."
+            )
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
@@ -135,8 +145,9 @@ def _write_model(
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
     weights += _head_weights(adapters, base, dtype)
     slots = Slots(weights, len(adapters))
-    for slot, adapter in enumerate(adapters.values()):
-        slots.put(slot, fit(adapter, weights, filter_input))
+    values = [fit(adapter, weights, filter_input) for adapter in adapters.values()]
+    for slot, own in enumerate(values):
+        slots.put(slot, own)
     _attach(base, layers, weights, filter_input)
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
@@ -158,6 +169,8 @@ def _write_model(
         "adapters": {name: adapter_facts(adapter) for name, adapter in adapters.items()},
         "weights": [weight.to_dict() for weight in weights],
     }
+    for (name, adapter), own in zip(adapters.items(), values, strict=True):
+        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, file_facts(adapter, manifest))
     del base, program
     gc.collect()
     return manifest

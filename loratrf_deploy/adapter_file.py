@@ -86,7 +86,7 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     except OSError as error:
         raise UserError(f"Can't read the adapter file {path}: {error.strerror or error}.") from error
     block.flags.writeable = False
-    raw = memoryview(block)
+    raw = block.data
     try:
         length, checksum, magic = _END.unpack_from(raw, len(raw) - _END.size)
         end = len(raw) - _END.size - length
@@ -128,7 +128,7 @@ class _Reader:
     """Reads the flatbuffer. struct and the slices below raise where an offset leaves the block; none is negative."""
 
     def __init__(self, block: NDArray[np.uint8]):
-        self._block, self._raw = block, memoryview(block)
+        self._block, self._raw = block, block.data
 
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Table Adapter {format_version, adapter_version, model_version: int32; parameters: [Parameter]}."""

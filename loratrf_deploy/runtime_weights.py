@@ -145,8 +145,8 @@ def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -
 
 def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
     if not weight.in_layer:
-        value = adapter.modules_to_save[weight.module][weight.part]
-        return value.T if weight.transposed else value
+        saved = adapter.modules_to_save[weight.module][weight.part]
+        return saved.T if weight.transposed else saved
     layer = adapter.layers.get(weight.module)
     value = getattr(layer, weight.part, None)
     if layer is None or value is None:
@@ -252,9 +252,13 @@ def read_swappable(model: str | Path) -> Swappable:
     if facts is None:
         raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
     weights = _read_weights(facts.get("weights")) if isinstance(facts, dict) else None
-    slots = facts.get("slots", {}) if isinstance(facts, dict) else None
-    fits = isinstance(slots, dict) and list(slots.values()) == list(range(len(slots)))
-    if weights is None or not fits or facts.get("default") not in DEFAULTS:
+    slots = facts.get("slots", {}) if isinstance(facts, dict) else {}
+    if (
+        weights is None
+        or not isinstance(slots, dict)
+        or list(slots.values()) != list(range(len(slots)))
+        or facts.get("default") not in DEFAULTS
+    ):
         raise UserError(f"{path} is damaged: swappable is not what loratrf-export writes. Export the model again.")
     if (manifest["model"] or {}).get("sha256") != file_sha256(model):
         raise UserError(
