@@ -64,10 +64,12 @@ def export_grouped(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
     check_writable(out)
-    if odd := [name for name in adapters if Path(f"{name}{SUFFIX}").name != f"{name}{SUFFIX}"]:
-        raise UserError(
-            f"--adapters has the name {odd[0]!r}, which is to be a file's: {odd[0]}{SUFFIX}. Choose another."
-        )
+    for name in adapters:
+        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
+            raise UserError(
+                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
+                "letters, digits, spaces and . _ + -, not beginning with a dot."
+            )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     _check_together(loaded, base_model)
     with written_aside(out) as aside:
@@ -99,11 +101,6 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         raise UserError("--adapters names no adapter, expected at least one: --adapters NAME=PATH ...")
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
-        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
-            raise UserError(
-                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
-                "letters, digits, spaces and . _ + -, not beginning with a dot."
-            )
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
