@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -89,11 +90,13 @@ def export_adapter(
         model = aside / out.name
         clock = _Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
+            with _collector_off():
+                manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
             report = None
             if check:
                 from ..parity import check_parity
 
+                gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
                 report = check_parity(model, Path(adapter), base_model)
                 if not report.passed:
@@ -159,8 +162,6 @@ def _write_model(
         "layers": layers,
         "parity": None,
     }
-    del base, program
-    gc.collect()
     return manifest
 
 
@@ -216,6 +217,18 @@ def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     elif (preprocessor := Path(base.path) / "preprocessor_config.json").is_file():
         shutil.copy(preprocessor, folder)
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Switches Python's cycle collector off: walking the millions of live objects of a trace takes 15 % of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Clock:
