@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 
@@ -10,7 +11,8 @@ namespace {
 // One operator's shapes on the way to a verdict.
 class Checker {
  public:
-  Checker(Op op, const std::vector<Shape>& shapes) : info_(InfoOf(op)), shapes_(shapes) {}
+  Checker(Op op, const std::vector<Shape>& shapes)
+      : info_(InfoOf(op)), shapes_(shapes), grouped_(op == Op::kGroupedLoraTrf) {}
 
   // Input `index` is (...,size); a size below 1 is learnt from it. Its leading dimensions are those of input 0.
   bool Tokens(size_t index, const char* letter, int64_t* size) {
@@ -23,19 +25,26 @@ class Checker {
     return true;
   }
 
+  // Input `index` is (size), grouped (S,size).
   bool Vector(size_t index, const char* letter, int64_t size) {
-    if (shapes_[index] == Shape{size}) return true;
-    return Fail(index, "(" + Letter(letter, size) + ")");
+    if (shapes_[index] == Expected({size})) return true;
+    return Fail(index, Letters({Letter(letter, size)}));
   }
 
-  // Input `index` is (rows, cols); the one of them that is below 1 is the rank, learnt from it.
+  // Input `index` is (rows, cols), grouped (S, rows, cols); the one of them that is negative is the rank, learnt from
+  // it. A grouped call's first weight tells S.
   bool Matrix(size_t index, const char* row_letter, int64_t* rows, const char* col_letter, int64_t* cols) {
     const Shape& shape = shapes_[index];
-    const bool fits = shape.size() == 2 && shape[0] >= 1 && shape[1] >= 1 && (*rows < 1 || shape[0] == *rows) &&
-                      (*cols < 1 || shape[1] == *cols);
-    if (!fits) return Fail(index, "(" + Letter(row_letter, *rows) + ", " + Letter(col_letter, *cols) + ")");
-    int64_t* rank = *rows < 1 ? rows : *cols < 1 ? cols : nullptr;
-    const int64_t value = rank == rows ? shape[0] : shape[1];
+    const size_t axis = grouped_;  // of rows
+    if (grouped_ && slots_ < 0 && shape.size() == 3) slots_ = shape[0];
+    int64_t* rank = *rows < 0 ? rows : *cols < 0 ? cols : nullptr;
+    int64_t value = rank == rows && shape.size() == axis + 2   ? shape[axis]
+                    : rank == cols && shape.size() == axis + 2 ? shape[axis + 1]
+                                                               : -1;
+    const bool known = !rank || value >= (grouped_ ? 0 : 1);
+    if (!known || shape != Expected({rank == rows ? value : *rows, rank == cols ? value : *cols})) {
+      return Fail(index, Letters({Letter(row_letter, *rows), Letter(col_letter, *cols)}));
+    }
     if (rank && value > kMaxRank) {
       error_ = std::string(info_.name) + ": " + info_.inputs[index] + " " + Describe(shape) + " has rank " +
                std::to_string(value) + ", the kernels take at most " + std::to_string(kMaxRank) +
@@ -44,6 +53,14 @@ class Checker {
     }
     if (rank) *rank = value;
     return true;
+  }
+
+  // Input `index` is (batch), the first dimension of input 0, which has another one before its features.
+  bool AdapterIds(size_t index, int64_t* batch) {
+    if (shapes_[0].size() < 2) return Fail(0, "(batch, ..., N) with a batch row each for adapter_ids");
+    *batch = shapes_[0][0];
+    if (shapes_[index] == Shape{*batch}) return true;
+    return Fail(index, "(batch = " + std::to_string(*batch) + "), one adapter for each row of base");
   }
 
   // T: the product of input 0's leading dimensions.
@@ -60,11 +77,25 @@ class Checker {
     return true;
   }
 
+  int64_t slots() const { return slots_ < 0 ? 0 : slots_; }
   const std::string& error() const { return error_; }
 
  private:
   static std::string Letter(const char* letter, int64_t size) {
-    return size < 1 ? std::string(letter) : std::string(letter) + " = " + std::to_string(size);
+    return size < 0 ? std::string(letter) : std::string(letter) + " = " + std::to_string(size);
+  }
+
+  // A weight's shape with the slots before it, where there are slots.
+  Shape Expected(Shape shape) const {
+    if (grouped_) shape.insert(shape.begin(), slots_);
+    return shape;
+  }
+
+  std::string Letters(std::vector<std::string> letters) const {
+    if (grouped_) letters.insert(letters.begin(), Letter("S", slots_));
+    std::string text = "(";
+    for (size_t i = 0; i < letters.size(); ++i) text += (i ? ", " : "") + letters[i];
+    return text + ")";
   }
 
   bool Fail(size_t index, const std::string& expected) {
@@ -79,57 +110,12 @@ class Checker {
 
   const OpInfo& info_;
   const std::vector<Shape>& shapes_;
+  const bool grouped_;
+  int64_t slots_ = -1;  // S, once a weight has told it
   std::string error_;
 };
 
-}  // namespace
-
-const OpInfo& InfoOf(Op op) {
-  static const OpInfo kInfos[] = {
-      {"LowRank", {"base", "x", "A", "B"}},
-      {"TaskFilter", {"z", "tau", "C", "D"}},
-      {"LoraTrf", {"base", "x", "A", "B", "tau", "C", "D"}},
-  };
-  return kInfos[static_cast<int>(op)];
-}
-
-std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims) {
-  Checker check(op, shapes);
-  Dims d;
-  bool fits = check.Tokens(0, "N", &d.N);
-  if (op != Op::kTaskFilter) {
-    fits = fits && check.Tokens(1, "K", &d.K) && check.Matrix(2, "R", &d.R, "K", &d.K) &&
-           check.Matrix(3, "N", &d.N, "R", &d.R);
-  }
-  if (op != Op::kLowRank) {
-    const size_t tau = op == Op::kTaskFilter ? 1 : 4;
-    fits = fits && check.Vector(tau, "N", d.N) && check.Matrix(tau + 1, "F", &d.F, "N", &d.N) &&
-           check.Matrix(tau + 2, "N", &d.N, "F", &d.F);
-  }
-  fits = fits && check.CountTokens(&d.T);
-  if (fits) *dims = d;
-  return check.error();
-}
-
-std::string ParseFilterInput(const std::string& text, FilterInput* out) {
-  if (text == "adapted" || text == "base") {
-    *out = text == "base" ? FilterInput::kBase : FilterInput::kAdapted;
-    return "";
-  }
-  // A stranger's text: keep it short and printable.
-  std::string shown = text.substr(0, 40);
-  std::replace_if(shown.begin(), shown.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
-  return "LoraTrf: filter_input is \"" + shown + (text.size() > shown.size() ? "..." : "") +
-         "\", expected \"adapted\" or \"base\".";
-}
-
-std::string Describe(const Shape& shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + ")";
-}
-
-std::string Describe(Op op, Status status) {
+std::string Word(Op op, Status status) {
   const std::string name = std::string(InfoOf(op).name) + ": ";
   switch (status) {
     case Status::kOk:
@@ -142,8 +128,68 @@ std::string Describe(Op op, Status status) {
       return name + "a tensor has no data.";
     case Status::kOutOfMemory:
       return name + "no memory for scratch.";
+    case Status::kBadAdapterId:
+      return name + "an adapter id is out of range.";
   }
   return name + "unknown status.";
+}
+
+}  // namespace
+
+const OpInfo& InfoOf(Op op) {
+  static const OpInfo kInfos[] = {
+      {"LowRank", {"base", "x", "A", "B"}},
+      {"TaskFilter", {"z", "tau", "C", "D"}},
+      {"LoraTrf", {"base", "x", "A", "B", "tau", "C", "D"}},
+      {"GroupedLoraTrf", {"base", "x", "A", "B", "tau", "C", "D", "adapter_ids"}},
+  };
+  return kInfos[static_cast<int>(op)];
+}
+
+bool HasFilterInput(Op op) { return op == Op::kLoraTrf || op == Op::kGroupedLoraTrf; }
+
+bool IsWeight(const char* input) { return input[1] == '\0' && input[0] >= 'A' && input[0] <= 'D'; }
+
+bool IsAdapterIds(const char* input) { return strcmp(input, "adapter_ids") == 0; }
+
+std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims) {
+  Checker check(op, shapes);
+  Dims d;
+  (op == Op::kTaskFilter ? d.F : d.R) = -1;  // not known yet
+  if (op != Op::kLowRank) d.F = -1;
+  bool fits = check.Tokens(0, "N", &d.N);
+  if (op != Op::kTaskFilter) {
+    fits = fits && check.Tokens(1, "K", &d.K) && check.Matrix(2, "R", &d.R, "K", &d.K) &&
+           check.Matrix(3, "N", &d.N, "R", &d.R);
+  }
+  if (op != Op::kLowRank) {
+    const size_t tau = op == Op::kTaskFilter ? 1 : 4;
+    fits = fits && check.Vector(tau, "N", d.N) && check.Matrix(tau + 1, "F", &d.F, "N", &d.N) &&
+           check.Matrix(tau + 2, "N", &d.N, "F", &d.F);
+  }
+  if (op == Op::kGroupedLoraTrf) fits = fits && check.AdapterIds(7, &d.batch);
+  fits = fits && check.CountTokens(&d.T);
+  d.S = check.slots();
+  if (fits) *dims = d;
+  return check.error();
+}
+
+std::string ParseFilterInput(Op op, const std::string& text, FilterInput* out) {
+  if (text == "adapted" || text == "base") {
+    *out = text == "base" ? FilterInput::kBase : FilterInput::kAdapted;
+    return "";
+  }
+  // A stranger's text: keep it short and printable.
+  std::string shown = text.substr(0, 40);
+  std::replace_if(shown.begin(), shown.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return std::string(InfoOf(op).name) + ": filter_input is \"" + shown + (text.size() > shown.size() ? "..." : "") +
+         "\", expected \"adapted\" or \"base\".";
+}
+
+std::string Describe(const Shape& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + ")";
 }
 
 std::string ChooseIsa(const Isa** isa) {
@@ -155,18 +201,35 @@ std::string ChooseIsa(const Isa** isa) {
 }
 
 Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
-           const void* const* t, const float* const* packed, void* y) {
+           const void* const* t, const float* const* packed, void* y, std::string* error) {
   const auto weight = [&](int i) { return Weight{t[i], packed ? packed[i] : nullptr}; };
+  Status status = Status::kBadSize;
   switch (op) {
     case Op::kLowRank:
-      return LowRank(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, t[0], t[1], weight(2), weight(3), y);
+      status = LowRank(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, t[0], t[1], weight(2), weight(3), y);
+      break;
     case Op::kTaskFilter:
-      return TaskFilter(isa, parallel, type, dims.T, dims.N, dims.F, t[0], t[1], weight(2), weight(3), y);
+      status = TaskFilter(isa, parallel, type, dims.T, dims.N, dims.F, t[0], t[1], weight(2), weight(3), y);
+      break;
     case Op::kLoraTrf:
-      return LoraTrf(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, dims.F, filter_input, t[0], t[1], weight(2),
-                     weight(3), t[4], weight(5), weight(6), y);
+      status = LoraTrf(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, dims.F, filter_input, t[0], t[1], weight(2),
+                       weight(3), t[4], weight(5), weight(6), y);
+      break;
+    case Op::kGroupedLoraTrf: {
+      const auto* adapter_ids = static_cast<const int64_t*>(t[7]);
+      const int64_t tokens = dims.batch ? dims.T / dims.batch : 0;
+      int64_t row = 0;
+      status = GroupedLoraTrf(isa, parallel, type, dims.batch, tokens, dims.K, dims.N, dims.R, dims.F, dims.S,
+                              filter_input, t[0], t[1], t[2], t[3], t[4], t[5], t[6], adapter_ids, y, &row);
+      if (status != Status::kBadAdapterId) break;
+      *error = "GroupedLoraTrf: adapter_ids[" + std::to_string(row) + "] is " + std::to_string(adapter_ids[row]) +
+               ", expected -1 (base alone) to " + std::to_string(dims.S - 1) + " (" + std::to_string(dims.S) +
+               " slots).";
+      return status;
+    }
   }
-  return Status::kBadSize;
+  *error = Word(op, status);
+  return status;
 }
 
 }  // namespace loratrf

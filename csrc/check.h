@@ -10,7 +10,8 @@
 
 namespace loratrf {
 
-enum class Op : int { kLowRank, kTaskFilter, kLoraTrf };
+enum class Op : int { kLowRank, kTaskFilter, kLoraTrf, kGroupedLoraTrf };
+constexpr Op kOps[] = {Op::kLowRank, Op::kTaskFilter, Op::kLoraTrf, Op::kGroupedLoraTrf};
 
 struct OpInfo {
   const char* name;                 // the ONNX operator
@@ -18,27 +19,35 @@ struct OpInfo {
 };
 const OpInfo& InfoOf(Op op);
 
+// Whether the node has the attribute filter_input.
+bool HasFilterInput(Op op);
+// A weight is a matrix among the inputs: all but base, x (or z), tau and adapter_ids.
+bool IsWeight(const char* input);
+// The one input that is int64.
+bool IsAdapterIds(const char* input);
+
 using Shape = std::vector<int64_t>;
 
-// The letters of a call; a half that the operator lacks has rank 0.
+// The letters of a call; a half that the operator lacks has rank 0. A grouped call's T tokens are those of `batch`
+// rows.
 struct Dims {
-  int64_t T = 0, K = 0, N = 0, R = 0, F = 0;
+  int64_t T = 0, K = 0, N = 0, R = 0, F = 0, S = 0, batch = 0;
 };
 
 // Fills *dims from the inputs' shapes, in InfoOf(op)'s order. Returns "" or what doesn't fit, with every shape.
 std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims);
 
 // "adapted" or "base"; returns "" or what was wrong.
-std::string ParseFilterInput(const std::string& text, FilterInput* out);
+std::string ParseFilterInput(Op op, const std::string& text, FilterInput* out);
 
 std::string Describe(const Shape& shape);  // (2, 3)
-std::string Describe(Op op, Status status);
 
 // The kernels of the environment variable LORATRF_ISA, or the best ones of this CPU. Returns "" or what was wrong.
 std::string ChooseIsa(const Isa** isa);
 
-// The tensors of a call, in InfoOf(op)'s order, and its kernel. packed may be null, or hold nulls.
+// The kernel on the tensors of a call, in InfoOf(op)'s order. packed may be null, or hold nulls. Returns kOk, or
+// another status with *error saying what was wrong.
 Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
-           const void* const* tensors, const float* const* packed, void* y);
+           const void* const* tensors, const float* const* packed, void* y, std::string* error);
 
 }  // namespace loratrf

@@ -7,7 +7,7 @@ namespace loratrf {
 namespace dlpack {
 
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloatCode = 2, kBFloatCode = 4;
+constexpr uint8_t kIntCode = 0, kFloatCode = 2, kBFloatCode = 4;
 
 struct Device {
   int32_t type, id;

@@ -28,7 +28,7 @@ constexpr uint32_t kApiVersion = 18;
 // OrtErrorCode
 constexpr int kFail = 1, kInvalidArgument = 2;
 // ONNXTensorElementDataType
-constexpr int kFloat = 1, kFloat16 = 10, kBFloat16 = 16;
+constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;
 // OrtCustomOpInputOutputCharacteristic
 constexpr int kRequired = 0;
 // OrtMemType

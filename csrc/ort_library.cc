@@ -107,9 +107,6 @@ struct Kernel {
   std::vector<Shape> packed_shapes;
 };
 
-// A weight is a matrix among the inputs: all but base, x (or z) and tau.
-bool IsWeight(const char* input) { return input[1] == '\0' && input[0] >= 'A' && input[0] <= 'D'; }
-
 void PackConstants(Kernel* kernel, const OrtKernelInfo* info) {
   const std::vector<const char*>& inputs = InfoOf(kernel->op).inputs;
   kernel->packed.resize(inputs.size());
@@ -163,8 +160,8 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi* api, const OrtKer
     kernel->type = custom.type;
     kernel->element_type = custom.element_type;
     std::string error = ChooseIsa(&kernel->isa);
-    if (error.empty() && custom.op == Op::kLoraTrf) {
-      error = ParseFilterInput(StringAttribute(api, info, "filter_input", "adapted"), &kernel->filter_input);
+    if (error.empty() && HasFilterInput(custom.op)) {
+      error = ParseFilterInput(custom.op, StringAttribute(api, info, "filter_input", "adapted"), &kernel->filter_input);
     }
     if (!error.empty()) return Error(api, error);
     PackConstants(kernel.get(), info);
@@ -206,10 +203,10 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
       if (!value) return Error(api, std::string(info.name) + ": input " + info.inputs[i] + " is missing.");
       int element_type = 0;
       shapes[i] = ShapeOf(api, value, &element_type);
-      if (element_type != kernel.element_type) {
-        return Error(api, std::string(info.name) + ": " + info.inputs[i] + " has another type than " + info.inputs[0] +
-                              " (ONNX types " + std::to_string(element_type) + " and " +
-                              std::to_string(kernel.element_type) + ").");
+      const int expected = IsAdapterIds(info.inputs[i]) ? ort::kInt64 : kernel.element_type;
+      if (element_type != expected) {
+        return Error(api, std::string(info.name) + ": " + info.inputs[i] + " has ONNX type " +
+                              std::to_string(element_type) + ", expected " + std::to_string(expected) + ".");
       }
       tensors[i] = DataOf(api, value);
     }
@@ -218,12 +215,13 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
     if (!error.empty()) return Error(api, error);
     OrtValue* output = nullptr;
     Check(ort::KernelContext_GetOutput(api)(context, 0, shapes[0].data(), shapes[0].size(), &output));
-    if (!output || dims.T == 0) return nullptr;
+    if (!output) return nullptr;
     HostThreads host{api, context};
+    std::string fault;
     const Status status = Run(kernel.op, kernel.isa, {HostThreads::Run, &host}, kernel.type, dims, kernel.filter_input,
-                              tensors.data(), packed.data(), DataOf(api, output));
+                              tensors.data(), packed.data(), DataOf(api, output), &fault);
     Check(host.status);
-    return status == Status::kOk ? nullptr : Error(api, Describe(kernel.op, status));
+    return status == Status::kOk ? nullptr : Error(api, fault);
   });
 }
 
@@ -269,9 +267,11 @@ CustomOp MakeOp(const OrtApi* api, Op op, Type type, int element_type) {
   custom.GetName = [](const OrtCustomOp* self) { return InfoOf(Of(self).op).name; };
   custom.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
   custom.GetInputTypeCount = [](const OrtCustomOp* self) { return InfoOf(Of(self).op).inputs.size(); };
-  custom.GetInputType = [](const OrtCustomOp* self, size_t) { return Of(self).element_type; };
+  custom.GetInputType = [](const OrtCustomOp* self, size_t index) {
+    return IsAdapterIds(InfoOf(Of(self).op).inputs[index]) ? ort::kInt64 : Of(self).element_type;
+  };
   custom.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  custom.GetOutputType = custom.GetInputType;
+  custom.GetOutputType = [](const OrtCustomOp* self, size_t) { return Of(self).element_type; };
   custom.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
   custom.GetOutputCharacteristic = custom.GetInputCharacteristic;
   custom.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ort::kMemDefault; };
@@ -303,7 +303,7 @@ Registration* RegistrationOf(const OrtApi* api) {
   }
   auto made = std::make_unique<Registration>();
   made->api = api;
-  for (Op op : {Op::kLowRank, Op::kTaskFilter, Op::kLoraTrf}) {
+  for (Op op : kOps) {
     made->ops.push_back(MakeOp(api, op, Type::kFloat32, ort::kFloat));
     made->ops.push_back(MakeOp(api, op, Type::kFloat16, ort::kFloat16));
     made->ops.push_back(MakeOp(api, op, Type::kBFloat16, ort::kBFloat16));

@@ -23,24 +23,27 @@ struct Borrowed {
   py::object capsule;
   void* data;
   Shape shape;
-  Type type;
+  Type type;  // of one that isn't int64
 };
 
 [[noreturn]] void TypeFault(const char* name, const std::string& got, const std::string& expected) {
   throw py::type_error(std::string(name) + " is " + got + ", expected " + expected + ".");
 }
 
-constexpr char kTypes[] = "float32, float16 or bfloat16";
+const char* TypesOf(const char* name) { return IsAdapterIds(name) ? "int64" : "float32, float16 or bfloat16"; }
 
 Borrowed FromBuffer(const py::buffer& source, const char* name, bool writable) {
   Borrowed tensor;
   py::buffer_info info = source.request(writable);
-  if (info.format == "f" && info.itemsize == 4) {
+  if (IsAdapterIds(name)) {
+    const bool is_int64 = info.itemsize == 8 && (info.format == "l" || info.format == "q");
+    if (!is_int64) TypeFault(name, "of buffer format \"" + info.format + "\"", TypesOf(name));
+  } else if (info.format == "f" && info.itemsize == 4) {
     tensor.type = Type::kFloat32;
   } else if (info.format == "e" && info.itemsize == 2) {
     tensor.type = Type::kFloat16;
   } else {
-    TypeFault(name, "of buffer format \"" + info.format + "\"", kTypes);
+    TypeFault(name, "of buffer format \"" + info.format + "\"", TypesOf(name));
   }
   tensor.shape.assign(info.shape.begin(), info.shape.end());
   py::ssize_t stride = info.itemsize;
@@ -66,15 +69,18 @@ Borrowed FromDlpack(const py::object& source, const char* name) {
   const auto is = [&](uint8_t code, uint8_t bits) {
     return lent.dtype.code == code && lent.dtype.bits == bits && lent.dtype.lanes == 1;
   };
-  if (is(dlpack::kFloatCode, 32)) {
+  const bool ids = IsAdapterIds(name);
+  if (ids && is(dlpack::kIntCode, 64)) {
+    tensor.type = Type::kFloat32;  // nobody reads it
+  } else if (!ids && is(dlpack::kFloatCode, 32)) {
     tensor.type = Type::kFloat32;
-  } else if (is(dlpack::kFloatCode, 16)) {
+  } else if (!ids && is(dlpack::kFloatCode, 16)) {
     tensor.type = Type::kFloat16;
-  } else if (is(dlpack::kBFloatCode, 16)) {
+  } else if (!ids && is(dlpack::kBFloatCode, 16)) {
     tensor.type = Type::kBFloat16;
   } else {
     TypeFault(name, "of DLPack type " + std::to_string(lent.dtype.code) + "/" + std::to_string(lent.dtype.bits),
-              kTypes);
+              TypesOf(name));
   }
   tensor.shape.assign(lent.shape, lent.shape + lent.ndim);
   const bool empty = std::find(tensor.shape.begin(), tensor.shape.end(), 0) != tensor.shape.end();
@@ -117,7 +123,7 @@ void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out
   for (size_t i = 0; i < inputs.size(); ++i) {
     tensors.push_back(Borrow(inputs[i], info.inputs[i], false));
     shapes.push_back(tensors[i].shape);
-    if (tensors[i].type != tensors[0].type) {
+    if (!IsAdapterIds(info.inputs[i]) && tensors[i].type != tensors[0].type) {
       TypeFault(info.inputs[i], "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
     }
   }
@@ -129,7 +135,7 @@ void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out
     error = std::string(info.name) + ": out is " + Describe(y.shape) + ", expected " + Describe(shapes[0]) + ".";
   }
   FilterInput filter = FilterInput::kAdapted;
-  if (error.empty()) error = ParseFilterInput(filter_input, &filter);
+  if (error.empty()) error = ParseFilterInput(op, filter_input, &filter);
   if (!error.empty()) throw py::value_error(error);
 
   const Isa* isa = CurrentIsa();
@@ -142,15 +148,15 @@ void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out
     std::vector<std::vector<float>> memory(tensors.size());
     std::vector<const float*> packed(tensors.size());
     for (size_t i = 0; prepack && i < tensors.size(); ++i) {
-      if (info.inputs[i][1] != '\0' || info.inputs[i][0] < 'A' || info.inputs[i][0] > 'D') continue;
+      if (op == Op::kGroupedLoraTrf || !IsWeight(info.inputs[i])) continue;
       memory[i].resize(PackedSize(isa, shapes[i][0], shapes[i][1]));
       Pack(isa, tensors[i].type, shapes[i][0], shapes[i][1], data[i], memory[i].data());
       packed[i] = memory[i].data();
     }
-    status = Run(op, isa, Threads(&threads), tensors[0].type, dims, filter, data.data(), packed.data(), y.data);
+    status = Run(op, isa, Threads(&threads), tensors[0].type, dims, filter, data.data(), packed.data(), y.data, &error);
   }
   if (status == Status::kOutOfMemory) throw std::bad_alloc();
-  if (status != Status::kOk) throw py::value_error(Describe(op, status));
+  if (status != Status::kOk) throw py::value_error(error);
 }
 
 }  // namespace
@@ -162,7 +168,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.doc() = "The operators on CPU tensors, each into an `out` of the first input's shape (which may be that input).";
   m.attr("MAX_RANK") = kMaxRank;
   py::dict ops;
-  for (Op op : {Op::kLowRank, Op::kTaskFilter, Op::kLoraTrf}) {
+  for (Op op : kOps) {
     py::list inputs;
     for (const char* input : InfoOf(op).inputs) inputs.append(input);
     ops[InfoOf(op).name] = inputs;
@@ -190,6 +196,15 @@ PYBIND11_MODULE(_kernels, m) {
       py::arg("base"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("tau"), py::arg("C"), py::arg("D"),
       py::arg("out"), py::arg("filter_input") = "adapted", py::kw_only(), py::arg("threads") = 0,
       py::arg("prepack") = false, "out = h + ((s·z) Cᵀ) Dᵀ, h = base + (x Aᵀ) Bᵀ, z = h or base");
+  m.def(
+      "grouped_lora_trf",
+      [](Object base, Object x, Object A, Object B, Object tau, Object C, Object D, Object adapter_ids, Object out,
+         const std::string& filter_input, int threads) {
+        Compute(Op::kGroupedLoraTrf, {base, x, A, B, tau, C, D, adapter_ids}, out, filter_input, threads, false);
+      },
+      py::arg("base"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("tau"), py::arg("C"), py::arg("D"),
+      py::arg("adapter_ids"), py::arg("out"), py::arg("filter_input") = "adapted", py::kw_only(),
+      py::arg("threads") = 0, "lora_trf with the weights of slot adapter_ids[row], row by row; base for id -1");
   m.def("isa", [] { return IsaName(CurrentIsa()); }, "Name of the instruction set in use.");
   m.def(
       "isas",

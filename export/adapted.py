@@ -11,19 +11,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter import Adapter, LayerAdapter
-from ..schemas import DOMAIN, OPS, VERSION
+from ..runtime_weights import LAYER_PARTS
+from ..schemas import DOMAIN, FUNCTIONS, OPS, VERSION
 
 __all__ = ["AdaptedLinear", "attach"]
 
-_MODULE_OF_INPUT = {"A": "lora_A", "B": "lora_B", "tau": "trf_tau", "C": "trf_C", "D": "trf_D"}
+_PARAMETER_OF_INPUT = {**LAYER_PARTS, "W": "slots.weight", "b": "slots.bias"}
 
 
 class AdaptedLinear(nn.Module):
     """y = OP(base_layer(x), [x,] weights): a frozen linear layer followed by one loratrf operator in the ONNX graph.
 
-    The operator is LowRank, TaskFilter or LoraTrf by which halves `weights` holds. B carries alpha/R and D carries
-    gamma already. Parameters are named as in adapter files, so that initializers are too. Only for tracing: run
-    eagerly it returns unspecified values.
+    `weights` are the operator's, by input. B carries alpha/R and D carries gamma already. Parameters are named as in
+    adapter files, so that initializers are too. A grouped operator's adapter_ids are left out: they are an input
+    of the graph, which the grouped export adds. Only for tracing: run eagerly it returns unspecified values.
     """
 
     def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: dict[str, str]):
@@ -31,17 +32,15 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.op, self.attributes = op, attributes
         for name, value in weights.items():
-            parameter = nn.Parameter(value, requires_grad=False)
-            if name == "tau":
-                self.trf_tau = parameter
-            else:
-                holder = nn.Module()
-                holder.weight = parameter
-                self.add_module(_MODULE_OF_INPUT[name], holder)
+            holder, _, parameter = _PARAMETER_OF_INPUT[name].rpartition(".")
+            if holder and holder not in self._modules:
+                self.add_module(holder, nn.Module())
+            owner = self.get_submodule(holder)
+            owner.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.base_layer(x)
-        inputs = [self._input(name, hidden, x) for name in OPS[self.op].inputs]
+        inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != "adapter_ids"]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,
@@ -56,8 +55,7 @@ class AdaptedLinear(nn.Module):
             return hidden
         if name == "x":
             return x
-        held = getattr(self, _MODULE_OF_INPUT[name])
-        return held if name == "tau" else held.weight
+        return self.get_parameter(_PARAMETER_OF_INPUT[name])
 
 
 def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[dict[str, Any]]:

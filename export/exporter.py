@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..adapter import Adapter, LayerAdapter, read_adapter
+from ..adapter_file import adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
+from ..manifest import MANIFEST, file_sha256
+from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
-from .files import base_sha256, check_writable, file_sha256, written_aside
+from .files import base_sha256, check_writable, written_aside
 
 if TYPE_CHECKING:
+    import torch
+
     from ..parity import ParityReport
     from .model import BaseModel
 
@@ -57,6 +62,7 @@ def export_adapter(
     *,
     base_model: str | Path | None = None,
     mode: str = "merged",
+    swappable: str | None = None,
     dtype: str = "float32",
     opset: int | None = None,
     check: bool = True,
@@ -65,14 +71,21 @@ def export_adapter(
     """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
 
     mode "merged" folds the low-rank halves into the weights and keeps an operator only where there is a task-aware
-    filter; "separate" keeps every half as an operator beside its frozen layer. `base_model` None takes the adapter's
-    own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
+    filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with
+    mode "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
+    nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own.
+    `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
     `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
     way nothing is left behind.
     """
     out = Path(out)
     if mode not in MODES:
         raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
+    if swappable is not None and (mode != "separate" or swappable not in DEFAULTS):
+        raise UserError(
+            f"--swappable is {swappable!r} with --mode {mode}, expected {' or '.join(DEFAULTS)} with --mode separate: "
+            "an adapter that is folded into the weights can't be swapped."
+        )
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
     check_writable(out)
@@ -81,6 +94,8 @@ def export_adapter(
         raise UserError(
             f"The adapter {adapter} can't be kept separate: {loaded.not_separable}. Export it merged: --mode merged."
         )
+    if swappable is not None:
+        check_swappable(loaded)
     if high := [name for name, layer in loaded.layers.items() if max(_kept_ranks(layer, mode)) > MAX_RANK]:
         raise UserError(
             f"The adapter {adapter} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the operators take."
@@ -88,10 +103,11 @@ def export_adapter(
         )
     with written_aside(out) as aside:
         model = aside / out.name
-        clock = _Clock(step)
+        clock = Clock(step)
         with quiet():
-            with _collector_off():
-                manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
+            with collector_off():
+                manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, opset, clock)
+            _write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
@@ -103,10 +119,14 @@ def export_adapter(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        (aside / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
@@ -115,34 +135,75 @@ def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
 
 
 def _write_model(
-    adapter: Adapter, base_model: str | Path | None, out: Path, mode: str, dtype: str, opset: int | None, clock: _Clock
+    adapter: Adapter,
+    base_model: str | Path | None,
+    out: Path,
+    mode: str,
+    swappable: str | None,
+    dtype: str,
+    opset: int | None,
+    clock: Clock,
 ) -> dict[str, Any]:
     clock("importing torch and transformers")
     import onnx_ir as ir
     import torch
 
-    from .graph import DEFAULT_OPSET, OPSETS, finish, trace
-    from .model import load_base, sample_inputs
+    from .graph import finish, trace
+    from .model import load_base
+    from .swappable import Swap
+
+    opset = check_opset(opset)
+    clock("loading the base model")
+    base = load_base(adapter, base_model)
+    clock("adapting")
+    swap = Swap(adapter, base, dtype, swappable) if swappable is not None else None
+    layers = _attach(swap.placeholders if swap else adapter, base, mode, getattr(torch, dtype))
+    clock("tracing")
+    program = trace(base.model, traced_inputs(base, dtype), opset)
+    finish(program, opset)
+    if swap:
+        swap.apply(program.graph)
+    clock("writing")
+    ir.save(program, out, external_data=f"{out.name}.data")
+    write_companions(base, adapter, out.parent)
+    manifest = common_facts(base, out, mode, dtype, opset)
+    manifest["adapter"] = {
+        **adapter_facts(adapter),
+        "filter_input": adapter.filter_input,
+        "parameters": sum(layer.parameters for layer in adapter.layers.values()),
+    }
+    manifest["layers"] = layers
+    if swap:
+        manifest["swappable"] = swap.facts
+        write_adapter_file(out.with_name(swap.facts["file"]), swap.values, file_facts(adapter, manifest))
+    return manifest
+
+
+def check_opset(opset: int | None) -> int:
+    """`opset`, or the default for None. Raises UserError for one that can't be exported."""
+    from .graph import DEFAULT_OPSET, OPSETS
 
     opset = DEFAULT_OPSET if opset is None else opset
     if opset not in OPSETS:
         raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
-    clock("loading the base model")
-    base = load_base(adapter, base_model)
-    clock("adapting")
-    torch_dtype = getattr(torch, dtype)
-    layers = _attach(adapter, base, mode, torch_dtype)
-    sample = {
-        name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
+    return opset
+
+
+def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
+    """What a model is traced with: random inputs, floats in `dtype`."""
+    import torch
+
+    from .model import sample_inputs
+
+    return {
+        name: torch.from_numpy(value.astype(dtype) if value.dtype.kind == "f" else value)
         for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
     }
-    clock("tracing")
-    program = trace(base.model, sample, opset)
-    finish(program, opset)
-    clock("writing")
-    ir.save(program, out, external_data=f"{out.name}.data")
-    _write_companions(base, adapter, out.parent)
-    manifest = {
+
+
+def common_facts(base: BaseModel, out: Path, mode: str, dtype: str, opset: int) -> dict[str, Any]:
+    """What every kind of export's manifest says of the model written to `out`; "adapter" and "layers" are to come."""
+    return {
         "format": 1,
         "loratrf_deploy": __version__,
         "mode": mode,
@@ -150,19 +211,12 @@ def _write_model(
         "dtype": dtype,
         "opset": opset,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
-        "adapter": {
-            "name": adapter.path.resolve().name,
-            "sha256": adapter.sha256,
-            "peft_type": adapter.peft_type,
-            "filter_input": adapter.filter_input,
-            "parameters": sum(layer.parameters for layer in adapter.layers.values()),
-        },
+        "adapter": {},
         "base": {"name": Path(base.path).name, "sha256": base_sha256(Path(base.path))},
         "model": {"sha256": file_sha256(out)},
-        "layers": layers,
+        "layers": [],
         "parity": None,
     }
-    return manifest
 
 
 def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[dict[str, Any]]:
@@ -204,7 +258,7 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict
     return [{"module": name, "op": "merged", "rank": 0, "filter_rank": 0} for name in names]
 
 
-def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
     from .model import load_tokenizer
 
@@ -220,7 +274,7 @@ def _write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     """Switches Python's cycle collector off: walking the millions of live objects of a trace takes 15 % of its time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -231,7 +285,7 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-class _Clock:
+class Clock:
     """Tells `step` what begins and keeps how long each stage took, in seconds."""
 
     def __init__(self, step: Callable[[str], None]):

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..manifest import file_sha256
 
-__all__ = ["base_sha256", "file_sha256", "written_aside"]
+__all__ = ["base_sha256", "written_aside"]
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def written_aside(out: Path) -> Iterator[Path]:
     two moves leaves no model.onnx rather than one that doesn't fit its weights. Raises UserError where `out` can't be
     written or the disk is full.
     """
-    check_writable(out)
+    check_writable(out, out.suffix)
     folder = out.parent.resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     try:
@@ -46,27 +47,19 @@ def written_aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_writable(out: Path) -> None:
-    """Raises UserError where `out` is no path that a model can be written to; cheap, so that it can come first."""
+def check_writable(out: Path, suffix: str = ".onnx") -> None:
+    """Raises UserError where `out` is no path with `suffix` that can be written to; cheap, so it can come first."""
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder. Expected the model's file name, for example --out {out}/model.onnx.")
-    if out.suffix != ".onnx":
-        raise UserError(f"--out {out} doesn't end in .onnx. Expected a file name such as --out {out}.onnx.")
+        what = "the model's file name" if suffix == ".onnx" else "a file name"
+        raise UserError(f"--out {out} is a folder. Expected {what}, for example --out {out}/model{suffix}.")
+    if out.suffix != suffix:
+        raise UserError(f"--out {out} doesn't end in {suffix}. Expected a file name such as --out {out}{suffix}.")
     folder = out.parent.resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, not a folder. Choose another output folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: no permission to write to {existing}. Choose a folder of your own.")
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def base_sha256(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..errors import UserError
-from ..schemas import DOMAIN, OPS, VERSION, function_body
+from ..schemas import DOMAIN, FUNCTIONS, VERSION, function_body
 from .model import max_sequence
 
 if TYPE_CHECKING:
@@ -179,6 +179,6 @@ def _name_nodes(graph: ir.Graph) -> None:
         stem = f"{_module(node)}/{node.op_type}"
         counts[stem] = counts.get(stem, 0) + 1
         node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
-        if node.domain == DOMAIN and node.op_type in OPS and not node.outputs[0].is_graph_output():
+        if node.domain == DOMAIN and node.op_type in FUNCTIONS and not node.outputs[0].is_graph_output():
             # A shared layer (DeBERTa's position projections) is called more than once.
             node.outputs[0].name = f"{_module(node)}.output" + ("" if counts[stem] == 1 else f"_{counts[stem]}")

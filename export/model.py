@@ -39,12 +39,16 @@ _TASK_OF_CLASS = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A torch model in eval mode with what the export needs to know of it."""
+    """A torch model in eval mode with what the export needs to know of it.
+
+    `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
+    """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
     path: str
     task: str
     input_names: tuple[str, ...]
+    untrained: frozenset[str]
 
 
 def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "auto") -> BaseModel:
@@ -71,9 +75,9 @@ def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: 
     task = _task(adapter, config)
     if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
-    model = _load(adapter, name, config, task, dtype)
+    model, untrained = _load(adapter, name, config, task, dtype)
     check_fits(adapter, {key: tuple(value.shape) for key, value in model.state_dict().items()}, conv1d=_conv1d(model))
-    return BaseModel(model, name, task, _input_names(model, name, task))
+    return BaseModel(model, name, task, _input_names(model, name, task), frozenset(untrained))
 
 
 def load_reference(
@@ -99,7 +103,7 @@ def load_reference(
             model = model.to(getattr(torch, dtype)).float()
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
-    return BaseModel(model, base.path, base.task, base.input_names)
+    return BaseModel(model, base.path, base.task, base.input_names, base.untrained)
 
 
 def sample_inputs(
@@ -186,7 +190,10 @@ def _num_labels(adapter: Adapter) -> int | None:
     return None
 
 
-def _load(adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtype: str) -> PreTrainedModel:
+def _load(
+    adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtype: str
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the parameters that its checkpoint doesn't hold."""
     from optimum.exporters.tasks import TasksManager
 
     auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
@@ -221,7 +228,7 @@ def _load(adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtyp
             "modules_to_save: they would be random. Pass the base that the adapter was trained on (--base-model), or "
             "train the adapter with these modules in modules_to_save."
         )
-    return model
+    return model, random
 
 
 def _conv1d(model: torch.nn.Module) -> set[str]:

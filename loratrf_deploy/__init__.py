@@ -1,13 +1,25 @@
 """LoRA and LoRATRF adapters in production on ONNX Runtime.
 
-Running a model needs onnxruntime alone: `create_session("model.onnx")`. Making one is `loratrf_deploy.export`, training
-an adapter `loratrf_deploy.peft`; both need the `export` extra and are imported only when asked for.
+Running a model needs onnxruntime alone: `create_session("model.onnx")`, or `AdapterSession("model.onnx")` where its
+adapters swap at run time. Making one is `loratrf_deploy.export`, training an adapter `loratrf_deploy.peft`; both need
+the `export` extra and are imported only when asked for.
 """
 
 from .adapter import Adapter, LayerAdapter, read_adapter
+from .adapter_session import AdapterInfo, AdapterSession
 from .errors import UserError
 from .session import create_session, library_path
 
-__all__ = ["Adapter", "LayerAdapter", "UserError", "__version__", "create_session", "library_path", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterInfo",
+    "AdapterSession",
+    "LayerAdapter",
+    "UserError",
+    "__version__",
+    "create_session",
+    "library_path",
+    "read_adapter",
+]
 
 __version__ = "0.1.0"

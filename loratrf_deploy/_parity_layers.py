@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,11 @@ __all__ = ["compare_layers", "run_onnx", "run_torch"]
 Inputs = dict[str, NDArray[Any]]
 
 
-def run_torch(base: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> dict[str, NDArray[Any]]:
-    """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays.
+def run_torch(
+    base: BaseModel, batch: Inputs, *, adapter_on: bool = True, heads_off: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays, but for
+    those in `heads_off`, which are the base's own again.
 
     PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
     effect of the adapter. The adapted model is called itself, not through PeftModel's forward, which loses inputs on
@@ -37,16 +40,22 @@ def run_torch(base: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> dic
     from peft import PeftModel
 
     model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
-    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model):
+    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model, heads_off):
         outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
 def run_onnx(
-    session: onnxruntime.InferenceSession, batch: Inputs, outputs: Sequence[str] | None = None
+    session: onnxruntime.InferenceSession,
+    batch: Inputs,
+    outputs: Sequence[str] | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes."""
-    feeds = {}
+    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
+
+    `weights` are fed as they are: those of an adapter, to a swappable model.
+    """
+    feeds = dict(weights or {})
     for value in session.get_inputs():
         array = batch[value.name]
         feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
@@ -60,6 +69,7 @@ def compare_layers(
     base: BaseModel,
     batch: Inputs,
     *,
+    weights: Mapping[str, NDArray[Any]],
     library: bool,
     mask: NDArray[np.bool_] | None,
     tolerance: float,
@@ -77,7 +87,7 @@ def compare_layers(
     with _recorded(base.model, set(nodes)) as seen:
         expected = run_torch(base, batch)
     session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library)
-    got = run_onnx(session, batch)
+    got = run_onnx(session, batch, weights=weights)
 
     layers, skipped = [], 0
     for name, node in nodes.items():
@@ -180,10 +190,16 @@ def _plain_name(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _layers_off(model: torch.nn.Module) -> Iterator[None]:
+def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        or (isinstance(module, ModulesToSaveWrapper) and _plain_name(name) in heads)
+    ]
     for layer in layers:
         layer.enable_adapters(False)
     try:

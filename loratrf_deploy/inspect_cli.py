@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # A pipe has no width of its own, and a cut table can't be read by a script.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-    show = _show_adapter if facts["kind"] == "adapter" else _show_model
-    show(console, facts)
+    show = {"adapter": _show_adapter, "adapter file": _show_adapter_file, "model": _show_model}
+    show[facts["kind"]](console, facts)
     return 0
 
 
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Show what is in an adapter or an exported model: layers, ranks, filters, parameters, size, and "
         "what a merged export would fold.",
     )
-    parser.add_argument("path", type=Path, help="adapter folder, or an exported model.onnx or its folder")
+    parser.add_argument(
+        "path", type=Path, help="adapter folder or .onnx_adapter, or an exported model.onnx or its folder"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     return parser
 
@@ -78,6 +80,31 @@ def _show_adapter(console: Console, facts: dict[str, Any]) -> None:
         )
 
 
+def _show_adapter_file(console: Console, facts: dict[str, Any]) -> None:
+    adapter = facts["adapter"]
+    rows = {
+        "file": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
+        "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
+        "base": f"sha256 {str(facts['base_sha256'])[:12]}",
+        "made for": f"the export whose model.onnx has sha256 {facts['model_sha256'][:12]}",
+        "layers": f"{len(facts['layers'])} in the model, {facts['parameters']:,} values; ranks 0 are zeros",
+        "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
+    }
+    _rows(console, rows)
+    rows_of_layers = (
+        (layer["module"], _or_dash(layer["rank"]), _or_dash(layer["filter_rank"])) for layer in facts["layers"]
+    )
+    _table(console, ("layer", "rank", "filter rank"), rows_of_layers)
+
+
+def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
+    if facts is None:
+        return None
+    names = ", ".join(facts["files"]) or "none"
+    others = f"; not made for it: {', '.join(facts['other_files'])}" if facts["other_files"] else ""
+    return f"{facts['weights']} run-time weights, default {facts['default']}; adapters beside it: {names}{others}"
+
+
 _READS = {"adapted": "adapted", "base": "base layer's"}
 
 
@@ -102,6 +129,7 @@ def _show_model(console: Console, facts: dict[str, Any]) -> None:
         "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
+        "swaps": _swappable_sentence(facts["swappable"]),
         "runs": "anywhere: standard ONNX operators alone"
         if facts["standard_operators_only"]
         else "with the custom-op library or without it, on the definitions in the file",

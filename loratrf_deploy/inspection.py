@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter, LayerAdapter, read_adapter
+from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
 from .errors import UserError
+from .manifest import MANIFEST, MANIFEST_FIELDS, file_sha256, read_manifest
+from .runtime_weights import LAYER_PARTS
 
-__all__ = ["MANIFEST", "inspect_path"]
+__all__ = ["inspect_path"]
 
-MANIFEST = "loratrf.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
-    """JSON-ready facts about an adapter folder, a model.onnx or the folder of one; "kind" says which it is.
+    """JSON-ready facts about an adapter folder, an .onnx_adapter, a model.onnx or the folder of one; "kind" says which.
 
     Raises UserError where there is neither, or what is there is damaged.
     """
@@ -26,6 +26,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         return _adapter_facts(read_adapter(path))
     if path.is_dir() and (path / MANIFEST).is_file():
         return _model_facts(path, None)
+    if path.is_file() and path.suffix == SUFFIX:
+        return _adapter_file_facts(read_adapter_file(path))
     if path.is_file() and path.suffix == ".onnx":
         if not (path.parent / MANIFEST).is_file():
             raise UserError(
@@ -36,7 +38,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if path.is_file() and path.name in (MANIFEST, _ADAPTER_CONFIG, "adapter_model.safetensors"):
         return inspect_path(path.parent)
     if not path.exists():
-        raise UserError(f"Nothing at {path}. Expected an adapter folder, an exported model.onnx or its folder.")
+        raise UserError(f"Nothing at {path}. Expected an adapter folder or file, an exported model.onnx or its folder.")
     raise UserError(
         f"{path} is neither an adapter folder (with {_ADAPTER_CONFIG}) nor an exported model (model.onnx with "
         f"{MANIFEST} beside it)."
@@ -92,13 +94,41 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
+    layers: dict[str, dict[str, Any]] = {}
+    saved: dict[str, int] = {}
+    suffixes = {f".{suffix}": part for part, suffix in LAYER_PARTS.items()}
+    for name, value in file.values.items():
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+        if suffix is None:
+            saved[name] = int(value.size)
+            continue
+        layer = layers.setdefault(name.removesuffix(suffix), {"rank": 0, "filter_rank": 0})
+        # A half that is all zero is one that the adapter doesn't have.
+        ranks = {"B": "rank", "D": "filter_rank"}
+        if (part := suffixes[suffix]) in ranks and value.any():
+            layer[ranks[part]] = int(value.shape[1])
+    return {
+        "kind": "adapter file",
+        "path": str(file.path),
+        "bytes": file.bytes,
+        "dtype": ", ".join(sorted({str(value.dtype) for value in file.values.values()})),
+        "adapter": file.facts["adapter"],
+        "base_sha256": file.facts["base_sha256"],
+        "model_sha256": file.facts["model_sha256"],
+        "parameters": sum(int(value.size) for value in file.values.values()),
+        "layers": [{"module": name, **ranks} for name, ranks in sorted(layers.items())],
+        "saved": saved,
+    }
+
+
 def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     expected = (manifest.get("model") or {}).get("sha256")
     models = [model] if model is not None else sorted(folder.glob("*.onnx"))
     if not models:
         raise UserError(f"{folder} has a {MANIFEST} but no .onnx file: the export is incomplete. Export it again.")
-    hashes = {path: _sha256(path) for path in models}
+    hashes = {path: file_sha256(path) for path in models}
     model = next((path for path in models if hashes[path] == expected), models[0])
     data = model.with_name(f"{model.name}.data")
     files = {path.name: path.stat().st_size for path in (model, data) if path.is_file()}
@@ -120,67 +150,24 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         "path": str(model),
         "bytes": sum(files.values()),
         "files": files,
-        **{key: manifest.get(key) for key in _MANIFEST_FIELDS},
+        **{key: manifest.get(key) for key in MANIFEST_FIELDS},
+        "swappable": _swappable_facts(manifest, folder),
         "operators": operators,
         "standard_operators_only": all(op == "merged" for op in operators),
         "warnings": warnings,
     }
 
 
-_MANIFEST_FIELDS = {
-    "loratrf_deploy": str,
-    "mode": str,
-    "task": str,
-    "dtype": str,
-    "opset": int,
-    "versions": dict,
-    "adapter": dict,
-    "base": dict,
-    "layers": list,
-    "parity": (dict, type(None)),
-}
-"""Fields of a manifest that are shown, and the JSON types they may have."""
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read ({error}). Export the model again with loratrf-export.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != 1:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(
-            f"{path} has the format {found!r}, and this version of loratrf-deploy reads 1. Update loratrf-deploy, or "
-            "export the model again."
-        )
-    wrong = [name for name, kind in _MANIFEST_FIELDS.items() if not isinstance(manifest.get(name), kind)]  # type: ignore[arg-type]
-    rows = manifest["layers"] if "layers" not in wrong else []
-    if not all(isinstance(row, dict) and isinstance(row.get("module"), str) and _is_op(row.get("op")) for row in rows):
-        wrong.append("layers")
-    if not isinstance(manifest.get("model"), dict | None):
-        wrong.append("model")
-    checks = (manifest.get("parity") or {}).get("checks", []) if "parity" not in wrong else []
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        wrong.append("parity")
-    if wrong:
-        raise UserError(
-            f"{path} is damaged: {', '.join(wrong)} missing or not what loratrf-export writes. Export the model again."
-        )
-    return manifest
-
-
-def _is_op(value: Any) -> bool:
-    from .schemas import OPS
-
-    return isinstance(value, str) and value in {*OPS, "merged"}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
-    return digest.hexdigest()
+def _swappable_facts(manifest: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """What the model takes at run time, and the adapter files beside it that were made for it; None: not swappable."""
+    facts = manifest.get("swappable")
+    if not isinstance(facts, dict) or not isinstance(facts.get("weights"), list):
+        return None
+    files, others = [], []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            fits = read_adapter_file(path).facts["model_sha256"] == (manifest.get("model") or {}).get("sha256")
+        except UserError:
+            fits = False
+        (files if fits else others).append(path.name)
+    return {"default": facts.get("default"), "weights": len(facts["weights"]), "files": files, "other_files": others}

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from . import _parity_inputs, _parity_layers
 from ._parity_figures import Figures, compare, valid, worst
-from ._parity_result import VARIANTS, Check, LayerError, ParityReport
+from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
+from .runtime_weights import fit, read_swappable
 from .schemas import DOMAIN, OPS
 from .session import create_session, library_path
 
@@ -57,8 +58,9 @@ def check_parity(
     of the model's dtype. `reference` is what `load_reference` gives, where the caller has it already; None loads one
     whose weights are rounded to the model's dtype and whose arithmetic is float32. Both maxima are over all batches;
     where an output has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ
-    on them), but must be finite. Raises UserError where model, adapter, base or inputs are at fault; a model that
-    doesn't compute the same is a report.
+    on them), but must be finite. A swappable model is given the adapter's weights as --onto converts them, and is also
+    run without. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the
+    same is a report.
     """
     from .adapter import read_adapter
     from .export.model import load_reference
@@ -66,14 +68,16 @@ def check_parity(
     begin = time.perf_counter()
     model = Path(model)
     step("reading the model")
-    graph = _load_graph(model)
+    graph = load_graph(model)
     dtype = model_dtype(graph)
     tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
     read = read_adapter(adapter)
     step("loading PyTorch's model")
     folded = _folded(read, graph)
     base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
-    names = [value.name or "" for value in graph.graph.inputs]
+    names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
+    swappable = read_swappable(model) if len(names) < len(graph.graph.inputs) else None
+    weights = fit(read, swappable.weights, swappable.filter_input) if swappable else {}
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
     elif isinstance(inputs, Path):
@@ -102,7 +106,7 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = _run(model, batches, outputs, library=library)
+        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -111,14 +115,22 @@ def check_parity(
     checks = [
         check
         for variant, run in runs.items()
-        for check in _parity_checks(variant, run, outputs, expected, masks, tolerance)
+        for check in parity_checks(variant, run, outputs, expected, masks, tolerance)
     ]
     worked = next(variant for variant, run in runs.items() if isinstance(run, list))
-    checks += _effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    checks += effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    if swappable:
+        step("running ONNX Runtime without an adapter")
+        default = expected
+        if swappable.default == "base":
+            heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
+            default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
+        run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
+        checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
 
     step("comparing layers")
     failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
-    traced = worked if failed == VARIANTS[2] else failed
+    traced = worked if failed in (VARIANTS[2], NO_ADAPTER) else failed
     number = _worst_batch(runs[traced], outputs, expected, masks)  # type: ignore[arg-type]
     layers: list[LayerError] = []
     skipped, layers_reason = 0, ""
@@ -128,6 +140,7 @@ def check_parity(
             model,
             base,
             batches[number],
+            weights=weights,
             library=traced == VARIANTS[0],
             mask=masks[number],
             tolerance=tolerance,
@@ -147,7 +160,7 @@ def check_parity(
         layers_skipped=skipped,
         layers_reason=layers_reason,
         inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in batches),
-        versions=_versions(),
+        versions=versions(),
         seconds=time.perf_counter() - begin,
     )
 
@@ -176,7 +189,7 @@ def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
     }
 
 
-def _load_graph(model: Path) -> ir.Model:
+def load_graph(model: Path) -> ir.Model:
     import onnx_ir as ir
 
     if not model.is_file():
@@ -189,8 +202,16 @@ def _load_graph(model: Path) -> ir.Model:
         ) from error
 
 
-def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, library: bool) -> list[Outputs] | UserError:
-    """Outputs by batch; a UserError where the library isn't built or ONNX Runtime refuses model or inputs."""
+def run_batches(
+    model: Path,
+    batches: Sequence[Inputs],
+    outputs: Sequence[str],
+    *,
+    library: bool,
+    weights: Mapping[str, NDArray[Any]] | None = None,
+) -> list[Outputs] | UserError:
+    """Outputs by batch, with the run-time `weights`; a UserError where the library isn't built, or ONNX Runtime refuses
+    model or inputs."""
     if library:
         try:
             library_path()
@@ -198,7 +219,7 @@ def _run(model: Path, batches: Sequence[Inputs], outputs: Sequence[str], *, libr
             return _NotBuilt(str(error))
     try:
         session = create_session(model, library=library)
-        return [_parity_layers.run_onnx(session, batch, outputs) for batch in batches]
+        return [_parity_layers.run_onnx(session, batch, outputs, weights) for batch in batches]
     except UserError as error:
         return error
     except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -209,7 +230,7 @@ class _NotBuilt(UserError):
     """The custom-op library is absent: what needs it is skipped, not failed."""
 
 
-def _parity_checks(
+def parity_checks(
     variant: str,
     run: list[Outputs] | UserError,
     outputs: Sequence[str],
@@ -239,7 +260,7 @@ def _parity_checks(
     return checks
 
 
-def _effect_checks(
+def effect_checks(
     run: list[Outputs],
     outputs: Sequence[str],
     expected: Sequence[Outputs],
@@ -302,7 +323,7 @@ def _worst_batch(
     return max(range(len(run)), key=error)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from importlib import metadata
 
     from . import __version__

@@ -1,9 +1,9 @@
 """What each operator means, in numpy: the oracle that kernels, function bodies and torch layers are tested against.
 
-Letters: T tokens (any number of leading dimensions), K in-features, N out-features, R rank, F filter rank. Inputs of
-any float dtype are widened to float64 and nothing is rounded on the way; a kernel rounds once, when it stores y, so a
-test rounds this result to the kernel's dtype and compares. Source: LoRATRF, arXiv 2412.09827; the filter's form
-follows TOAST, arXiv 2305.15542.
+Letters: T tokens (any number of leading dimensions), K in-features, N out-features, R rank, F filter rank, S adapter
+slots. Inputs of any float dtype are widened to float64 and nothing is rounded on the way; a kernel rounds once, when it
+stores y, so a test rounds this result to the kernel's dtype and compares. Source: LoRATRF, arXiv 2412.09827; the
+filter's form follows TOAST, arXiv 2305.15542.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EPSILON", "filter_score", "lora_trf", "low_rank", "task_filter"]
+__all__ = ["EPSILON", "filter_score", "grouped_lora_trf", "lora_trf", "low_rank", "task_filter"]
 
 EPSILON = 1e-8
 """Smallest norm that the filter divides by (PyTorch's cosine_similarity has the same default)."""
@@ -66,6 +66,31 @@ def lora_trf(
     h = low_rank(base, x, A, B)
     z = h if filter_input == "adapted" else _widen(base)
     return h + task_filter(z, tau, C, D) - z
+
+
+def grouped_lora_trf(
+    base: NDArray,
+    x: NDArray,
+    A: NDArray,
+    B: NDArray,
+    tau: NDArray,
+    C: NDArray,
+    D: NDArray,
+    adapter_ids: NDArray,
+    filter_input: str = "adapted",
+) -> Array:
+    """y[row] = lora_trf(base[row], x[row], A[id], B[id], tau[id], C[id], D[id]), id = adapter_ids[row]; base for -1
+
+    base (batch,...,N), x (batch,...,K), adapter_ids (batch) integers in [-1, S), weights as in `lora_trf` with a
+    leading S; R or F may be 0. Returns y (batch,...,N), float64. Raises IndexError for an id out of range.
+    """
+    y = _widen(base).copy()
+    for row, slot in enumerate(adapter_ids):
+        if not -1 <= slot < len(A):
+            raise IndexError(f"adapter_ids[{row}] is {slot}, expected -1 to {len(A) - 1}")
+        if slot >= 0:
+            y[row] = lora_trf(base[row], x[row], A[slot], B[slot], tau[slot], C[slot], D[slot], filter_input)
+    return y
 
 
 def _widen(value: NDArray) -> Array:

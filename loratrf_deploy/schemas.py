@@ -14,7 +14,7 @@ from .reference import EPSILON
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "FILTER_INPUTS", "MAX_RANK", "OPS", "TYPES", "VERSION", "OpSchema", "function_body"]
+__all__ = ["DOMAIN", "FILTER_INPUTS", "FUNCTIONS", "MAX_RANK", "OPS", "TYPES", "VERSION", "OpSchema", "function_body"]
 
 DOMAIN = "com.loratrf"
 VERSION = 1
@@ -26,7 +26,10 @@ MAX_RANK = 1024
 
 @dataclass(frozen=True)
 class OpSchema:
-    """An operator's name, inputs in order (all of one type), string attributes with their defaults, and formula."""
+    """An operator's name, inputs in order, string attributes with their defaults, and formula.
+
+    All inputs are of one type but adapter_ids, which is int64.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -45,8 +48,26 @@ OPS: dict[str, OpSchema] = {
             {"filter_input": "adapted"},
             "h = base + (x Aᵀ) Bᵀ; z = h if adapted, base if base; y = h + ((s·z) Cᵀ) Dᵀ",
         ),
+        # Weights have a leading S. A layer without a low-rank half has R = 0, one without a filter F = 0.
+        OpSchema(
+            "GroupedLoraTrf",
+            ("base", "x", "A", "B", "tau", "C", "D", "adapter_ids"),
+            {"filter_input": "adapted"},
+            "y[row] = LoraTrf with the weights of slot adapter_ids[row]; base[row] for id -1",
+        ),
     )
 }
+"""What the custom-op library runs as kernels."""
+
+FUNCTIONS: dict[str, OpSchema] = OPS | {
+    "GroupedLinear": OpSchema(
+        "GroupedLinear",
+        ("base", "x", "W", "b", "adapter_ids"),
+        {},
+        "y[row] = x W[id]ᵀ + b[id] with id = adapter_ids[row]; base[row] for id -1",
+    )
+}
+"""The operators, and GroupedLinear (a head per adapter), which is a function only: W (S,N,K), b (S,N)."""
 
 
 def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Function:
@@ -58,26 +79,23 @@ def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Func
     """
     import onnx_ir as ir
 
-    schema = OPS[op]
+    schema = FUNCTIONS[op]
     if filter_input not in FILTER_INPUTS:
         raise ValueError(f"filter_input is {filter_input!r}, expected one of {FILTER_INPUTS}")
     body = _Body()
     inputs = {name: ir.Value(name=name) for name in schema.inputs}
-    wide = {name: body.op("Cast", value, to=ir.DataType.FLOAT) for name, value in inputs.items()}
-    if op == "LowRank":
-        result = body.low_rank(wide["base"], wide)
-    elif op == "TaskFilter":
-        result = body.task_filter(wide["z"], wide)
-    elif filter_input == "adapted":
-        result = body.task_filter(body.low_rank(wide["base"], wide), wide)
+    if "adapter_ids" in inputs:
+        output = body.by_row(inputs, filter_input)
     else:
-        # out = h + filter term of base: the same two steps in the other order.
-        result = body.low_rank(body.task_filter(wide["base"], wide), wide)
-    output = body.op("CastLike", result, inputs[schema.inputs[0]])
+        result = body.adapted({name: body.wide(value) for name, value in inputs.items()}, filter_input)
+        output = body.op("CastLike", result, inputs[schema.inputs[0]])
     output.name = "y"
     graph = ir.Graph(list(inputs.values()), [output], nodes=body.nodes, opset_imports={"": opset})
     attributes = [ir.Attr(name, ir.AttributeType.STRING, None) for name in schema.attributes]
     return ir.Function(DOMAIN, op, graph=graph, attributes=attributes)
+
+
+_WEIGHTS = ("A", "B", "tau", "C", "D", "W", "b")
 
 
 class _Body:
@@ -85,6 +103,7 @@ class _Body:
 
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
+        self.transposed = [1, 0]  # of a weight; one more axis where each batch row has its own
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
         import onnx_ir as ir
@@ -94,13 +113,65 @@ class _Body:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def constant(self, value: float | list[int]) -> ir.Value:
+    def constant(self, value: float | int | list[int]) -> ir.Value:
         if isinstance(value, list):
             return self.op("Constant", value_ints=value)
+        if isinstance(value, int):
+            return self.op("Constant", value_int=value)
         return self.op("Constant", value_float=value)
 
+    def wide(self, value: ir.Value) -> ir.Value:
+        import onnx_ir as ir
+
+        return self.op("Cast", value, to=ir.DataType.FLOAT)
+
+    def adapted(self, w: dict[str, ir.Value], filter_input: str) -> ir.Value:
+        """What the inputs in `w` make: the low-rank half, the filter, or both."""
+        if "tau" not in w:
+            return self.low_rank(w["base"], w)
+        if "A" not in w:
+            return self.task_filter(w["z"], w)
+        if filter_input == "adapted":
+            return self.task_filter(self.low_rank(w["base"], w), w)
+        # out = h + filter term of base: the same two steps in the other order.
+        return self.low_rank(self.task_filter(w["base"], w), w)
+
+    def by_row(self, inputs: dict[str, ir.Value], filter_input: str) -> ir.Value:
+        """The rows that have an adapter, each with its own slot's weights, put in the place of theirs in base."""
+        ids = inputs["adapter_ids"]
+        named = self.op("Not", self.op("Equal", ids, self.constant(-1)))
+        rows = self.op("Squeeze", self.op("NonZero", named), self.constant([0]))
+        chosen = self.op("Gather", ids, rows)
+        # Gather counts negative indices from the end: ids below -1 must be an error, not another adapter.
+        slots = self.op("Where", self.op("Less", chosen, self.constant(0)), self.constant(2**62), chosen)
+        base = self.by_tokens(inputs["base"])
+        w = {name: self.op("Gather", value, slots, axis=0) for name, value in inputs.items() if name in _WEIGHTS}
+        w["x"] = self.op("Gather", self.by_tokens(inputs["x"]), rows, axis=0)
+        w["base"] = self.op("Gather", base, rows, axis=0)
+        w = {name: self.wide(value) for name, value in w.items()}
+        self.transposed = [0, 2, 1]
+        for name in ("tau", "b"):
+            if name in w:  # (rows, N), for all tokens of a row
+                w[name] = self.op("Unsqueeze", w[name], self.constant([1]))
+        if "W" in w:
+            result = self.op("Add", self.times_transposed(w["x"], w["W"]), w["b"])
+        else:
+            result = self.adapted(w, filter_input)
+        updates = self.op("CastLike", result, base)
+        merged = self.op("ScatterND", base, self.op("Unsqueeze", rows, self.constant([1])), updates)
+        return self.op("Reshape", merged, self.op("Shape", inputs["base"]), allowzero=1)
+
+    def by_tokens(self, value: ir.Value) -> ir.Value:
+        """(batch, ..., N) as (batch, tokens, N); written for sizes of 0 too, where -1 can't be inferred."""
+        shape = self.op("Shape", value)
+        batch, features = (self.op("Gather", shape, self.constant([axis])) for axis in (0, -1))
+        middle = self.op("Slice", shape, self.constant([1]), self.constant([-1]))
+        # Reducing nothing is not 1 everywhere.
+        tokens = self.op("ReduceProd", self.op("Concat", self.constant([1]), middle, axis=0), keepdims=1)
+        return self.op("Reshape", value, self.op("Concat", batch, tokens, features, axis=0), allowzero=1)
+
     def times_transposed(self, x: ir.Value, weight: ir.Value) -> ir.Value:
-        return self.op("MatMul", x, self.op("Transpose", weight, perm=[1, 0]))
+        return self.op("MatMul", x, self.op("Transpose", weight, perm=self.transposed))
 
     def low_rank(self, base: ir.Value, w: dict[str, ir.Value]) -> ir.Value:
         return self.op("Add", base, self.times_transposed(self.times_transposed(w["x"], w["A"]), w["B"]))

@@ -1,4 +1,4 @@
-"""The CPU kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter` and `.lora_trf`.
+"""The CPU kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter`, `.lora_trf`, `.grouped_lora_trf`.
 
 Importing this module registers them, with fake kernels, so that torch.compile and torch.export pass through. They are
 for inference: no gradient is defined. Letters: T tokens (any leading dimensions), K in-features, N out-features, R
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _kernels  # type: ignore[attr-defined]
 
-__all__ = ["lora_trf", "low_rank", "task_filter"]
+__all__ = ["grouped_lora_trf", "lora_trf", "low_rank", "task_filter"]
 
 
 @torch.library.custom_op("loratrf::low_rank", mutates_args=(), device_types="cpu")
@@ -54,6 +54,30 @@ def lora_trf(
     return out
 
 
+@torch.library.custom_op("loratrf::grouped_lora_trf", mutates_args=(), device_types="cpu")
+def grouped_lora_trf(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    tau: Tensor,
+    C: Tensor,
+    D: Tensor,
+    adapter_ids: Tensor,
+    filter_input: str = "adapted",
+) -> Tensor:
+    """y = lora_trf row by row, with the weights of slot adapter_ids[row]; base for id -1
+
+    base (batch,...,N), x (batch,...,K), adapter_ids (batch) int64 in [-1, S), weights as in `lora_trf` with a leading S
+    (slots); R or F may be 0. Returns y (batch,...,N), contiguous. Raises ValueError for shapes that don't fit, ids out
+    of range, ranks over 1024 or another filter_input, TypeError for other or mixed dtypes.
+    """
+    out = _like(base)
+    tensors = _ready(base, x, A, B, tau, C, D, adapter_ids)
+    _kernels.grouped_lora_trf(*tensors, out, filter_input, threads=torch.get_num_threads())
+    return out
+
+
 @low_rank.register_fake
 def _(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return _like(base)
@@ -67,6 +91,21 @@ def _(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
 @lora_trf.register_fake
 def _(
     base: Tensor, x: Tensor, A: Tensor, B: Tensor, tau: Tensor, C: Tensor, D: Tensor, filter_input: str = "adapted"
+) -> Tensor:
+    return _like(base)
+
+
+@grouped_lora_trf.register_fake
+def _(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    tau: Tensor,
+    C: Tensor,
+    D: Tensor,
+    adapter_ids: Tensor,
+    filter_input: str = "adapted",
 ) -> Tensor:
     return _like(base)
 

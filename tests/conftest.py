@@ -41,7 +41,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
 
 @pytest.fixture(scope="session")
 def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory):
-    """make_export(family, task, kind, mode=, dtype=, **adapter options) -> Exported, without the parity check."""
+    """make_export(family, task, kind, mode=, swappable=, dtype=, **adapter options) -> Exported, not checked."""
     from loratrf_deploy.export import export_adapter
 
     made: dict[Any, Exported] = {}
@@ -52,14 +52,15 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
         kind: str = "loratrf",
         *,
         mode: str = "separate",
+        swappable: str | None = None,
         dtype: str = "float32",
         **options: Any,
     ) -> Exported:
-        key = (family, task, kind, mode, dtype, repr(sorted(options.items())))
+        key = (family, task, kind, mode, swappable, dtype, repr(sorted(options.items())))
         if key not in made:
             base, adapter = make_tiny(family, task, kind, **options)
             out = tmp_path_factory.mktemp("export") / "model.onnx"
-            export_adapter(adapter, out, base_model=base, mode=mode, dtype=dtype, check=False)
+            export_adapter(adapter, out, base_model=base, mode=mode, swappable=swappable, dtype=dtype, check=False)
             made[key] = Exported(base, adapter, out)
         return made[key]
 

@@ -105,6 +105,8 @@ def test_public_names() -> None:
 
     assert sorted(loratrf_deploy.__all__) == [
         "Adapter",
+        "AdapterInfo",
+        "AdapterSession",
         "LayerAdapter",
         "UserError",
         "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -30,27 +31,44 @@ TYPES = {
     "float16": (ir.DataType.FLOAT16, np.float16),
     "bfloat16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
 }
-REFERENCE = {"LowRank": reference.low_rank, "TaskFilter": reference.task_filter, "LoraTrf": reference.lora_trf}
+REFERENCE = {
+    "LowRank": reference.low_rank,
+    "TaskFilter": reference.task_filter,
+    "LoraTrf": reference.lora_trf,
+    "GroupedLoraTrf": reference.grouped_lora_trf,
+}
 CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
+CASES += [("GroupedLoraTrf", "adapted"), ("GroupedLoraTrf", "base")]
 WEIGHTS = ["A", "B", "tau", "C", "D"]
 
 
-def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0):
-    """The inputs of `op` in float32; about half of the tokens pass the filter."""
+def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0, S=3):
+    """The inputs of `op` in float32; about half of the tokens pass the filter. Grouped ids go through all slots."""
     rng = np.random.default_rng(seed)
     lead = T if isinstance(T, tuple) else (T,)
     shapes = {"x": (*lead, K), "A": (R, K), "B": (N, R), "C": (F, N), "D": (N, F)}
     values = {name: rng.standard_normal(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
     values["tau"] = rng.standard_normal(N)
-    values["base"] = rng.standard_normal((*lead, N)) + values["tau"] * rng.uniform(-1, 1, (*lead, 1))
+    task = values["tau"]
+    if op == "GroupedLoraTrf":
+        values |= {
+            name: rng.standard_normal((S, *values[name].shape)) / values[name].shape[-1] ** 0.5 for name in "ABCD"
+        }
+        values["tau"] = task + 0.3 * rng.standard_normal((S, N))
+    values["base"] = rng.standard_normal((*lead, N)) + task * rng.uniform(-1, 1, (*lead, 1))
     values["z"] = values["base"]
-    return {name: values[name].astype(np.float32) for name in schemas.OPS[op].inputs}
+    ids = {"adapter_ids": np.arange(*lead[:1], dtype=np.int64)[::-1] % (S + 1) - 1} if lead else {}
+    return {name: ids[name] if name in ids else values[name].astype(np.float32) for name in schemas.OPS[op].inputs}
 
 
 def model_of(op, values, dtype="float32", constant=(), attributes=None, functions=True, types=None):
     """Float32 inputs, cast to dtype, one node, its result cast back; the shapes of the inputs are left open."""
     inputs, initializers, nodes, arguments = [], [], [], []
     for name, value in values.items():
+        if name == "adapter_ids" and not (types or {}).get(name):
+            inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64)))
+            arguments.append(inputs[-1])
+            continue
         onnx_type, numpy_type = TYPES[(types or {}).get(name, dtype)]
         if name in constant:
             tensor = ir.tensor(value.astype(numpy_type), dtype=onnx_type, name=name)
@@ -89,13 +107,16 @@ def run(session, values):
 
 
 def expected_of(op, values, dtype, filter_input):
-    rounded = [value.astype(TYPES[dtype][1]).astype(np.float64) for value in values.values()]
-    options = {"filter_input": filter_input} if op == "LoraTrf" else {}
+    rounded = [
+        value if value.dtype == np.int64 else value.astype(TYPES[dtype][1]).astype(np.float64)
+        for value in values.values()
+    ]
+    options = attributes_of(op, filter_input)
     return REFERENCE[op](*rounded, **options)
 
 
 def attributes_of(op, filter_input):
-    return {"filter_input": filter_input} if op == "LoraTrf" else {}
+    return {"filter_input": filter_input} if schemas.OPS[op].attributes else {}
 
 
 @pytest.mark.parametrize("constant", [(), WEIGHTS, ("A", "D")], ids=["inputs", "constants", "mixed"])
@@ -103,7 +124,7 @@ def attributes_of(op, filter_input):
 @pytest.mark.parametrize(("op", "filter_input"), CASES)
 def test_matches_reference_and_function_body(op, filter_input, dtype, constant):
     attributes = attributes_of(op, filter_input)
-    for T in (1, (2, 5), (3, 1, 33)):
+    for T in (1, (4, 5), (3, 1, 33)):
         values = values_of(op, T, K=99, N=600, R=19, F=8)
         model = model_of(op, values, dtype, constant, attributes)
         expected = expected_of(op, values, dtype, filter_input)
@@ -147,8 +168,13 @@ def test_needs_no_cpp_runtime():
     assert needed <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
-@pytest.mark.parametrize("T", [(), (1,), (4,), (2, 3, 1, 2), (0,), (3, 0)], ids=str)
-@pytest.mark.parametrize("op", schemas.OPS)
+LEADS = [(1,), (4,), (2, 3, 1, 2), (0,), (3, 0)]
+
+
+# A grouped call has a batch dimension at least: test_grouped_op.py holds that it says so.
+@pytest.mark.parametrize(
+    ("op", "T"), [*itertools.product(schemas.OPS, LEADS), *((op, ()) for op in list(REFERENCE)[:3])]
+)
 def test_any_leading_dimensions(op, T):
     values = values_of(op, T)
     actual = run(session_of(model_of(op, values, constant=WEIGHTS)), values)

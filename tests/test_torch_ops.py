@@ -13,13 +13,16 @@ from loratrf_deploy import torch_ops  # noqa: E402
 
 SHAPES = {"base": (2, 5, 99), "z": (2, 5, 99), "x": (2, 5, 19), "A": (4, 19), "B": (99, 4), "tau": (99,), "C": (3, 99)}
 SHAPES["D"] = (99, 3)
-OPS = {"LowRank": "low_rank", "TaskFilter": "task_filter", "LoraTrf": "lora_trf"}
+GROUPED = {name: (3, *SHAPES[name]) for name in ("A", "B", "tau", "C", "D")}
+OPS = {"LowRank": "low_rank", "TaskFilter": "task_filter", "LoraTrf": "lora_trf", "GroupedLoraTrf": "grouped_lora_trf"}
 
 
 def inputs_of(op, dtype="float32"):
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(SHAPES[name], generator=generator) for name in schemas.OPS[op].inputs]
-    return [value.to(getattr(torch, dtype)) for value in values]
+    shapes = SHAPES | GROUPED if op == "GroupedLoraTrf" else SHAPES
+    names = [name for name in schemas.OPS[op].inputs if name != "adapter_ids"]
+    values = [torch.randn(shapes[name], generator=generator).to(getattr(torch, dtype)) for name in names]
+    return values + [torch.tensor([2, -1])] * (op == "GroupedLoraTrf")
 
 
 @pytest.mark.parametrize("dtype", schemas.TYPES)
@@ -28,7 +31,8 @@ def test_matches_reference(op, dtype):
     tensors = inputs_of(op, dtype)
     actual = getattr(torch.ops.loratrf, OPS[op])(*tensors)
     assert actual.dtype == tensors[0].dtype
-    expected = getattr(reference, OPS[op])(*(tensor.double().numpy() for tensor in tensors))
+    wide = (tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in tensors)
+    expected = getattr(reference, OPS[op])(*wide)
     assert_close(actual.double(), expected, dtype, op)
 
 
@@ -44,7 +48,7 @@ def test_filter_input():
 @pytest.mark.parametrize("op", OPS)
 def test_strided_inputs(op):
     tensors = inputs_of(op)
-    strided = [tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat(2)[::1][:99] for tensor in tensors]
+    strided = [tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat(2)[: len(tensor)] for tensor in tensors]
     function = getattr(torch_ops, OPS[op])
     actual = function(*strided)
     assert actual.is_contiguous()

@@ -1,8 +1,8 @@
 // The operators of loratrf-deploy on CPU: pointers, sizes and a parallel-for. No framework header is needed here.
 //
-// Letters: T tokens, K in-features, N out-features, R rank, F filter rank. Every tensor is row-major and contiguous,
-// all tensors of a call are of one Type. Sums are accumulated in float32 and y is rounded once, when it is stored.
-// alpha/R is folded into B and gamma into D, so no operator carries a scale.
+// Letters: T tokens, K in-features, N out-features, R rank, F filter rank, S adapter slots. Every tensor is row-major
+// and contiguous, all tensors of a call are of one Type. Sums are accumulated in float32 and y is rounded once, when it
+// is stored. alpha/R is folded into B and gamma into D, so no operator carries a scale.
 #pragma once
 
 #include <stddef.h>
@@ -13,10 +13,11 @@ namespace loratrf {
 // What a kernel reports; the bindings word it for their hosts. Declared here and nowhere else.
 enum class Status : int {
   kOk = 0,
-  kBadSize,      // a negative T, or K, N, R or F below 1
-  kRankTooHigh,  // R or F over kMaxRank
-  kNullPointer,  // a tensor with elements has no data
-  kOutOfMemory,  // scratch could not be allocated; y is unspecified
+  kBadSize,       // a negative T, or K, N, R or F below 1
+  kRankTooHigh,   // R or F over kMaxRank
+  kNullPointer,   // a tensor with elements has no data
+  kOutOfMemory,   // scratch could not be allocated; y is unspecified
+  kBadAdapterId,  // an adapter id is outside of [-1, S); y is as it was
 };
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };
@@ -71,5 +72,14 @@ Status TaskFilter(const Isa* isa, ParallelFor parallel, Type type, int64_t T, in
 Status LoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t T, int64_t K, int64_t N, int64_t R, int64_t F,
                FilterInput filter_input, const void* base, const void* x, Weight A, Weight B, const void* tau, Weight C,
                Weight D, void* y);
+
+// Batch row b's tokens as LoraTrf with the weights of slot adapter_ids[b]; for id -1 their y is base.
+//   base, y (batch,tokens,N)  x (batch,tokens,K)  A (S,R,K)  B (S,N,R)  tau (S,N)  C (S,F,N)  D (S,N,F)
+//   adapter_ids (batch).  y may be base.  R == 0 or F == 0: no adapter has that half.  Slots that no row names are not
+//   read.  kBadAdapterId: *bad_row is the first row at fault.
+Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t batch, int64_t tokens, int64_t K,
+                      int64_t N, int64_t R, int64_t F, int64_t S, FilterInput filter_input, const void* base,
+                      const void* x, const void* A, const void* B, const void* tau, const void* C, const void* D,
+                      const int64_t* adapter_ids, void* y, int64_t* bad_row);
 
 }  // namespace loratrf
