@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from ..parity import ParityReport
     from .model import BaseModel
 
-__all__ = ["DTYPES", "MODES", "ExportResult", "export_adapter"]
+__all__ = ["DEVICES", "DTYPES", "MODES", "QUANTIZATIONS", "ExportResult", "export_adapter"]
 
 MODES = ("merged", "separate")
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATIONS = ("none", "int4", "int8")
+DEVICES = ("cpu", "cuda")
 _LOST_STARTS = ("lora_ga", "corda")
 """Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
 
@@ -58,6 +60,9 @@ def export_adapter(
     mode: str = "merged",
     dtype: str = "float32",
     opset: int | None = None,
+    quantize: str = "none",
+    device: str = "cpu",
+    bundle_library: bool = False,
     check: bool = True,
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
@@ -65,15 +70,20 @@ def export_adapter(
 
     mode "merged" folds the low-rank halves into the weights and keeps an operator only where there is a task-aware
     filter; "separate" keeps every half as an operator beside its frozen layer. `base_model` None takes the adapter's
-    own. `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
-    `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
+    own. `opset` None takes the default, 20. `quantize` ("int4", "int8"), `device` and `bundle_library` (a copy of the
+    custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
+    proves parity with PyTorch before anything is moved into place. `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
     way nothing is left behind.
     """
     out = Path(out)
-    if mode not in MODES:
-        raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    for option, value, known in (
+        ("mode", mode, MODES),
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, QUANTIZATIONS),
+        ("device", device, DEVICES),
+    ):
+        if value not in known:
+            raise UserError(f"--{option} is {value!r}, expected one of: {', '.join(known)}.")
     check_writable(out)
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:
@@ -89,7 +99,9 @@ def export_adapter(
         model = aside / out.name
         clock = _Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, mode, dtype, opset, clock)
+            manifest = _write_model(
+                loaded, base_model, model, clock, _Options(mode, dtype, opset, quantize, device, bundle_library)
+            )
             report = None
             if check:
                 from ..parity import check_parity
@@ -111,41 +123,36 @@ def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
     return (layer.rank if mode == "separate" else 0, layer.filter_rank)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How to export, as `export_adapter` takes it."""
+
+    mode: str
+    dtype: str
+    opset: int | None
+    quantize: str
+    device: str
+    bundle_library: bool
+
+
 def _write_model(
-    adapter: Adapter, base_model: str | Path | None, out: Path, mode: str, dtype: str, opset: int | None, clock: _Clock
+    adapter: Adapter, base_model: str | Path | None, out: Path, clock: _Clock, options: _Options
 ) -> dict[str, Any]:
     clock("importing torch and transformers")
-    import onnx_ir as ir
-    import torch
+    from .model import GENERATION, load_base
 
-    from .graph import DEFAULT_OPSET, OPSETS, finish, trace
-    from .model import load_base, sample_inputs
-
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
     clock("loading the base model")
     base = load_base(adapter, base_model)
-    clock("adapting")
-    torch_dtype = getattr(torch, dtype)
-    layers = _attach(adapter, base, mode, torch_dtype)
-    sample = {
-        name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
-        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
-    }
-    clock("tracing")
-    program = trace(base.model, sample, opset)
-    finish(program, opset)
-    clock("writing")
-    ir.save(program, out, external_data=f"{out.name}.data")
-    _write_companions(base, adapter, out.parent)
+    generates = base.task == GENERATION
+    layers = (_write_generating if generates else _write_encoder)(adapter, base, out, clock, options)
     manifest = {
         "format": 1,
         "loratrf_deploy": __version__,
-        "mode": mode,
+        "mode": options.mode,
         "task": base.task,
-        "dtype": dtype,
-        "opset": opset,
+        "dtype": options.dtype,
+        **({"quantize": options.quantize, "device": options.device} if generates else {}),
+        "opset": _opset(out),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
         "adapter": {
             "name": adapter.path.resolve().name,
@@ -159,9 +166,71 @@ def _write_model(
         "layers": layers,
         "parity": None,
     }
-    del base, program
+    if generates:
+        manifest["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
+    del base
     gc.collect()
     return manifest
+
+
+def _opset(model: Path) -> int:
+    import onnx_ir as ir
+
+    return ir.load(model).opset_imports[""]
+
+
+def _write_generating(
+    adapter: Adapter, base: BaseModel, out: Path, clock: _Clock, options: _Options
+) -> list[dict[str, Any]]:
+    from .genai import write_genai
+
+    if options.opset is not None:
+        raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
+    return write_genai(
+        adapter,
+        base,
+        out,
+        mode=options.mode,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        device=options.device,
+        bundle_library=options.bundle_library,
+        merge_with_peft=lambda: _merge_with_peft(adapter, base),
+        step=clock,
+    )
+
+
+def _write_encoder(
+    adapter: Adapter, base: BaseModel, out: Path, clock: _Clock, options: _Options
+) -> list[dict[str, Any]]:
+    import onnx_ir as ir
+    import torch
+
+    from .graph import DEFAULT_OPSET, OPSETS, finish, trace
+    from .model import sample_inputs
+
+    opset = DEFAULT_OPSET if options.opset is None else options.opset
+    if opset not in OPSETS:
+        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
+    if options.dtype == "bfloat16" or options.quantize != "none" or options.device != "cpu" or options.bundle_library:
+        raise UserError(
+            f"The adapter {adapter.path} is for {base.task}, which is exported in float32 or float16. --dtype bfloat16, "
+            "--quantize, --device and --bundle-library are for causal language models: leave them out."
+        )
+    clock("adapting")
+    torch_dtype = getattr(torch, options.dtype)
+    layers = _attach(adapter, base, options.mode, torch_dtype)
+    sample = {
+        name: torch.from_numpy(value).to(torch_dtype) if value.dtype.kind == "f" else torch.from_numpy(value)
+        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
+    }
+    clock("tracing")
+    program = trace(base.model, sample, opset)
+    finish(program, opset)
+    clock("writing")
+    ir.save(program, out, external_data=f"{out.name}.data")
+    _write_companions(base, adapter, out.parent)
+    return layers
 
 
 def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[dict[str, Any]]:
@@ -169,11 +238,13 @@ def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[di
         from .adapted import attach
 
         return attach(base.model, adapter, merge=mode == "merged", dtype=dtype)
-    return _merge_with_peft(adapter, base, dtype)
+    rows = _merge_with_peft(adapter, base)
+    base.model.to(dtype)
+    return rows
 
 
-def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict[str, Any]]:
-    """PEFT's own merge, in place, for kinds that have no low-rank operator form (DoRA, LoHa, ...)."""
+def _merge_with_peft(adapter: Adapter, base: BaseModel) -> list[dict[str, Any]]:
+    """PEFT's own merge, in place and in float32, for kinds that have no low-rank operator form (DoRA, LoHa, ...)."""
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -199,7 +270,6 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict
             f"The adapter {adapter.path} ({adapter.not_separable}) doesn't fold into the base model's weights, so it "
             "can't be exported."
         )
-    merged.to(dtype)
     return [{"module": name, "op": "merged", "rank": 0, "filter_rank": 0} for name in names]
 
 

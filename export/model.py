@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["TASKS", "BaseModel", "load_base", "load_reference", "sample_inputs"]
+__all__ = ["GENERATION", "TASKS", "BaseModel", "load_base", "load_reference", "sample_inputs"]
 
+GENERATION = "text-generation"
 TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "CAUSAL_LM": GENERATION,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
 on; image classification has no PEFT task type of its own."""
@@ -33,6 +35,8 @@ _TASK_OF_CLASS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForCausalLM": GENERATION,
+    "LMHeadModel": GENERATION,
     "Model": "feature-extraction",
 }
 
