@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..adapter import Adapter
 from ..errors import UserError
+from ..generation import CONFIG_FILE
 from ..schemas import DOMAIN, OPS, VERSION, function_body
 from ..session import library_path
 from .adapted import fold, initializer_name, layer_rows, op_of
@@ -29,9 +30,8 @@ from .adapted import fold, initializer_name, layer_rows, op_of
 if TYPE_CHECKING:
     from .model import BaseModel
 
-__all__ = ["CONFIG_FILE", "PRECISIONS", "check_precision", "linear_nodes", "write_genai"]
+__all__ = ["PRECISIONS", "check_precision", "genai_name", "linear_nodes", "write_genai"]
 
-CONFIG_FILE = "genai_config.json"
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
     ("cpu", "int4", "float32"): "int4",
@@ -101,8 +101,9 @@ def write_genai(
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
-    _insert(model, rest, adapter.filter_input, dtype, out.name)
+    _insert(model, rest, adapter.filter_input, dtype)
     _name_modules(model, linears, rest)
+    _fix_cache_width(model, out.parent)
     _save(model, out)
     if bundle_library:
         _bundle_library(out.parent)
@@ -218,7 +219,7 @@ def genai_name(path: str) -> str | None:
 
 
 def _insert(
-    model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str, file: str
+    model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str
 ) -> None:
     """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from the builder. The rules:
 
@@ -304,6 +305,17 @@ def _name_modules(model: ir.Model, linears: list[str], rest: Mapping[str, Any]) 
     for path in linears:
         if place := nodes.get(genai_name(path) or ""):
             place[1].metadata_props["module"] = f"{path}.base_layer" if path in rest else path
+
+
+def _fix_cache_width(model: ir.Model, folder: Path) -> None:
+    """Writes the head width into the cache's shape, so that whoever runs the graph by itself knows it.
+
+    The builder leaves it open for quantised caches, which we don't export.
+    """
+    width = json.loads((folder / CONFIG_FILE).read_text())["model"]["decoder"]["head_size"]
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and str(value.shape[-1]) == "kv_cache_dim":
+            value.shape = ir.Shape([*value.shape[:-1], width])
 
 
 def _save(model: ir.Model, out: Path) -> None:
