@@ -84,6 +84,11 @@ def export_adapter(
     ):
         if value not in known:
             raise UserError(f"--{option} is {value!r}, expected one of: {', '.join(known)}.")
+    if check and dtype == "bfloat16":
+        raise UserError(
+            "bfloat16 models run on a GPU alone, and parity is checked on the CPU. Export it unchecked (--no-check), "
+            "after a float16 export that was checked."
+        )
     check_writable(out)
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:

@@ -237,7 +237,7 @@ def _insert(
             f"onnxruntime-genai's builder leaves no linear layer of its own for {', '.join(lost[:5])}"
             f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: it fuses them with others or builds them as "
             "something else, so no operator can stand behind them. Export merged (--mode merged), which needs none "
-            "for plain LoRA, or train the adapter without these modules."
+            "for plain LoRA, choose another --dtype, or train the adapter without these modules."
         )
     for path, weights in rest.items():
         place = places[path]

@@ -196,6 +196,8 @@ def _layers_off(model: torch.nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    # Switched off, a merged layer takes its adapter out of the weights, which not every kind undoes exactly.
+    merged = {layer: layer.get_base_layer().weight.detach().clone() for layer in layers if layer.merged}
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -203,6 +205,9 @@ def _layers_off(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for layer, weight in merged.items():
+            layer.merge()
+            layer.get_base_layer().weight.data.copy_(weight)
 
 
 def session_in_memory(graph: ir.Model, model: Path, *, library: bool) -> onnxruntime.InferenceSession:
