@@ -126,7 +126,7 @@ def layer_rows(adapter: Adapter, rest: Mapping[str, Mapping[str, Any]]) -> list[
 
 
 def initializer_name(path: str, name: str) -> str:
-    """How an operator's weight `name` ("A", "tau", ...) of module `path` is called in the graph: as in adapter files."""
+    """The graph's name for an operator's weight `name` ("A", "tau", ...) of module `path`: as in adapter files."""
     return f"{path}.trf_tau" if name == "tau" else f"{path}.{_MODULE_OF_INPUT[name]}.weight"
 
 

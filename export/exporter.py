@@ -72,8 +72,8 @@ def export_adapter(
     filter; "separate" keeps every half as an operator beside its frozen layer. `base_model` None takes the adapter's
     own. `opset` None takes the default, 20. `quantize` ("int4", "int8"), `device` and `bundle_library` (a copy of the
     custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
-    proves parity with PyTorch before anything is moved into place. `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
-    way nothing is left behind.
+    proves parity with PyTorch before anything is moved into place. `step` is told what is being done. Raises UserError
+    for input at fault, ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
     for option, value, known in (
@@ -150,7 +150,7 @@ def _write_model(
     base = load_base(adapter, base_model)
     generates = base.task == GENERATION
     layers = (_write_generating if generates else _write_encoder)(adapter, base, out, clock, options)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": 1,
         "loratrf_deploy": __version__,
         "mode": options.mode,
@@ -219,7 +219,7 @@ def _write_encoder(
         raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
     if options.dtype == "bfloat16" or options.quantize != "none" or options.device != "cpu" or options.bundle_library:
         raise UserError(
-            f"The adapter {adapter.path} is for {base.task}, which is exported in float32 or float16. --dtype bfloat16, "
+            f"The adapter {adapter.path} is for {base.task}, exported in float32 or float16. --dtype bfloat16, "
             "--quantize, --device and --bundle-library are for causal language models: leave them out."
         )
     clock("adapting")

@@ -276,7 +276,7 @@ def _insert_one(
     values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
     for name, array in weights.items():
         tensor = ir.tensor(np.ascontiguousarray(array, dtype=_NUMPY_TYPES[dtype]), name=initializer_name(path, name))
-        values[name] = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        values[name] = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         values[name].const_value = tensor
         graph.register_initializer(values[name])
     node = ir.node(

@@ -34,7 +34,7 @@ __all__ = ["TOKENS", "check_greedy", "dequantise_reference", "exact_arithmetic",
 TOKENS = 64
 _PROMPT = 12
 _STEPS = 1.01
-"""A quantised weight is at most one step from its own value: half of one by rounding, a whole one at the range's end."""
+"""A quantised weight is at most a step from its own value: half a step by rounding, a whole one at the range's end."""
 _MERGED = 0.25
 """How far from its own size a merged adapter may be found in quantised weights, besides what rounding explains."""
 

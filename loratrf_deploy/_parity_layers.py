@@ -195,7 +195,7 @@ def plain_name(path: str) -> str:
 def _layers_off(model: torch.nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     # Switched off, a merged layer takes its adapter out of the weights, which not every kind undoes exactly.
     merged = {layer: layer.get_base_layer().weight.detach().clone() for layer in layers if layer.merged}
     for layer in layers:

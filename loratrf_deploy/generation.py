@@ -75,7 +75,9 @@ def generate_tokens(
         generator = og.Generator(model, params)
         generator.append_tokens(np.asarray(prompt, dtype=np.int32))
     except Exception as error:  # plain RuntimeErrors
-        raise UserError(f"onnxruntime-genai refuses {len(prompt)} tokens of prompt and {count} more: {error}") from error
+        raise UserError(
+            f"onnxruntime-genai refuses {len(prompt)} tokens of prompt and {count} more: {error}"
+        ) from error
     while not generator.is_done():
         generator.generate_next_token()
         yield int(generator.get_next_tokens()[0])

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import tiny_llm
 import torch
 import transformers
 
+import tiny_llm
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.cli import main
@@ -84,7 +84,7 @@ def prove(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, Any
     return result.manifest
 
 
-@pytest.mark.parametrize("mode, quantize", [("separate", "none"), ("separate", "int4"), ("merged", "int8")])
+@pytest.mark.parametrize(("mode", "quantize"), [("separate", "none"), ("separate", "int4"), ("merged", "int8")])
 @pytest.mark.parametrize("kind", ["lora", "loratrf"])
 @pytest.mark.parametrize("family", tiny_llm.FAMILIES)
 def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm
     assert (manifest["task"], manifest["quantize"], manifest["device"]) == ("text-generation", quantize, "cpu")
 
 
-@pytest.mark.parametrize("mode, quantize", [("merged", "none"), ("separate", "int8"), ("merged", "int4")])
+@pytest.mark.parametrize(("mode", "quantize"), [("merged", "none"), ("separate", "int8"), ("merged", "int4")])
 def test_the_other_ways_to_export(mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
     base, adapter = make_llm("llama", "loratrf")
     prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
@@ -107,7 +107,7 @@ TIED = {"tie_word_embeddings": True}
 
 
 @pytest.mark.parametrize(
-    "sizes, options, mode, quantize",
+    ("sizes", "options", "mode", "quantize"),
     [
         (TIED, {"modules_to_save": ["lm_head"]}, "separate", "none"),
         (TIED, {"modules_to_save": ["embed_tokens"]}, "merged", "int4"),
@@ -117,7 +117,12 @@ TIED = {"tie_word_embeddings": True}
         (TIED, {}, "separate", "int4"),
         ({}, {"filter_input": "base"}, "merged", "int4"),
         ({}, {"target_modules": ["v_proj", "down_proj"], "filter_target_modules": ["v_proj"]}, "merged", "int4"),
-        ({}, {"target_modules": ["up_proj"], "rank_pattern": {r".*layers\.1\..*": 7}, "use_rslora": True}, "separate", "none"),
+        (
+            {},
+            {"target_modules": ["up_proj"], "rank_pattern": {r".*layers\.1\..*": 7}, "use_rslora": True},
+            "separate",
+            "none",
+        ),
         ({"attention_bias": True, "mlp_bias": True}, {"bias": "lora_only"}, "separate", "none"),
         ({"attention_bias": True, "mlp_bias": True}, {"bias": "all"}, "merged", "int8"),
     ],
@@ -276,7 +281,7 @@ def test_an_architecture_that_the_builder_does_not_know(capsys, tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    ("options", "expected"),
     [
         (("--dtype", "float16"), "--quantize int4 --dtype float32"),
         (("--device", "cuda", "--quantize", "int8"), "--quantize int8 --dtype float16"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tiny import SENTENCES, randomise
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
