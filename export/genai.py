@@ -30,7 +30,7 @@ from .adapted import fold, initializer_name, layer_rows, op_of
 if TYPE_CHECKING:
     from .model import BaseModel
 
-__all__ = ["PRECISIONS", "check_precision", "genai_name", "linear_nodes", "write_genai"]
+__all__ = ["PRECISIONS", "build", "check_precision", "genai_name", "linear_nodes", "write_genai"]
 
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
@@ -97,7 +97,7 @@ def write_genai(
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
-        _build(stage, out, precision, device, _builder_options(rest, dtype, quantize))
+        build(stage, out, precision, device, _builder_options(rest, dtype, quantize))
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
@@ -167,7 +167,11 @@ def _builder_options(rest: Mapping[str, Any], dtype: str, quantize: str) -> dict
     return options
 
 
-def _build(stage: Path, out: Path, precision: str, device: str, options: dict[str, str]) -> None:
+def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[str, str]) -> None:
+    """Runs onnxruntime-genai's model builder on the checkpoint in the folder `stage`, writing `out` and its folder.
+
+    `options` are the builder's extra_options. Raises UserError where the builder refuses the model.
+    """
     try:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from .errors import UserError
 from .generation import generate_tokens, load_model
 from .parity_cli import positive
 
-__all__ = ["main"]
+__all__ = ["count", "main"]
 
 
 @command
@@ -36,16 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         search = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
         if args.seed is not None:
             search["random_seed"] = args.seed
-    begin, first, count = time.perf_counter(), 0.0, 0
+    begin, first, made = time.perf_counter(), 0.0, 0
     print(args.prompt, end="", flush=True)
     for token in generate_tokens(model, prompt, args.max_new_tokens, **search):
         print(stream.decode(token), end="", flush=True)
-        count += 1
+        made += 1
         first = first or time.perf_counter()
     print()
     seconds = time.perf_counter() - first
-    speed = f", then {(count - 1) / seconds:.1f} tokens/s" if count > 1 else ""
-    print(f"{count} tokens; first after {1e3 * (first - begin):.0f} ms{speed}", file=sys.stderr)
+    speed = f", then {(made - 1) / seconds:.1f} tokens/s" if made > 1 else ""
+    print(f"{made} tokens; first after {1e3 * (first - begin):.0f} ms{speed}", file=sys.stderr)
     return 0
 
 
@@ -55,14 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, type=Path, help="the exported folder, or the model.onnx in it")
     parser.add_argument("--prompt", required=True, help="the text to go on from")
-    parser.add_argument("--max-new-tokens", type=_count, default=128, help="at most (default: 128)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, help="at most (default: 128)")
     parser.add_argument("--temperature", type=positive, help="sample instead of taking the likeliest token")
     parser.add_argument("--top-p", type=positive, default=1.0, help="sample among the likeliest (default: 1, all)")
     parser.add_argument("--seed", type=int, help="of sampling")
     return parser
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number over zero, of an option."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number over zero")
     return value
