@@ -11,7 +11,7 @@ from pathlib import Path
 from ..cli import command, progress
 from ..errors import UserError
 from ..runtime_weights import DEFAULTS
-from .exporter import DTYPES, MODES, ExportResult, ParityFailed, export_adapter
+from .exporter import DEVICES, DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
 from .onto import Converted, convert_adapter
 
 __all__ = ["main"]
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 swappable=args.swappable,
                 dtype=args.dtype,
                 opset=args.opset,
+                quantize=args.quantize,
+                device=args.device,
+                bundle_library=args.bundle_library,
                 check=args.check,
                 step=step,
             )
@@ -88,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
+    generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
+    generating.add_argument(
+        "--quantize", choices=QUANTIZATIONS, default="none", help="of the base weights; adapters stay in full precision"
+    )
+    generating.add_argument("--device", choices=DEVICES, default="cpu", help="where it will run (default: cpu)")
+    generating.add_argument(
+        "--bundle-library",
+        action="store_true",
+        help="copy the custom-op library into the folder and register it in genai_config.json",
+    )
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
     return parser
 
@@ -129,9 +142,10 @@ def _print_summary(result: ExportResult) -> None:
         ops[layer["op"]] = ops.get(layer["op"], 0) + 1
     kinds = ", ".join(f"{count} {op}" for op, count in ops.items()) or "none"
     weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
+    quantized = "" if manifest.get("quantize", "none") == "none" else f"{manifest['quantize']} weights, "
     rows = {
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
-        "mode": f"{manifest['mode']}, {manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}",
+        "mode": f"{manifest['mode']}, {quantized}{manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}",
         **_swappable_row(result),
         "layers": f"{len(manifest['layers'])} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",
