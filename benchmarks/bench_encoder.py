@@ -53,7 +53,7 @@ def main() -> None:
         calls, reference = deployments(Path(folder), args.model, args.kind, args.threads)
         rows = [measure(calls, reference, batch, sequence, args.rounds) for batch, sequence in SHAPES]
     result = {
-        "machine": f"{_cpu()}, {args.threads} threads",
+        "machine": f"{cpu()}, {args.threads} threads",
         "versions": f"ORT {ort.__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
         "model": args.model,
         "adapter": f"{args.kind}, R = F = 8 on query and value",
@@ -72,8 +72,8 @@ def main() -> None:
 
 def deployments(folder: Path, model: str, kind: str, threads: int) -> tuple[dict[str, Callable], Any]:
     """name -> call(inputs), `merged` first; and the PyTorch reference that inputs are drawn for."""
-    base = _base(folder / "base", model)
-    adapter_path = _adapter(base, folder / "adapter", kind)
+    base = make_base(folder / "base", model)
+    adapter_path = make_adapter(base, folder / "adapter", kind)
     for mode in ("merged", "separate"):
         export_adapter(adapter_path, folder / mode / "model.onnx", base_model=base, mode=mode, check=False)
     adapter = read_adapter(adapter_path)
@@ -125,7 +125,7 @@ def measure(calls: dict[str, Callable], reference: Any, batch: int, sequence: in
     return {"batch": batch, "sequence": sequence, "ms": 1e3 * statistics.median(times[REFERENCE]), "ratios": ratios}
 
 
-def _base(path: Path, model: str) -> Path:
+def make_base(path: Path, model: str) -> Path:
     """BERT-base's shape with random weights, or MiniLM with a random head."""
     torch.manual_seed(0)
     if model == "minilm":
@@ -141,7 +141,7 @@ def _base(path: Path, model: str) -> Path:
     return path
 
 
-def _adapter(base: Path, path: Path, kind: str) -> Path:
+def make_adapter(base: Path, path: Path, kind: str) -> Path:
     import peft
 
     from loratrf_deploy.peft import LoraTrfConfig
@@ -159,7 +159,7 @@ def _adapter(base: Path, path: Path, kind: str) -> Path:
     return path
 
 
-def _cpu() -> str:
+def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -1,4 +1,4 @@
-"""loratrf-export: the command line around `export_adapter`."""
+"""loratrf-export: the command line around `export_adapter`, `export_grouped` and `convert_adapter`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import command, progress
+from ..cli import command, named_paths, progress
 from ..errors import UserError
 from ..runtime_weights import DEFAULTS
 from .exporter import DEVICES, DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
+from .grouped import export_grouped
 from .onto import Converted, convert_adapter
 
 __all__ = ["main"]
@@ -24,29 +25,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _check_combination(parser, args)
     if args.onto is not None:
-        for name in ("mode", "swappable", "dtype", "opset", "check"):
-            if getattr(args, name) != parser.get_default(name):
-                flag = "--no-check" if name == "check" else f"--{name}"
-                raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
         _print_converted(convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model), args.onto)
         return 0
     try:
         with progress() as step:
-            result = export_adapter(
-                args.adapter,
-                args.out,
-                base_model=args.base_model,
-                mode=args.mode or ("separate" if args.swappable else "merged"),
-                swappable=args.swappable,
-                dtype=args.dtype,
-                opset=args.opset,
-                quantize=args.quantize,
-                device=args.device,
-                bundle_library=args.bundle_library,
-                check=args.check,
-                step=step,
-            )
+            common = {"base_model": args.base_model, "dtype": args.dtype, "opset": args.opset, "check": args.check}
+            if args.adapters is not None:
+                result = export_grouped(named_paths(args.adapters), args.out, **common, step=step)
+            else:
+                result = export_adapter(
+                    args.adapter,
+                    args.out,
+                    mode=args.mode or ("separate" if args.swappable else "merged"),
+                    swappable=args.swappable,
+                    quantize=args.quantize,
+                    device=args.device,
+                    bundle_library=args.bundle_library,
+                    **common,
+                    step=step,
+                )
     except ParityFailed as failure:
         from ..report import print_report
 
@@ -66,7 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Export a LoRA or LoRATRF adapter with its base model to ONNX, and prove that it computes what "
         "PyTorch computed.",
     )
-    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory (PEFT's layout)")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", type=Path, help="adapter directory (PEFT's layout)")
+    which.add_argument(
+        "--adapters",
+        metavar="NAME=PATH",
+        nargs="+",
+        help="several adapters of one base in one model, in which every row of a batch names its own (grouped)",
+    )
     parser.add_argument("--out", required=True, type=Path, help="the file to write; a model's folder gets others")
     parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
     parser.add_argument(
@@ -88,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         help="convert the adapter for this swappable model, which exists already: --out NAME.onnx_adapter",
     )
     parser.add_argument(
+        "--grouped", action="store_true", help="what --adapters makes, in so many words: it can be left out"
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
@@ -103,6 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
     return parser
+
+
+def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """UserError for options that would be ignored beside --adapters or --onto."""
+    of_one = ("mode", "swappable", "quantize", "device", "bundle_library")
+
+    def given(names: Sequence[str]) -> str | None:
+        changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        return None if not changed else "--no-check" if changed[0] == "check" else f"--{changed[0].replace('_', '-')}"
+
+    if args.adapters is None and args.grouped:
+        raise UserError("--grouped makes one model of several adapters: name them with --adapters NAME=PATH ...")
+    if args.adapters is not None and (flag := given((*of_one, "onto"))):
+        raise UserError(
+            f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
+            f"can be refilled at run time: drop {flag}."
+        )
+    if args.onto is not None and (flag := given((*of_one, "dtype", "opset", "check"))):
+        raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
 def _print_converted(converted: Converted, model: Path) -> None:
@@ -127,6 +155,8 @@ def _swappable_row(result: ExportResult) -> dict[str, str]:
     facts = result.manifest.get("swappable")
     if facts is None:
         return {}
+    if names := facts.get("slots"):
+        return {"slots": ", ".join(f"{slot} {name}" for name, slot in names.items()) + "; -1 is the base"}
     own = any(weight["default"] == "adapter" for weight in facts["weights"]) and facts["default"] == "base"
     default = f"the {facts['default']}'s" + (", with the adapter's head: the base has none" if own else "")
     return {"swaps": f"{result.model.with_name(facts['file'])}; without an adapter the output is {default}"}

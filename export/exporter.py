@@ -122,7 +122,7 @@ def export_adapter(
         with quiet():
             options = _Options(mode, swappable, dtype, opset, quantize, device, bundle_library)
             manifest = _write_model(loaded, base_model, model, clock, options)
-            _write_manifest(aside, manifest)
+            write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
@@ -134,13 +134,14 @@ def export_adapter(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        _write_manifest(aside, manifest)
+        write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes loratrf.json."""
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._adapter_files import some
 from ..adapter import Adapter, LayerAdapter, check_fits, read_adapter
-from ..adapter_file import adapter_facts
+from ..adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
 from ..cli import quiet
 from ..errors import UserError
 from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
 from ..schemas import DOMAIN, MAX_RANK
 from ..slots import Slots
 from .exporter import (
-    DTYPES,
     Clock,
     ExportResult,
     ParityFailed,
@@ -27,6 +26,7 @@ from .exporter import (
     common_facts,
     traced_inputs,
     write_companions,
+    write_manifest,
 )
 from .files import check_writable, written_aside
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["export_grouped"]
 
 ADAPTER_IDS = "adapter_ids"
+_DTYPES = ("float32", "float16")
 
 
 def export_grouped(
@@ -60,9 +61,13 @@ def export_grouped(
     base, task or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected for several adapters: {' or '.join(_DTYPES)}.")
     check_writable(out)
+    if odd := [name for name in adapters if Path(f"{name}{SUFFIX}").name != f"{name}{SUFFIX}"]:
+        raise UserError(
+            f"--adapters has the name {odd[0]!r}, which is to be a file's: {odd[0]}{SUFFIX}. Choose another."
+        )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     _check_together(loaded, base_model)
     with written_aside(out) as aside:
@@ -71,6 +76,7 @@ def export_grouped(
         with quiet():
             with collector_off():
                 manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
+            write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity_grouped import check_grouped_parity
@@ -83,7 +89,7 @@ def export_grouped(
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        (aside / "loratrf.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
@@ -98,7 +104,7 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
-                f"The adapter {adapter.path} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the "
+                f"The adapter {adapter.path} has ranks over {MAX_RANK} at {some(high)}, more than the "
                 "operators take. Leave it out and export it merged: --adapter PATH --mode merged."
             )
         if adapter.task_type != first.task_type:
@@ -122,11 +128,16 @@ def _write_model(
     import torch
 
     from .graph import finish, trace
-    from .model import load_base
+    from .model import GENERATION, load_base
     from .swappable import weights_to_inputs
 
     clock("loading the base model")
     base = load_base(next(iter(adapters.values())), base_model)
+    if base.task == GENERATION:
+        raise UserError(
+            "Several adapters in one model (--adapters) isn't for causal language models: ONNX Runtime GenAI feeds the "
+            "graph and knows no adapter ids. Export each by itself: --adapter PATH."
+        )
     shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
         check_fits(adapter, shapes)
@@ -136,8 +147,9 @@ def _write_model(
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
     weights += _head_weights(adapters, base, dtype)
     slots = Slots(weights, len(adapters))
-    for slot, adapter in enumerate(adapters.values()):
-        slots.put(slot, fit(adapter, weights, filter_input))
+    values = [fit(adapter, weights, filter_input) for adapter in adapters.values()]
+    for slot, own in enumerate(values):
+        slots.put(slot, own)
     _attach(base, layers, weights, filter_input)
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
@@ -153,11 +165,14 @@ def _write_model(
     manifest = common_facts(base, out, "grouped", dtype, opset)
     manifest["adapter"] = {"filter_input": filter_input, "parameters": sum(map(_parameters, adapters.values()))}
     manifest["layers"] = [_row(layer, slots) for layer in layers.values()]
-    manifest["grouped"] = {
+    manifest["swappable"] = {
+        "default": "adapter",
         "slots": {name: slot for slot, name in enumerate(adapters)},
         "adapters": {name: adapter_facts(adapter) for name, adapter in adapters.items()},
         "weights": [weight.to_dict() for weight in weights],
     }
+    for (name, adapter), own in zip(adapters.items(), values, strict=True):
+        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, file_facts(adapter, manifest))
     return manifest
 
 
@@ -253,9 +268,9 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{', '.join(dict.fromkeys(wrong))} also runs on what is not a row of the batch (such as relative positions "
-            "that all rows share), where rows can't have adapters of their own. Export the adapters apart, or train them "
-            "on other layers."
+            f"{some(dict.fromkeys(wrong))} also runs on what is not a row of the batch, such as relative positions "
+            "that all rows share: there, rows can't have adapters of their own. Export the adapters apart, or train "
+            "them on other layers."
         )
 
 

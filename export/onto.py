@@ -61,9 +61,9 @@ def _check_origin(adapter: Adapter, swappable: Swappable, base_model: str | Path
     if own is not None and base.get("sha256") is not None:
         if own != base["sha256"]:
             raise UserError(
-                f"The adapter {adapter.path} was trained on {name} (sha256 {own[:12]}), the model {swappable.model} "
-                f"was exported from {base.get('name')} (sha256 {str(base['sha256'])[:12]}): their weights differ. Export a "
-                "model from the adapter's base, or pass the folder of the right one: --base-model PATH."
+                f"The adapter {adapter.path} was trained on {name} (sha256 {own[:12]}), and {swappable.model} was "
+                f"exported from {base.get('name')} (sha256 {str(base['sha256'])[:12]}): their weights differ. Pass the "
+                "folder of the right base, --base-model PATH, or export a model from this adapter."
             )
         return "hash"
     if Path(name).name != base.get("name"):

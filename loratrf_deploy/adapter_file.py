@@ -1,8 +1,8 @@
 """Files of run-time adapters, .onnx_adapter: ONNX Runtime's own format, and behind it a block that says what it fits.
 
     flatbuffer of onnxruntime/lora/adapter_format   names, shapes, values: all that ONNX Runtime's loader reads
-    JSON                                            adapter, hashes of base and graph, crc32 of the flatbuffer
-    length of the JSON, uint64 LE | b"LORATRF1"     a truncated file has no such end
+    JSON                                            the adapter, hashes of base and graph
+    uint64 length of the JSON | uint32 crc32 of all before this line | b"LORATRF1", little-endian
 
 The reader takes nothing of a file on trust and needs numpy alone; the writer is ONNX Runtime's.
 """
@@ -27,7 +27,7 @@ __all__ = ["SUFFIX", "AdapterFile", "adapter_facts", "file_facts", "read_adapter
 
 SUFFIX = ".onnx_adapter"
 _MAGIC = b"LORATRF1"
-_END = struct.Struct("<Q8s")
+_END = struct.Struct("<QI8s")
 _TYPES: dict[int, Any] = {1: np.float32, 10: np.float16}
 """ONNX's element types that run-time weights have."""
 
@@ -40,11 +40,7 @@ class AdapterFile:
     values: dict[str, NDArray[Any]]
     facts: dict[str, Any]
     bytes: int
-
-    @property
-    def crc32(self) -> int:
-        """Of names, shapes and values: tells whether a file has changed."""
-        return self.facts["crc32"]
+    crc32: int
 
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
@@ -73,10 +69,10 @@ def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], facts: Ma
     content.set_model_version(1)
     content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
     content.export_adapter(str(path))
+    text = json.dumps({**facts, "format": 1}).encode()
     with path.open("r+b") as file:
-        facts = {**facts, "format": 1, "crc32": zlib.crc32(file.read())}
-        text = json.dumps(facts).encode()
-        file.write(text + _END.pack(len(text), _MAGIC))
+        checksum = zlib.crc32(text, zlib.crc32(file.read()))
+        file.write(text + _END.pack(len(text), checksum, _MAGIC))
     again = read_adapter_file(path).values
     if again.keys() != values.keys() or any(not np.array_equal(again[name], values[name]) for name in values):
         raise RuntimeError(f"{path} doesn't hold what ONNX Runtime was given to write")
@@ -90,12 +86,12 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     except OSError as error:
         raise UserError(f"Can't read the adapter file {path}: {error.strerror or error}.") from error
     block.flags.writeable = False
-    raw = memoryview(block)
+    raw = block.data
     try:
-        length, magic = _END.unpack_from(raw, len(raw) - _END.size)
+        length, checksum, magic = _END.unpack_from(raw, len(raw) - _END.size)
         end = len(raw) - _END.size - length
     except struct.error:
-        magic, end = b"", -1
+        magic, checksum, end = b"", 0, -1
     if magic != _MAGIC or end < 0:
         foreign = bytes(raw[4:8]) == b"TORT"
         raise UserError(
@@ -105,17 +101,17 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             f"--onto model.onnx --out NAME{SUFFIX}."
         )
     try:
-        facts = json.loads(bytes(raw[end : len(raw) - _END.size]))
+        if zlib.crc32(raw[: -_END.size]) != checksum:
+            raise ValueError("its checksum is wrong")
+        facts = json.loads(bytes(raw[end : -_END.size]))
         if not _are_facts(facts):
             raise ValueError("its description is not what loratrf-export writes")
         if facts["format"] != 1:
             raise ValueError(f"its format is {facts['format']!r}, this version of loratrf-deploy reads 1")
-        if zlib.crc32(raw[:end]) != facts["crc32"]:
-            raise ValueError("its checksum is wrong")
         values = _Reader(block[:end]).parameters()
     except (ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{path} is damaged ({error}). Convert or copy the adapter again.") from error
-    return AdapterFile(path, values, facts, len(raw))
+    return AdapterFile(path, values, facts, len(raw), checksum)
 
 
 def _are_facts(facts: Any) -> bool:
@@ -124,7 +120,6 @@ def _are_facts(facts: Any) -> bool:
         and isinstance(facts.get("adapter"), dict)
         and isinstance(facts.get("base_sha256"), str | None)
         and isinstance(facts.get("model_sha256"), str)
-        and isinstance(facts.get("crc32"), int)
         and "format" in facts
     )
 
@@ -133,7 +128,7 @@ class _Reader:
     """Reads the flatbuffer. struct and the slices below raise where an offset leaves the block; none is negative."""
 
     def __init__(self, block: NDArray[np.uint8]):
-        self._block, self._raw = block, memoryview(block)
+        self._block, self._raw = block, block.data
 
     def parameters(self) -> dict[str, NDArray[Any]]:
         """Table Adapter {format_version, adapter_version, model_version: int32; parameters: [Parameter]}."""

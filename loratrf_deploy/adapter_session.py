@@ -1,4 +1,4 @@
-"""One swappable model and many resident adapters: each run names the one it uses. Needs neither torch nor onnx."""
+"""One model and many resident adapters: each run names its own, or one per row. Needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._adapter_files import some
+from ._resident import BoundWeights, Slot, SlotBank
 from .adapter_file import AdapterFile, read_adapter_file
 from .errors import UserError
 from .runtime_weights import check_matches, read_swappable
@@ -25,8 +27,8 @@ __all__ = ["AdapterInfo", "AdapterSession"]
 
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where an execution provider keeps its weights; the others work in host memory."""
-_SPARE_BINDINGS = 4
-"""Bindings that an adapter keeps ready for threads that run at once; each is some 20 kB."""
+ADAPTER_IDS = "adapter_ids"
+"""The graph input that says which slot each row uses."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ class AdapterInfo:
 
 
 class AdapterSession:
-    """outputs = model(inputs; weights of one adapter), the adapter named in each run.
+    """outputs = model(inputs; weights of one adapter), the adapter named in each run, or in each row of a batch.
 
-    Opens a model of `loratrf-export --swappable` as `create_session` does, with the same `library`, `providers` and
-    `options`. Every method may be called from any number of threads; a run that has begun keeps its adapter whatever is
-    unloaded or replaced meanwhile. `max_bytes` limits the memory of resident adapters: those that were used least
+    Opens a model of `loratrf-export --swappable` (one adapter per run) or `--adapters` (one per row), as
+    `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. Every
+    method may be called from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or
+    replaced meanwhile. `max_bytes` limits the memory of resident adapters: those that were used least
     recently are put aside, and read again from their files when a run names them. Raises UserError for a model that
     takes no adapters.
     """
@@ -60,18 +63,19 @@ class AdapterSession:
         self._swappable = read_swappable(model)
         self._session = create_session(model, library=library, providers=providers, options=options)
         self._device = _DEVICES.get(self._session.get_providers()[0], "cpu")
-        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}  # least recently used first
-        self._default = _Weights(self._session, self._device, {})
+        self._default = BoundWeights(self._session, self._device, {})
         self._scaled = [weight.name for weight in self._swappable.weights if weight.part in ("B", "D")]
+        self._slots = SlotBank(self._session, self._device, self._swappable.weights) if self._swappable.slots else None
 
     @property
     def default(self) -> str:
-        """What a run without an adapter computes: "base" or "adapter", as the model was exported."""
-        return self._swappable.default
+        """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
+        return "base" if self._slots else self._swappable.default
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -116,13 +120,15 @@ class AdapterSession:
         self,
         inputs: Mapping[str, Any],
         *,
-        adapter: str | None,
+        adapter: str | EllipsisType | None = ...,
+        adapters: Sequence[str | None] | None = None,
         scale: float = 1.0,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Output name -> value for `inputs` (name -> array as the model takes it) under the loaded `adapter`.
 
-        `adapter` None asks for the model's default (see `default`), in so many words. `scale` multiplies alpha/R and
+        `adapters` names one per row of the batch instead, for a model of --adapters. None asks for the model's default
+        (see `default`), in so many words: one of the two must be given. `scale` multiplies alpha/R and
         gamma: y = h + scale·(alpha/R)·(x Aᵀ)Bᵀ, out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of
         what it learned to each layer; a filter's z and s are those of the layer's y as it then is. At 0 the layers are
         the base's. A head that the adapter brings is the adapter's own at every scale. `outputs` None takes all. Raises
@@ -136,19 +142,41 @@ class AdapterSession:
         chosen = self._outputs if outputs is None else list(outputs)
         if foreign := [name for name in chosen if name not in self._outputs]:
             raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
+        if (adapter is ...) == (adapters is None):
+            raise TypeError("run() takes either adapter=NAME or adapters=[NAME, ...], one per row")
         if not (isinstance(scale, int | float) and math.isfinite(scale)):
             raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
+        if self._slots is not None:
+            if scale != 1:
+                raise UserError(f"scale is {scale}, but a model of --adapters has no scale per run. Expected 1.")
+            rows = (np.shape(inputs[self._inputs[0]]) or (0,))[0]
+            names = [adapter] * rows if adapters is None else list(adapters)
+            return self._run_rows(inputs, names, rows, chosen)  # type: ignore[arg-type]
+        if adapters is not None:
+            raise UserError(
+                f"{self._swappable.model} runs one adapter per batch: name it with adapter=. For one per row, export a "
+                "model with loratrf-export --adapters NAME=PATH ..."
+            )
         if adapter is None:
             if scale != 1:
                 raise UserError(f"scale is {scale} but no adapter is named: there is nothing to scale.")
-            weights = self._default
-        else:
-            weights = self._weights(adapter)
-            if scale != 1:
-                weights = weights.scaled(scale, self._scaled)
-        return weights.run(inputs, chosen)
+            return self._default.run(inputs, chosen)
+        weights = self._resident(adapter)
+        assert isinstance(weights, BoundWeights)
+        return (weights if scale == 1 else weights.scaled(scale, self._scaled)).run(inputs, chosen)
 
-    def _weights(self, name: str) -> _Weights:
+    def _run_rows(
+        self, inputs: Mapping[str, Any], names: Sequence[str | None], rows: int, outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        if len(names) != rows:
+            raise UserError(f"adapters names {len(names)} adapters for {rows} rows: expected one per row.")
+        assert self._slots is not None
+        # Held until the run ends: a slot is free for others when nobody has it any more.
+        slots: dict[str | None, Any] = {name: self._resident(name) for name in dict.fromkeys(names) if name is not None}
+        ids = [slots[name].number if name is not None else -1 for name in names]
+        return self._slots.weights().run({**inputs, ADAPTER_IDS: np.array(ids, np.int64)}, outputs)
+
+    def _resident(self, name: Any) -> BoundWeights | Slot:
         with self._lock:
             entry = self._entries.pop(name, None)
             if entry is None:
@@ -204,14 +232,11 @@ class AdapterSession:
         check_matches(file.values, self._swappable.weights, path)
         return file
 
-    def _place(self, file: AdapterFile) -> _Weights:
-        import onnxruntime
-
-        # In host memory the OrtValues are views of the file's one block; elsewhere they are copied once, here.
-        values = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(value, self._device) for name, value in file.values.items()
-        }
-        return _Weights(self._session, self._device, values)
+    def _place(self, file: AdapterFile) -> BoundWeights | Slot:
+        if self._slots is not None:
+            return self._slots.place(file.values)
+        # In host memory the weights stay the file's one block; elsewhere they are copied once, here.
+        return BoundWeights(self._session, self._device, file.values)
 
     def _unknown(self, name: object) -> UserError:
         loaded = some([repr(known) for known in self._entries], limit=20) or "none"
@@ -225,48 +250,5 @@ class _Entry:
     path: Path
     bytes: int
     crc32: int
-    weights: _Weights | None
+    weights: BoundWeights | Slot | None
     reading: threading.Lock = field(default_factory=threading.Lock)
-
-
-class _Weights:
-    """One adapter's weights, bound: a run binds its few inputs and outputs beside them. Never changes."""
-
-    def __init__(self, session: onnxruntime.InferenceSession, device: str, values: Mapping[str, onnxruntime.OrtValue]):
-        self._session, self._device, self._values = session, device, values
-        self._spare: list[onnxruntime.IOBinding] = []  # list's append and pop are atomic
-
-    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        # ONNX Runtime reads these in place: they must outlive the run.
-        arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        try:
-            binding = self._spare.pop()
-        except IndexError:
-            binding = self._session.io_binding()
-            for name, value in self._values.items():
-                binding.bind_ortvalue_input(name, value)
-        try:
-            for name, array in arrays.items():
-                binding.bind_cpu_input(name, array)
-            for name in outputs:
-                binding.bind_output(name)
-            self._session.run_with_iobinding(binding)
-            results = dict(zip(outputs, binding.copy_outputs_to_cpu(), strict=True))
-            binding.clear_binding_outputs()
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            given = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in arrays.items())
-            raise UserError(f"ONNX Runtime can't run the model on {given}: {error}") from error
-        if len(self._spare) < _SPARE_BINDINGS:
-            self._spare.append(binding)
-        return results
-
-    def scaled(self, scale: float, names: Sequence[str]) -> _Weights:
-        """The same adapter with the weights `names` times `scale`, made for one run."""
-        import onnxruntime
-
-        values = dict(self._values)
-        for name in names:
-            value = values[name].numpy()
-            scaled = value * value.dtype.type(scale)
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(scaled, self._device)
-        return _Weights(self._session, self._device, values)

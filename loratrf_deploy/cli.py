@@ -10,10 +10,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["command", "progress", "quiet"]
+__all__ = ["command", "named_paths", "progress", "quiet"]
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -38,6 +39,21 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return 141
 
     return wrapped
+
+
+def named_paths(texts: Sequence[str]) -> dict[str, Path]:
+    """{NAME: PATH} of --adapters NAME=PATH ..., in their order. Raises UserError for what isn't, or a name twice."""
+    paths: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--adapters has {text!r}, expected NAME=PATH, such as fr=adapters/french.")
+        if name in paths:
+            raise UserError(
+                f"--adapters names {name!r} twice ({paths[name]} and {path}). Give each adapter its own name."
+            )
+        paths[name] = Path(path)
+    return paths
 
 
 @contextlib.contextmanager

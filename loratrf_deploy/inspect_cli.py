@@ -97,9 +97,18 @@ def _show_adapter_file(console: Console, facts: dict[str, Any]) -> None:
     _table(console, ("layer", "rank", "filter rank"), rows_of_layers)
 
 
+def _adapter_sentence(facts: dict[str, Any]) -> str:
+    adapter, slots = facts["adapter"], (facts["swappable"] or {}).get("slots")
+    if slots:
+        return "one per batch row, by slot: " + ", ".join(f"{slot} {name}" for name, slot in slots.items())
+    return f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})"
+
+
 def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
     if facts is None:
         return None
+    if facts["slots"]:
+        return f"{facts['weights']} run-time weights with a dimension of slots, whose defaults are these adapters'"
     names = ", ".join(facts["files"]) or "none"
     others = f"; not made for it: {', '.join(facts['other_files'])}" if facts["other_files"] else ""
     return f"{facts['weights']} run-time weights, default {facts['default']}; adapters beside it: {names}{others}"
@@ -120,13 +129,13 @@ def _merge_sentence(facts: dict[str, Any]) -> str:
 
 
 def _show_model(console: Console, facts: dict[str, Any]) -> None:
-    adapter, base, parity = facts["adapter"], facts["base"], facts["parity"]
+    base, parity = facts["base"], facts["parity"]
     operators = ", ".join(f"{count} {op}" for op, count in facts["operators"].items())
     rows = {
         "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
         "export": f"{facts['mode']}, {facts['dtype']}, opset {facts['opset']}, {facts['task']}",
         "made by": ", ".join([f"loratrf-deploy {facts['loratrf_deploy']}", *_versions(facts["versions"])]),
-        "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
+        "adapter": _adapter_sentence(facts),
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
         "swaps": _swappable_sentence(facts["swappable"]),

@@ -163,11 +163,19 @@ def _swappable_facts(manifest: dict[str, Any], folder: Path) -> dict[str, Any] |
     facts = manifest.get("swappable")
     if not isinstance(facts, dict) or not isinstance(facts.get("weights"), list):
         return None
-    files, others = [], []
+    files: list[str] = []
+    others: list[str] = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             fits = read_adapter_file(path).facts["model_sha256"] == (manifest.get("model") or {}).get("sha256")
         except UserError:
             fits = False
         (files if fits else others).append(path.name)
-    return {"default": facts.get("default"), "weights": len(facts["weights"]), "files": files, "other_files": others}
+    slots = facts.get("slots") if isinstance(facts.get("slots"), dict) else {}
+    return {
+        "default": facts.get("default"),
+        "weights": len(facts["weights"]),
+        "slots": slots,
+        "files": files,
+        "other_files": others,
+    }

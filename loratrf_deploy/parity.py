@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parity_generation, _parity_inputs, _parity_layers
+from ._adapter_files import some
 from ._parity_figures import Figures, compare, valid, worst
 from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
 from .errors import UserError
@@ -92,6 +93,11 @@ def check_parity(
         if (name := value.name or "") not in graph.graph.initializers and not _parity_layers.is_cache(name)
     ]
     swappable = read_swappable(model) if any(v.name in graph.graph.initializers for v in graph.graph.inputs) else None
+    if swappable and swappable.slots:
+        raise UserError(
+            f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
+            f"{model} --adapters NAME=PATH ..."
+        )
     weights = fit(read, swappable.weights, swappable.filter_input) if swappable else {}
     if inputs is None:
         batches = _parity_inputs.default_inputs(base)
@@ -138,11 +144,18 @@ def check_parity(
     checks += weight_checks
     if swappable:
         step("running ONNX Runtime without an adapter")
+        first = swappable.manifest["adapter"]
         default = expected
+        if first.get("sha256") != read.sha256 and any(weight.default == "adapter" for weight in swappable.weights):
+            run: list[Outputs] | UserError = _NotComparable(
+                f"the model's default has weights of the adapter that it was exported with, {first.get('name')}, and "
+                "this is another one"
+            )
+        else:
+            run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
         if swappable.default == "base":
             heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
             default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
-        run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
         checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
     if generates:
         step("generating")
@@ -240,7 +253,7 @@ def run_batches(
         try:
             library_path()
         except UserError as error:
-            return _NotBuilt(str(error))
+            return _NotComparable(str(error))
     try:
         if graph is None:
             session = create_session(model, library=library)
@@ -253,8 +266,8 @@ def run_batches(
         return UserError(f"ONNX Runtime fails in {model}: {error}")
 
 
-class _NotBuilt(UserError):
-    """The custom-op library is absent: what needs it is skipped, not failed."""
+class _NotComparable(UserError):
+    """What is needed for a comparison is absent, such as the custom-op library: it is skipped, not failed."""
 
 
 def parity_checks(
@@ -266,7 +279,7 @@ def parity_checks(
     tolerance: float,
 ) -> list[Check]:
     if isinstance(run, UserError):
-        status = "skipped" if isinstance(run, _NotBuilt) else "failed"
+        status = "skipped" if isinstance(run, _NotComparable) else "failed"
         return [Check(variant, name, status, str(run)) for name in outputs]
     checks = []
     for name in outputs:

@@ -1,15 +1,15 @@
-"""loratrf-parity: the command line around `check_parity`."""
+"""loratrf-parity: the command line around `check_parity` and `check_grouped_parity`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import command, progress, quiet
+from .cli import command, named_paths, progress, quiet
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.report:
         check_report_path(path)
     with progress() as step:
-        report = run(args.model, args.adapter, args.base_model, args.inputs, args.tolerance, step)
+        adapter = args.adapter if args.adapters is None else named_paths(args.adapters)
+        report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, step)
     for path in args.report:
         write_report(report, path)
     print_report(report)
@@ -36,13 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     model: Path,
-    adapter: Path,
+    adapter: Path | Mapping[str, Path],
     base_model: str | None = None,
     inputs: Path | None = None,
     tolerance: float | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
-    """`check_parity` on a file of inputs, quietly. Raises UserError, also where the `export` extra is not installed."""
+    """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
+
+    Raises UserError, also where the `export` extra is not installed.
+    """
     needed = ("torch", "transformers", "peft", "onnx_ir", "optimum")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(
@@ -55,7 +59,14 @@ def run(
     with quiet():
         step("importing torch and transformers")
         from .parity import check_parity
+        from .parity_grouped import check_grouped_parity
 
+        if isinstance(adapter, Mapping):
+            if inputs is not None:
+                raise UserError(
+                    "--inputs goes with --adapter: several adapters are compared on random batches. Drop it."
+                )
+            return check_grouped_parity(model, adapter, base_model, tolerance=tolerance, step=step)
         return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, step=step)
 
 
@@ -68,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "without it, and that the adapter has an effect. On failure names the first layer that drifts.",
     )
     parser.add_argument("--model", required=True, type=Path, help="exported model, such as model.onnx")
-    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory that it was exported from")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", type=Path, help="adapter directory that it was exported from")
+    which.add_argument(
+        "--adapters", metavar="NAME=PATH", nargs="+", help="those that a grouped model was exported from, by its names"
+    )
     parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
     parser.add_argument(
         "--inputs",

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parity_inputs, _parity_layers
+from ._adapter_files import some
 from ._parity_result import VARIANTS, Check, ParityReport
 from .errors import UserError
 from .parity import (
@@ -25,6 +26,7 @@ from .parity import (
     run_batches,
     versions,
 )
+from .runtime_weights import read_swappable
 
 if TYPE_CHECKING:
     from .export.model import BaseModel
@@ -42,13 +44,20 @@ def check_grouped_parity(
 ) -> ParityReport:
     """For each row, max|onnx - torch| / max|torch| <= tolerance, torch being PEFT with the adapter of that row alone.
 
-    `adapters` (name -> folder) in the order of the model's slots. Every batch runs with each adapter on all rows, with
-    the base on all rows (id -1) and with adapters and base mixed, with the library and without; and each adapter must
-    make a difference to the base, as in `check_parity`. Outputs are named "logits (NAME)", "logits (base)" and
-    "logits (mixed)". Raises UserError where model, adapters or base are at fault.
+    `adapters` (name -> folder) are all of the model's, by its own names. Every batch runs with each adapter on all
+    rows, with the base on all rows (id -1) and with adapters and base mixed, with the library and without; and each
+    adapter must make a difference to the base, as in `check_parity`. Outputs are named "logits (NAME)", "logits
+    (id -1)" and "logits (mixed rows)". Raises UserError where model, adapters or base are at fault.
     """
     begin = time.perf_counter()
     model = Path(model)
+    known = read_swappable(model).slots
+    if set(known) != set(adapters):
+        raise UserError(
+            f"{model} holds the adapters {some(known) or '(none: it is no grouped model)'}, and was to be compared "
+            f"with {some(adapters)}. Name all of its own, and no other: --adapters NAME=PATH ..."
+        )
+    adapters = {name: adapters[name] for name in known}
     graph = load_graph(model)
     dtype = model_dtype(graph)
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
@@ -72,9 +81,9 @@ def check_grouped_parity(
     masks = [_parity_inputs.padding_mask(batch) for batch in batches]
     # Each adapter alone, the base alone, and all of them side by side in every batch.
     slots = [*range(len(adapters)), -1]
-    plans = dict(zip((*adapters, "base", "mixed"), [*([slot] for slot in slots), slots], strict=True))
-    ids = {name: _ids(batches, plan) for name, plan in plans.items()}
-    fed = [batch | {"adapter_ids": rows} for name in plans for batch, rows in zip(batches, ids[name], strict=True)]
+    names = [*adapters, "id -1", "mixed rows"]
+    plans = [_ids(batches, plan) for plan in (*([slot] for slot in slots), slots)]
+    fed = [batch | {"adapter_ids": rows} for ids in plans for batch, rows in zip(batches, ids, strict=True)]
     runs: dict[str, list[Outputs] | UserError] = {}
     for library, variant in ((True, VARIANTS[0]), (False, VARIANTS[1])):
         step(f"running ONNX Runtime {variant}")
@@ -92,12 +101,14 @@ def check_grouped_parity(
         return ran[number * len(batches) : (number + 1) * len(batches)]
 
     for variant, ran in runs.items():
-        for number, name in enumerate(plans):
+        for number, ids in enumerate(plans):
             own = ran if isinstance(ran, UserError) else part(ran, number)
-            add(parity_checks(variant, own, outputs, _pick(expected, ids[name], outputs), masks, tolerance), name)
+            right = _pick(expected, ids, outputs)
+            add(parity_checks(variant, own, outputs, right, masks, tolerance), names[number])
     for number, name in enumerate(adapters):
         own = part(worked[0], number)
         add(effect_checks(own, outputs, expected[number], base_off[number], masks, tolerance), name)
+    failed = any(check.status == "failed" for check in checks)
     return ParityReport(
         model=str(model),
         adapter=", ".join(f"{name}={path}" for name, path in adapters.items()),
@@ -107,7 +118,7 @@ def check_grouped_parity(
         layers=(),
         layers_variant=VARIANTS[0],
         layers_skipped=0,
-        layers_reason="layers are not compared in a grouped model: export the adapter that fails on its own",
+        layers_reason="to see which layer drifts, export the adapter that fails on its own" if failed else "",
         inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in fed),
         versions=versions(),
         seconds=time.perf_counter() - begin,

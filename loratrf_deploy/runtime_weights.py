@@ -145,8 +145,8 @@ def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -
 
 def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
     if not weight.in_layer:
-        value = adapter.modules_to_save[weight.module][weight.part]
-        return value.T if weight.transposed else value
+        saved = adapter.modules_to_save[weight.module][weight.part]
+        return saved.T if weight.transposed else saved
     layer = adapter.layers.get(weight.module)
     value = getattr(layer, weight.part, None)
     if layer is None or value is None:
@@ -222,13 +222,18 @@ def check_matches(values: Mapping[str, NDArray[Any]], weights: Sequence[RuntimeW
 
 @dataclass(frozen=True)
 class Swappable:
-    """What a swappable model says of itself: its run-time weights, and what adapters are held against."""
+    """What a swappable model says of itself: its run-time weights, and what adapters are held against.
+
+    `slots` are empty but for a grouped model: there they are its adapters' slots by name, and the graph takes each of
+    `weights` with a leading dimension of slots (`slots.Slots`).
+    """
 
     model: Path
     default: str
     weights: tuple[RuntimeWeight, ...]
     filter_input: str
     manifest: dict[str, Any]
+    slots: dict[str, int]
 
 
 def read_swappable(model: str | Path) -> Swappable:
@@ -247,14 +252,21 @@ def read_swappable(model: str | Path) -> Swappable:
     if facts is None:
         raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
     weights = _read_weights(facts.get("weights")) if isinstance(facts, dict) else None
-    if weights is None or facts.get("default") not in DEFAULTS:
+    slots = facts.get("slots", {}) if isinstance(facts, dict) else {}
+    if (
+        weights is None
+        or not isinstance(slots, dict)
+        or list(slots.values()) != list(range(len(slots)))
+        or facts.get("default") not in DEFAULTS
+    ):
         raise UserError(f"{path} is damaged: swappable is not what loratrf-export writes. Export the model again.")
     if (manifest["model"] or {}).get("sha256") != file_sha256(model):
         raise UserError(
             f"{model} is not the file that {path.name} describes: it was changed or replaced after the export. Export "
             "it again."
         )
-    return Swappable(model, facts["default"], tuple(weights), str(manifest["adapter"].get("filter_input")), manifest)
+    filter_input = str(manifest["adapter"].get("filter_input"))
+    return Swappable(model, facts["default"], tuple(weights), filter_input, manifest, slots)
 
 
 def _read_weights(entries: Any) -> list[RuntimeWeight] | None:

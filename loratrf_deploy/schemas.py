@@ -138,7 +138,9 @@ class _Body:
 
     def by_row(self, inputs: dict[str, ir.Value], filter_input: str) -> ir.Value:
         """The rows that have an adapter, each with its own slot's weights, put in the place of theirs in base."""
-        ids = inputs["adapter_ids"]
+        batch = self.op("Slice", self.op("Shape", inputs["base"]), self.constant([0]), self.constant([1]))
+        # Fails where there isn't one id per row: rows without any would pass for the base's.
+        ids = self.op("Reshape", inputs["adapter_ids"], batch, allowzero=1)
         named = self.op("Not", self.op("Equal", ids, self.constant(-1)))
         rows = self.op("Squeeze", self.op("NonZero", named), self.constant([0]))
         chosen = self.op("Gather", ids, rows)

@@ -42,6 +42,11 @@ class Slots:
             part = tuple(slice(min(old, new)) for old, new in zip(row.shape, value.shape, strict=True))
             row[part] = value[part]
 
+    def resize(self, count: int) -> None:
+        """`count` slots from now on, the first ones as they are; arrays are replaced."""
+        self._count = count
+        self._allocate()
+
     def _ranks_of(self, values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         """By symbol, the rank that these values need: 0 for a half of nothing but zeros."""
         ranks = dict.fromkeys(self._ranks, 0)
@@ -59,7 +64,7 @@ class Slots:
                     self._ranks.setdefault(dim, 0)
             shape = [self._ranks[dim] if isinstance(dim, str) else dim for dim in weight.shape]
             old = self.values.get(weight.name)
-            if old is not None and old.shape[1:] == tuple(shape):
+            if old is not None and old.shape == (self._count, *shape):
                 continue
             new = np.zeros((self._count, *shape), weight.dtype)
             if old is not None:

@@ -249,10 +249,10 @@ def test_nodes_that_do_not_fit(fault):
         run(session, values)
 
 
-@pytest.mark.parametrize("fault", ["id too high", "id below -1", "id far out", "ids for no slots"])
-def test_function_body_refuses_ids_out_of_range(fault):
+@pytest.mark.parametrize("fault", ["id too high", "id below -1", "id far out", "ids for no slots", "too few ids"])
+def test_function_body_refuses_ids_too(fault):
     values, _ = faulty(fault)
-    with pytest.raises(Exception, match="out of data bounds"):
+    with pytest.raises(Exception, match="reshaped" if fault == "too few ids" else "out of data bounds"):
         run(session_of(model_of("GroupedLoraTrf", values), library=False), values)
 
 

@@ -1,0 +1,319 @@
+"""Swappable exports and --onto: proven against PyTorch with the adapter and without, and what is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tiny
+from conftest import Exported
+from loratrf_deploy import UserError, create_session, read_adapter
+from loratrf_deploy.adapter_file import read_adapter_file
+from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export.cli import main
+from loratrf_deploy.export.onto import convert_adapter
+from loratrf_deploy.inspection import inspect_path
+from loratrf_deploy.parity import check_parity
+
+IDS = {
+    "input_ids": np.arange(5, 17).reshape(2, 6),
+    "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2]),
+    "token_type_ids": np.zeros((2, 6), np.int64),
+}
+
+
+def adapter_file(exported: Exported) -> Path:
+    return exported.model.with_name(f"{exported.adapter.name}.onnx_adapter")
+
+
+def assert_proven(exported: Exported, adapter: Path | None = None, *, no_adapter: str = "passed") -> None:
+    """Parity with the library and without, an effect of the adapter, and the default: all four passed."""
+    report = check_parity(exported.model, adapter or exported.adapter, exported.base)
+    passed = dict.fromkeys(("with library", "without library", "base-off"), "passed")
+    assert {check.variant: check.status for check in report.checks} == {**passed, "no adapter": no_adapter}, report
+
+
+@pytest.mark.parametrize("swappable", ["base", "adapter"])
+def test_any_rank_and_alpha_swap_and_the_default_is_what_was_asked_for(
+    make_export: Callable, make_tiny: Callable, swappable: str
+) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable=swappable)
+    assert_proven(exported)
+    if swappable == "base":
+        _, other = make_tiny("bert", kind="loratrf", r=7, lora_alpha=3, filter_rank=1, filter_gamma=0.7, seed=9)
+        assert_proven(exported, other)
+        _, patterned = make_tiny(
+            "bert", kind="loratrf", use_rslora=True, rank_pattern={"layer.1.attention.self.query": 9}, seed=3
+        )
+        assert_proven(exported, patterned)
+
+
+def test_lora_fits_into_a_loratrf_graph_and_covers_fewer_layers_with_explicit_zeros(
+    make_export: Callable, make_tiny: Callable, tmp_path: Path
+) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
+    _, lora = make_tiny("bert", kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
+    assert_proven(exported, lora)
+    made = convert_adapter(lora, exported.model, tmp_path / "lora.onnx_adapter")
+    assert (made.layers, made.model_layers, made.base_by) == (1, 4, "hash")
+    values = read_adapter_file(tmp_path / "lora.onnx_adapter").values
+    assert values.keys() == read_adapter_file(adapter_file(exported)).values.keys()
+    filled = "bert.encoder.layer.1.attention.self.query.lora_"
+    layers = [name for name, value in values.items() if value.any() and not name.startswith("classifier")]
+    assert sorted(layers) == [f"{filled}A.weight", f"{filled}B.weight"]
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "dtype"),
+    [
+        ("bert", "token-classification", "float32"),  # a head that the exporter transposes for MatMul
+        ("deberta-v2", "text-classification", "float32"),  # layers that are called twice
+        ("vit", "image-classification", "float32"),
+        ("roberta", "text-classification", "float16"),  # a head of two layers
+    ],
+)
+def test_families(make_export: Callable, family: str, task: str, dtype: str) -> None:
+    assert_proven(make_export(family, task, "loratrf", swappable="base", dtype=dtype))
+
+
+def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, tmp_path: Path) -> None:
+    base, original = make_tiny("bert", kind="loratrf")
+    fresh = Path(shutil.copytree(original, tmp_path / "fresh"))
+    tensors = load_file(fresh / "adapter_model.safetensors")
+    # As PEFT initialises them: every B and D zero. And one A for all, which an exporter may share.
+    first = next(value for name, value in tensors.items() if name.endswith("lora_A.weight"))
+    for name in tensors:
+        if name.endswith(("lora_B.weight", "trf_D.weight", "classifier.bias")):
+            tensors[name] = np.zeros_like(tensors[name])
+        elif name.endswith("lora_A.weight"):
+            tensors[name] = first.copy()
+    save_file(tensors, fresh / "adapter_model.safetensors")
+    model = tmp_path / "out" / "model.onnx"
+    export_adapter(fresh, model, base_model=base, mode="separate", swappable="adapter", check=False)
+    graph = onnx.load(model, load_external_data=False).graph
+    inputs = {value.name for value in graph.input} - set(IDS)
+    assert len(inputs) == 4 * 5 + 2
+    assert inputs == set(read_adapter_file(model.with_name("fresh.onnx_adapter")).values)
+    assert inputs <= {value.name for value in graph.initializer}
+    used = {name for node in graph.node for name in node.input}
+    assert inputs <= used
+    # A trained adapter must reach every one of these inputs.
+    assert_proven(Exported(base, fresh, model), original, no_adapter="skipped")
+
+
+def test_a_base_without_a_head_keeps_the_adapters(make_tiny: Callable, tmp_path: Path) -> None:
+    base, adapter = make_tiny("bert", kind="loratrf")
+    headless = Path(shutil.copytree(base, tmp_path / "headless"))
+    tensors = load_file(headless / "model.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if not name.startswith("classifier")},
+        headless / "model.safetensors",
+        {"format": "pt"},
+    )
+    model = tmp_path / "out" / "model.onnx"
+    result = export_adapter(adapter, model, base_model=headless, mode="separate", swappable="base", check=False)
+    defaults = {weight["name"]: weight["default"] for weight in result.manifest["swappable"]["weights"]}
+    assert {name for name, default in defaults.items() if default == "adapter"} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert_proven(Exported(headless, adapter, model))
+
+
+def test_parity_notices_a_default_that_is_not_the_base(make_export: Callable, tmp_path: Path) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable="adapter")
+    folder = Path(shutil.copytree(exported.model.parent, tmp_path / "lying"))
+    manifest = json.loads((folder / "loratrf.json").read_text())
+    manifest["swappable"]["default"] = "base"
+    (folder / "loratrf.json").write_text(json.dumps(manifest))
+    report = check_parity(folder / "model.onnx", exported.adapter, exported.base)
+    assert {check.variant for check in report.checks if check.status == "failed"} == {"no adapter"}
+
+
+def test_onnx_runtimes_own_loader_takes_the_file(make_export: Callable) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
+    plain = make_export("bert", "text-classification", "loratrf")
+    session = create_session(exported.model)
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(adapter_file(exported)))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    expected = create_session(plain.model).run(None, IDS)[0]
+    np.testing.assert_allclose(session.run(None, IDS, options)[0], expected, atol=1e-6)
+    assert np.abs(session.run(None, IDS)[0] - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("size", ["end", "half", "start"])
+def test_truncated_file(make_export: Callable, tmp_path: Path, size: str) -> None:
+    raw = adapter_file(make_export("bert", "text-classification", "loratrf", swappable="base")).read_bytes()
+    file = tmp_path / "short.onnx_adapter"
+    file.write_bytes(raw[: {"end": len(raw) - 1, "half": len(raw) // 2, "start": 3}[size]])
+    with pytest.raises(UserError, match="truncated"):
+        read_adapter_file(file)
+
+
+def test_damaged_bytes_are_refused_and_never_read_out_of_bounds(
+    make_export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = bytearray(adapter_file(make_export("bert", kind="loratrf", swappable="base")).read_bytes())
+    file = tmp_path / "damaged.onnx_adapter"
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, len(raw), 60)
+    for place in places:
+        damaged = raw.copy()
+        damaged[place] ^= 0x41
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged|truncated|no block"):
+            read_adapter_file(file)
+    # Somebody who wants to harm gets the checksum right.
+    right = read_adapter_file(adapter_file(make_export("bert", kind="loratrf", swappable="base")))
+    monkeypatch.setattr("zlib.crc32", lambda content: right.crc32)
+    # Past the weights' values lie the tables: every byte of some of them, then any.
+    refused = 0
+    for place in [*range(0, 64), *rng.integers(0, len(raw), 300)]:
+        for value in (0x00, 0xFF):
+            damaged = raw.copy()
+            damaged[place] = value
+            file.write_bytes(damaged)
+            try:
+                values = read_adapter_file(file).values
+            except UserError:
+                refused += 1
+            else:
+                assert all(value.size * value.itemsize <= len(raw) for value in values.values())
+    assert refused > 30
+
+
+def copied(source: Path, target: Path, **config: object) -> Path:
+    folder = Path(shutil.copytree(source, target))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_what_does_not_fit_is_refused_by_name(
+    make_export: Callable, make_tiny: Callable, tmp_path: Path, capsys
+) -> None:
+    loratrf = make_export("bert", "text-classification", "loratrf", swappable="base")
+    lora = make_export("bert", "text-classification", "lora", swappable="base", target_modules=["query"])
+
+    def refused(adapter: Path, onto: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+        out = tmp_path / "out" / "other.onnx_adapter"
+        capsys.readouterr()  # what fixtures printed
+        code = main(["--adapter", str(adapter), "--onto", str(onto), "--out", str(out), *map(str, options)])
+        captured = capsys.readouterr()
+        assert (code, captured.out) == (2, "")
+        assert captured.err.count("\n") == 1
+        for word in words:
+            assert word in captured.err, captured.err
+        assert not out.parent.exists()
+
+    query, value = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
+    refused(loratrf.adapter, lora.model, f"no filter at {query}", f"no low-rank half at {value}")
+    refused(make_tiny("bert", kind="loratrf", filter_input="base")[1], loratrf.model, 'filter_input "base"')
+    refused(make_tiny("bert", kind="lora", bias="lora_only")[1], loratrf.model, "biases", "--swappable")
+    refused(make_tiny("bert", kind="lora", lora_bias=True)[1], loratrf.model, "lora_bias")
+    refused(make_tiny("bert", kind="lora", use_dora=True)[1], loratrf.model, "use_dora")
+    headless = make_tiny("bert", kind="lora", modules_to_save=None, task_type=None)[1]
+    refused(headless, loratrf.model, "classifier.weight", "brings none")
+    refused(make_tiny("bert", "token-classification", "lora")[1], loratrf.model, "token-classification")
+    five = tiny.make_base(tmp_path / "five", num_labels=5)
+    labels = tiny.make_adapter(five, tmp_path / "labels", kind="lora")
+    refused(labels, loratrf.model, "their weights differ")
+    refused(
+        labels,
+        loratrf.model,
+        "classifier.weight is (3, 32) in the model, (5, 32)",
+        options=("--base-model", loratrf.base),
+    )
+    wide = tiny.make_adapter(
+        tiny.make_base(tmp_path / "wide", hidden_size=16), tmp_path / "w", kind="lora", target_modules=["query"]
+    )
+    refused(wide, loratrf.model, f"{query} has 32 features in the model, 16", options=("--base-model", loratrf.base))
+    nameless = copied(loratrf.adapter, tmp_path / "nameless", base_model_name_or_path="somebody/bert-large")
+    refused(nameless, loratrf.model, "somebody/bert-large", "--base-model")
+    convert_adapter(nameless, loratrf.model, tmp_path / "named.onnx_adapter", base_model=loratrf.base)
+    named = copied(loratrf.adapter, tmp_path / "named", base_model_name_or_path=f"elsewhere/{loratrf.base.name}")
+    assert convert_adapter(named, loratrf.model, tmp_path / "named.onnx_adapter").base_by == "name"
+    plain = make_export("bert", "text-classification", "loratrf")
+    refused(plain.adapter, plain.model, "--swappable base")
+    refused(plain.adapter, tmp_path / "nowhere.onnx", "No model at")
+    refused(plain.adapter, loratrf.model, "--mode", options=("--mode", "merged"))
+    changed = Path(shutil.copytree(loratrf.model.parent, tmp_path / "changed"))
+    (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\x00")
+    refused(plain.adapter, changed / "model.onnx", "changed or replaced")
+    with pytest.raises(UserError, match="onnx_adapter"):
+        convert_adapter(loratrf.adapter, loratrf.model, tmp_path / "model.onnx")
+
+
+def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path: Path, capsys) -> None:
+    base, adapter = make_tiny("bert", kind="loratrf")
+    arguments = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(tmp_path / "o" / "model.onnx")]
+    assert main([*arguments, "--swappable", "base", "--mode", "merged"]) == 2
+    assert "can't be swapped" in capsys.readouterr().err
+    biased = make_tiny("bert", kind="lora", bias="all")[1]
+    with pytest.raises(UserError, match="biases"):
+        export_adapter(biased, tmp_path / "o" / "model.onnx", base_model=base, mode="separate", swappable="base")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) -> None:
+    from loratrf_deploy.runtime_weights import fit, read_swappable
+
+    exported = make_export("roberta", "text-classification", "loratrf", swappable="base", dtype="float16")
+    adapter, swappable = read_adapter(exported.adapter), read_swappable(exported.model)
+    name, layer = next(iter(adapter.layers.items()))
+    loud = dataclasses.replace(adapter, layers=adapter.layers | {name: dataclasses.replace(layer, scale=1e7)})
+    with pytest.raises(UserError, match=rf"{name}.lora_B.weight exceeds float16"):
+        fit(loud, swappable.weights, swappable.filter_input)
+
+
+def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx', 'onnx_ir']));"
+        "from loratrf_deploy.export.cli import main; sys.exit(main())"
+    )
+    out = tmp_path / "again.onnx_adapter"
+    arguments = ["--adapter", exported.adapter, "--onto", exported.model, "--out", out]
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "4 adapted of the model's 4" in result.stdout
+    again, first = read_adapter_file(out), read_adapter_file(adapter_file(exported))
+    assert all(np.array_equal(again.values[name], value) for name, value in first.values.items())
+    assert again.facts == first.facts
+
+
+def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tmp_path: Path) -> None:
+    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
+    folder = Path(shutil.copytree(exported.model.parent, tmp_path / "model"))
+    (folder / "foreign.onnx_adapter").write_bytes(b"not an adapter")
+    assert inspect_path(folder)["swappable"] == {
+        "default": "base",
+        "weights": 22,
+        "files": [adapter_file(exported).name],
+        "other_files": ["foreign.onnx_adapter"],
+    }
+    _, lora = make_tiny("bert", kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
+    convert_adapter(lora, exported.model, folder / "lora.onnx_adapter")
+    facts = inspect_path(folder / "lora.onnx_adapter")
+    assert facts["adapter"]["peft_type"] == "LORA"
+    ranks = {layer["module"]: (layer["rank"], layer["filter_rank"]) for layer in facts["layers"]}
+    assert ranks.pop("bert.encoder.layer.1.attention.self.query") == (5, 0)
+    assert set(ranks.values()) == {(0, 0)}
+    assert facts["saved"] == {"classifier.weight": 96, "classifier.bias": 3}
+    from loratrf_deploy.inspect_cli import main as inspect_main
+
+    assert inspect_main([str(folder)]) == 0
+    assert inspect_main([str(folder / "lora.onnx_adapter")]) == 0
