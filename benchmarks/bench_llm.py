@@ -4,7 +4,7 @@
                                    [--vocabulary 128256] [--keep FOLDER] [--out bench.json]
 
 LLaMA-3.2-1B's dimensions (hidden 2048, ffn 8192, 32 heads, 8 key/value heads, 128256 tokens, tied) with random weights
-and `--layers` layers; R = F = `--rank` on all linear layers. Prefill is 128 tokens, decode the next 32, batch 1. In each
+and `--layers` layers; R = F = `--rank` on all linear layers. Prefill is 128 tokens, decode the next 32, batch 1. In a
 round the deployments run one after the other, in a random order; a figure is the median over rounds of the ratio to
 "no adapter" in the same round. Where a model's weights come to lie in memory is worth some per cent, and stays so for a
 process: every `--runs` is a process of its own that loads them in another order. `--clock cpu` counts the CPU time of
