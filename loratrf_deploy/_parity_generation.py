@@ -41,7 +41,9 @@ _MERGED = 0.25
 
 def is_generating(model: Path) -> bool:
     """Whether `model` is the decoder of a folder that onnxruntime-genai loads."""
-    return (model.parent / CONFIG_FILE).is_file()
+    if not (model.parent / CONFIG_FILE).is_file():
+        return False
+    return read_config(model.parent)["model"]["decoder"].get("filename") == model.name
 
 
 def exact_arithmetic(graph: ir.Model) -> bool:

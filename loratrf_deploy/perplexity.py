@@ -112,7 +112,7 @@ def perplexities(
             "PyTorch without the adapter", lambda batch: run_torch(base, batch, adapter_on=False)["logits"]
         ),
     }
-    del base
+    base.model.to("meta")  # its memory is the next model's
     for model in models:
         session = create_session(model)
         name = _name(Path(model))
