@@ -1,7 +1,7 @@
 """Swapping adapters at run time: what a swap, a load and an adapter's memory cost, and many adapters against one.
 
-    python benchmarks/bench_adapters.py [--model bert-base|minilm] [--kind lora|loratrf] [--rounds 30] [--resident 1024]
-                                        [--soak SECONDS] [--out bench.json]
+    python benchmarks/bench_adapters.py [--part swap residents mixed] [--model bert-base|minilm] [--kind lora|loratrf]
+                                        [--rounds 30] [--resident 1024] [--soak SECONDS] [--out bench.json]
 
 The adapter has R = 8 (and F = 8) on query and value. What is compared runs in one process, one call each per round, in
 a random order; a ratio is the median of the rounds' own ratios. Memory is the growth of the process's RSS. With --soak
@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,16 @@ from bench_encoder import cpu, make_adapter, make_base
 from loratrf_deploy import AdapterSession, create_session
 from loratrf_deploy.adapter_file import read_adapter_file, write_adapter_file
 from loratrf_deploy.cli import quiet
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import export_adapter, export_grouped
 
+PARTS = ("swap", "residents", "mixed")
 FILES = 16
 """Different adapter files; more adapters than that are further copies in memory."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Swapping adapters at run time.")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--model", choices=["bert-base", "minilm"], default="bert-base")
     parser.add_argument("--kind", choices=["lora", "loratrf"], default="lora")
     parser.add_argument("--rounds", type=int, default=30)
@@ -49,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.model, args.kind, args.rounds)
-        rows = bench.soak(args.soak) if args.soak else bench.measure(args.resident)
+        rows = bench.soak(args.soak) if args.soak else bench.measure(args.part, args.resident)
     head = (
         f"{args.model}, {args.kind} R = 8 on query and value; {cpu()}, {os.cpu_count()} threads; ORT {ort.__version__}"
     )
@@ -65,33 +67,29 @@ class Bench:
 
     def __init__(self, folder: Path, model: str, kind: str, rounds: int):
         self.rounds = rounds
-        self.swappable, self.constant = folder / "swappable" / "model.onnx", folder / "constant" / "model.onnx"
+        paths = [folder / name / "model.onnx" for name in ("swappable", "constant", "grouped")]
+        self.swappable, self.constant, self.grouped = paths
         with quiet():
-            base = make_base(folder / "base", model)
-            adapter = make_adapter(base, folder / "adapter", kind)
+            self.base = base = make_base(folder / "base", model)
+            self.adapter = adapter = make_adapter(base, folder / "adapter", kind)
             options: dict[str, Any] = {"base_model": base, "mode": "separate", "check": False}
             export_adapter(adapter, self.swappable, swappable="base", **options)
             export_adapter(adapter, self.constant, **options)
-        first = read_adapter_file(self.swappable.with_name("adapter.onnx_adapter"))
-        rng = np.random.default_rng(0)
-        self.files = [folder / f"{number}.onnx_adapter" for number in range(FILES)]
-        for file in self.files:
-            noisy = {name: value * rng.uniform(0.2, 3) for name, value in first.values.items()}
-            values = {name: value.astype(first.values[name].dtype) for name, value in noisy.items()}
-            write_adapter_file(file, values, first.facts)
+        self.files = variants(self.swappable.with_name("adapter.onnx_adapter"))
         self.size = self.files[0].stat().st_size
 
     def open(self) -> AdapterSession:
         return AdapterSession(self.swappable)
 
-    def measure(self, resident: int) -> dict[str, str]:
-        """All figures but the soak's, worded."""
+    def measure(self, parts: Sequence[str], resident: int) -> dict[str, str]:
+        """The figures of `parts`, worded."""
         rows: dict[str, str] = {"adapter file, MB": f"{self.size / 1e6:.2f}"}
-        rows |= self.loading()
-        rows |= self.swapping()
-        rows |= self.against_constant()
-        rows |= self.residents(resident)
-        rows |= self.other_ways()
+        if "swap" in parts:
+            rows |= self.loading() | self.swapping() | self.against_constant() | self.other_ways()
+        if "residents" in parts:
+            rows |= self.residents(resident)
+        if "mixed" in parts:
+            rows |= self.mixed()
         return rows
 
     def loading(self) -> dict[str, str]:
@@ -211,6 +209,30 @@ class Bench:
         }
         return rows | {"RSS of a session per adapter, MB each": f"{memory / 1e6:.0f}"}
 
+    def mixed(self, batch: int = 64, sequence: int = 16) -> dict[str, str]:
+        """A batch whose rows name 1, 8 or 64 adapters, here and in PEFT."""
+        with quiet():
+            export_grouped({"first": self.adapter}, self.grouped, base_model=self.base, check=False)
+            files = variants(self.grouped.with_name("first.onnx_adapter"))
+            eager = peft_batches(self.base, self.adapter, batch)
+        session, ids = AdapterSession(self.grouped), inputs(batch, sequence)
+        for number in range(batch):
+            session.load(str(number), files[number % FILES])
+        calls: dict[str, Callable[[], Any]] = {}
+        for count in (1, 8, 64):
+            # Rows of one adapter stand together, as a server sorts them.
+            names = [str(row * count // batch) for row in range(batch)]
+            calls[f"{count} adapters"] = lambda names=names: session.run(ids, adapters=names)
+            calls[f"PEFT, {count} adapters"] = lambda names=names: eager(ids, names)
+        swappable = self.open()
+        swappable.load("a", self.files[0])
+        calls["swappable model, one adapter"] = lambda: swappable.run(ids, adapter="a")
+        times = interleaved(calls, max(self.rounds // 3, 5))
+        first = times.pop("1 adapters")
+        what = f"{batch} rows x {sequence}"
+        rows = {f"{what}, {name} / 1 adapter": f"{ratio(other, first):.3f}" for name, other in times.items()}
+        return {f"{what}, 1 adapter, ms": milliseconds(first)} | rows
+
     def soak(self, seconds: float, threads: int = 32, adapters: int = 100) -> dict[str, str]:
         """`threads` ask `adapters` adapters for `seconds`; every answer is held against that adapter's own."""
         session, ids = self.open(), inputs(1, 8)
@@ -256,6 +278,34 @@ class Bench:
             "smallest difference between two adapters' answers": f"{gap:.1e}",
             "RSS, MB: after the first third; at the end": f"{memory[third - 1]:.0f}; {memory[-1]:.0f}",
         }
+
+
+def variants(file: Path) -> list[Path]:
+    """FILES adapters of other values, beside the adapter `file` and for the same model."""
+    first, rng = read_adapter_file(file), np.random.default_rng(0)
+    files = [file.with_name(f"{number}.onnx_adapter") for number in range(FILES)]
+    for path in files:
+        values = {name: (value * rng.uniform(0.2, 3)).astype(value.dtype) for name, value in first.values.items()}
+        write_adapter_file(path, values, first.facts)
+    return files
+
+
+def peft_batches(base: Path, adapter: Path, count: int) -> Callable[[dict[str, np.ndarray], list[str]], Any]:
+    """PEFT's own mixed batches, adapter_names, with `count` adapters; PyTorch eager."""
+    import peft
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(network, str(adapter), adapter_name="0").eval()
+    for number in range(1, count):
+        model.load_adapter(str(adapter), adapter_name=str(number))
+
+    def run(ids: dict[str, np.ndarray], names: list[str]) -> Any:
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(value) for name, value in ids.items()}, adapter_names=names)
+
+    return run
 
 
 class Stopwatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,11 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         raise UserError("--adapters names no adapter, expected at least one: --adapters NAME=PATH ...")
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
+        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
+            raise UserError(
+                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
+                "letters, digits, spaces and . _ + -, not beginning with a dot."
+            )
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
@@ -268,9 +274,9 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{some(dict.fromkeys(wrong))} also runs on what is not a row of the batch, such as relative positions "
-            "that all rows share: there, rows can't have adapters of their own. Export the adapters apart, or train "
-            "them on other layers."
+            f"{some(dict.fromkeys(wrong))} also runs on what is no row of the batch, such as relative positions that "
+            "all rows share. There, rows can't have adapters of their own: export the adapters apart, or train them on "
+            "other layers."
         )
 
 
