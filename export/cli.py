@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) != parser.get_default(name):
                 flag = "--no-check" if name == "check" else f"--{name}"
                 raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
-        _print_converted(convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model), args.onto)
+        converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
+        _print_converted(converted, args.adapter, args.onto)
         return 0
     try:
         with progress() as step:
@@ -115,7 +116,7 @@ def _check_combination(args: argparse.Namespace) -> None:
             )
 
 
-def _print_converted(converted: Converted, model: Path) -> None:
+def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -127,7 +128,7 @@ def _print_converted(converted: Converted, model: Path) -> None:
         "base": "the model's, by the hash of its weights"
         if converted.base_by == "hash"
         else "the model's by its name: its weights are not here to be compared",
-        "parity": f"not checked here: loratrf-parity --model {model} --adapter PATH",
+        "parity": f"not checked here: loratrf-parity --model {model} --adapter {adapter}",
     }
     for name, text in rows.items():
         console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
