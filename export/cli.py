@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _check_combination(parser, args)
     if args.onto is not None:
-        _print_converted(convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model), args.onto)
+        converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
+        _print_converted(converted, args.adapter, args.onto)
         return 0
     try:
         with progress() as step:
@@ -133,7 +134,7 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
-def _print_converted(converted: Converted, model: Path) -> None:
+def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -145,7 +146,7 @@ def _print_converted(converted: Converted, model: Path) -> None:
         "base": "the model's, by the hash of its weights"
         if converted.base_by == "hash"
         else "the model's by its name: its weights are not here to be compared",
-        "parity": f"not checked here: loratrf-parity --model {model} --adapter PATH",
+        "parity": f"not checked here: loratrf-parity --model {model} --adapter {adapter}",
     }
     for name, text in rows.items():
         console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
