@@ -37,21 +37,13 @@ class Row:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """loratrf-perplexity --text FILE --adapter PATH --model a/model.onnx ...: exit 0 done, 2 the input is at fault."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     args = _parser().parse_args(argv)
     with progress() as step, quiet():
         rows = perplexities(args.text, args.adapter, args.model, args.base_model, window=args.window, step=step)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("deployment", "perplexity", "log(ppl) - PyTorch's"):
-        table.add_column(name, justify="left" if name == "deployment" else "right", no_wrap=True)
+    width = max(len(row.name) for row in rows)
+    print(f"{'deployment':<{width}}  {'perplexity':>12}  log(perplexity) - PyTorch's")
     for row in rows:
-        table.add_row(escape(row.name), f"{row.perplexity:.4f}", f"{row.loss:+.6f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+        print(f"{row.name:<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
     return 0
 
 
