@@ -6,6 +6,7 @@ perplexity = exp(mean of -log p(token | what comes before it in its window)), th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -88,27 +89,25 @@ def perplexities(
     if not windows:
         raise UserError(f"The text file {text} has {len(tokens)} tokens. Expected two at least.")
 
-    def judged(name: str, logits: Callable[[dict[str, NDArray[Any]]], NDArray[Any]]) -> float:
+    def judged(name: str, run: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]) -> float:
         total = 0.0
         for number, part in enumerate(windows, 1):
             step(f"{name}, window {number} of {len(windows)}")
             ids = part[None]
-            total += _negative_log_likelihood(logits({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0], part)
+            logits = run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
+            total += _negative_log_likelihood(logits[0], part)
         return total / sum(len(part) - 1 for part in windows)
 
     from ._parity_layers import run_onnx, run_torch
 
     losses = {
-        "PyTorch": judged("PyTorch", lambda batch: run_torch(base, batch)["logits"]),
-        "PyTorch without the adapter": judged(
-            "PyTorch without the adapter", lambda batch: run_torch(base, batch, adapter_on=False)["logits"]
-        ),
+        name: judged(name, functools.partial(run_torch, base, adapter_on=adapter_on))
+        for name, adapter_on in (("PyTorch", True), ("PyTorch without the adapter", False))
     }
     base.model.to("meta")  # its memory is the next model's
     for model in models:
-        session = create_session(model)
         name = _name(Path(model))
-        losses[name] = judged(name, lambda batch, session=session: run_onnx(session, batch, ["logits"])["logits"])
+        losses[name] = judged(name, functools.partial(run_onnx, create_session(model), outputs=["logits"]))
     return [Row(name, math.exp(loss), loss - losses["PyTorch"]) for name, loss in losses.items()]
 
 
