@@ -19,11 +19,11 @@ from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, 
 from ..schemas import DOMAIN, MAX_RANK
 from ..slots import Slots
 from .exporter import (
-    DTYPES,
     Clock,
     ExportResult,
     ParityFailed,
     check_opset,
+    collector_off,
     common_facts,
     traced_inputs,
     write_companions,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["export_grouped"]
 
 ADAPTER_IDS = "adapter_ids"
+_DTYPES = ("float32", "float16")
 
 
 def export_grouped(
@@ -61,8 +62,8 @@ def export_grouped(
     base, task or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected for several adapters: {' or '.join(_DTYPES)}.")
     check_writable(out)
     for name in adapters:
         if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
@@ -76,12 +77,14 @@ def export_grouped(
         model = aside / out.name
         clock = Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
+            with collector_off():
+                manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
             write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity_grouped import check_grouped_parity
 
+                gc.collect()  # as in export_adapter
                 clock("checking parity with PyTorch")
                 paths = {name: adapter.path for name, adapter in loaded.items()}
                 report = check_grouped_parity(model, paths, base_model)
@@ -128,11 +131,16 @@ def _write_model(
     import torch
 
     from .graph import finish, trace
-    from .model import load_base
+    from .model import GENERATION, load_base
     from .swappable import weights_to_inputs
 
     clock("loading the base model")
     base = load_base(next(iter(adapters.values())), base_model)
+    if base.task == GENERATION:
+        raise UserError(
+            "Several adapters in one model (--adapters) isn't for causal language models: ONNX Runtime GenAI feeds the "
+            "graph and knows no adapter ids. Export each by itself: --adapter PATH."
+        )
     shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
         check_fits(adapter, shapes)
@@ -168,8 +176,6 @@ def _write_model(
     }
     for (name, adapter), own in zip(adapters.items(), values, strict=True):
         write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, file_facts(adapter, manifest))
-    del base, program
-    gc.collect()
     return manifest
 
 
