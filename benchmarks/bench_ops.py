@@ -3,10 +3,11 @@
     python benchmarks/bench_ops.py [--quick] [--threads 2] [--dtype float32] [--inputs] [--out bench.json]
 
 Rounds are interleaved: every round times each contestant for about 2 ms, back to back, and a ratio is the median of
-the rounds' own ratios, so that a noisy neighbour slows both sides of a ratio alike. Caches are warm, as they are for an
-adapter that serves. The floor is max(bytes / copy bandwidth, FLOPs / SGEMM rate), both measured in the same run; the
-copy is one of main memory, so what fits the caches can be below it. `--inputs` makes the weights graph inputs (run-time
-adapters) instead of constants.
+the rounds' own ratios, so that a noisy neighbour slows both sides of a ratio alike. Threads are pinned, thread i to
+core i: left alone, the scheduler puts both threads of one contestant on one core for whole stretches. Caches are warm,
+as they are for an adapter that serves. The floor is max(bytes / copy bandwidth, FLOPs / SGEMM rate), both measured in
+the same run; the copy is one of main memory, so what fits the caches can be below it. `--inputs` makes the weights
+graph inputs (run-time adapters) instead of constants.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def session_of(model: ir.Model, threads: int, library: bool) -> ort.InferenceSes
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if threads > 1:  # the workers' cores, counted from 1; core 0 is the caller's
+        cores = ";".join(str(thread + 1) for thread in range(1, threads))
+        options.add_session_config_entry("session.intra_op_thread_affinities", cores)
     if library:
         options.register_custom_ops_library(str(library_path()))
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
@@ -167,7 +171,7 @@ def machine_rates(threads: int) -> dict[str, float]:
     target = np.empty_like(source)
     size = source.size // threads
     spans = [slice(i * size, (i + 1) * size) for i in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=lambda: os.sched_setaffinity(0, range(threads))) as pool:
 
         def copy() -> None:
             if threads == 1:  # in this thread, whose time the cpu clock counts
@@ -261,6 +265,8 @@ def main() -> None:
         parser.error("--clock cpu counts one thread's time: add --threads 1")
     global clock
     clock = CLOCKS[options.clock]
+    os.environ["GOMP_CPU_AFFINITY"] = f"0-{options.threads - 1}"  # PyTorch's threads, once it is imported
+    os.sched_setaffinity(0, {0})  # the others' are set where they start
     rates = machine_rates(options.threads)
     about = {
         "cpu": cpu_name(),

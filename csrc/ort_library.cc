@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "ort_c_api.h"
+#include "packed_memory.h"
 
 namespace loratrf {
 namespace {
@@ -90,10 +91,6 @@ struct CustomOp : OrtCustomOp {
 
 const CustomOp& Of(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
 
-struct FreeDelete {
-  void operator()(float* memory) const { free(memory); }
-};
-
 // A node of a session. Constant weights are packed once, at its creation; others are read anew in every run.
 // Nothing changes afterwards: any number of threads may compute at once.
 struct Kernel {
@@ -103,7 +100,7 @@ struct Kernel {
   int element_type;
   FilterInput filter_input = FilterInput::kAdapted;
   const Isa* isa = nullptr;
-  std::vector<std::unique_ptr<float, FreeDelete>> packed;  // per input; null where it isn't a constant weight
+  std::vector<std::shared_ptr<float>> packed;  // per input; null where it isn't a constant weight
   std::vector<Shape> packed_shapes;
 };
 
@@ -122,8 +119,7 @@ void PackConstants(Kernel* kernel, const OrtKernelInfo* info) {
     // What doesn't fit is reported by the first run, which knows every shape.
     if (element_type != kernel->element_type || shape.size() != 2 || shape[0] < 1 || shape[1] < 1) continue;
     const size_t bytes = PackedSize(kernel->isa, shape[0], shape[1]) * sizeof(float);
-    std::unique_ptr<float, FreeDelete> packed(static_cast<float*>(aligned_alloc(64, (bytes + 63) / 64 * 64)));
-    if (!packed) throw std::bad_alloc();
+    std::shared_ptr<float> packed = TakePackedMemory(bytes);
     const Status status = Pack(kernel->isa, kernel->type, shape[0], shape[1], DataOf(kernel->api, value), packed.get());
     if (status != Status::kOk) continue;
     kernel->packed[i] = std::move(packed);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..adapter import Adapter, LayerAdapter
 from ..runtime_weights import LAYER_PARTS
 from ..schemas import DOMAIN, FUNCTIONS, OPS, VERSION
 
-__all__ = ["AdaptedLinear", "attach"]
+__all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of"]
 
 _PARAMETER_OF_INPUT = {**LAYER_PARTS, "W": "slots.weight", "b": "slots.bias"}
 
@@ -61,44 +62,65 @@ class AdaptedLinear(nn.Module):
 def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Puts `adapter` into `model` in place and turns it to `dtype`; returns what became of each layer, in order.
 
-    merge: W' = W + (alpha/R)·BA in float32 before rounding to `dtype`. A filter never folds, since it depends on the
-    token: such a layer keeps a TaskFilter, or all of LoraTrf where the filter reads the unadapted output
-    (filter_input "base"). Requires `check_fits` to have passed.
+    What `fold` leaves over becomes AdaptedLinear modules. Requires `check_fits` to have passed.
+    """
+    rest = fold(model, adapter, merge=merge)
+    for path, weights in rest.items():
+        op = op_of(weights)
+        attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
+        parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+        parent, _, child = path.rpartition(".")
+        adapted = AdaptedLinear(model.get_submodule(path), op, parameters, attributes)
+        setattr(model.get_submodule(parent), child, adapted)
+    model.to(dtype)
+    return layer_rows(adapter, rest)
+
+
+def fold(model: nn.Module, adapter: Adapter, *, merge: bool) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Puts into the weights of `model` what belongs there; returns what stays beside them: path -> operator weights.
+
+    Saved modules, trained biases and the low-rank halves' biases always go in. With `merge` W' = W + (alpha/R)·BA too,
+    in float32. A filter never folds, since it depends on the token: such a layer keeps tau, C and D, and A and B as
+    well where the filter reads the unadapted output (filter_input "base"). Requires `check_fits` to have passed.
     """
     for path, tensors in adapter.modules_to_save.items():
         for name, value in tensors.items():
             _set_parameter(model, f"{path}.{name}", value)
     for name, value in adapter.biases.items():
         _set_parameter(model, name, value)
-    rows = []
+    rest = {}
     for path, layer in adapter.layers.items():
         base_layer = model.get_submodule(path)
         if layer.lora_bias is not None:
             _add_bias(base_layer, layer.lora_bias * layer.scale)
-        fold = merge and layer.A is not None and (layer.tau is None or adapter.filter_input == "adapted")
-        if fold:
+        folds = merge and layer.A is not None and (layer.tau is None or adapter.filter_input == "adapted")
+        if folds:
             _fold(base_layer, layer)
-        weights = _weights(layer, keep_low_rank=not fold)
-        op = {(True, False): "LowRank", (False, True): "TaskFilter", (True, True): "LoraTrf"}.get(
-            ("A" in weights, "tau" in weights)
-        )
-        if op is not None:
-            attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
-            parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptedLinear(base_layer, op, parameters, attributes))
-        rows.append(
-            {
-                "module": path,
-                "op": op or "merged",
-                "rank": layer.rank,
-                "filter_rank": layer.filter_rank,
-                "in_features": layer.in_features,
-                "out_features": layer.out_features,
-            }
-        )
-    model.to(dtype)
-    return rows
+        if weights := _weights(layer, keep_low_rank=not folds):
+            rest[path] = weights
+    return rest
+
+
+def op_of(weights: Mapping[str, Any]) -> str:
+    """The operator that takes these weights: LowRank for A and B, TaskFilter for tau, C and D, LoraTrf for all."""
+    return {(True, False): "LowRank", (False, True): "TaskFilter", (True, True): "LoraTrf"}[
+        ("A" in weights, "tau" in weights)
+    ]
+
+
+def layer_rows(adapter: Adapter, rest: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The manifest's row of each adapted layer; `rest` is what `fold` returned."""
+    return [
+        {
+            "module": path,
+            "op": op_of(rest[path]) if path in rest else "merged",
+            "rank": layer.rank,
+            "filter_rank": layer.filter_rank,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+        }
+        for path, layer in adapter.layers.items()
+    ]
 
 
 def _weights(layer: LayerAdapter, *, keep_low_rank: bool) -> dict[str, NDArray[np.float32]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..cli import command, named_paths, progress
 from ..errors import UserError
 from ..runtime_weights import DEFAULTS
-from .exporter import DTYPES, MODES, ExportResult, ParityFailed, export_adapter
+from .exporter import DEVICES, DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
 from .grouped import export_grouped
 from .onto import Converted, convert_adapter
 
@@ -25,12 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _check_combination(args)
+    _check_combination(parser, args)
     if args.onto is not None:
-        for name in ("mode", "swappable", "dtype", "opset", "check"):
-            if getattr(args, name) != parser.get_default(name):
-                flag = "--no-check" if name == "check" else f"--{name}"
-                raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
         converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
         _print_converted(converted, args.adapter, args.onto)
         return 0
@@ -40,9 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.adapters is not None:
                 result = export_grouped(named_paths(args.adapters), args.out, **common, step=step)
             else:
-                mode = args.mode or ("separate" if args.swappable else "merged")
                 result = export_adapter(
-                    args.adapter, args.out, mode=mode, swappable=args.swappable, **common, step=step
+                    args.adapter,
+                    args.out,
+                    mode=args.mode or ("separate" if args.swappable else "merged"),
+                    swappable=args.swappable,
+                    quantize=args.quantize,
+                    device=args.device,
+                    bundle_library=args.bundle_library,
+                    **common,
+                    step=step,
                 )
     except ParityFailed as failure:
         from ..report import print_report
@@ -98,22 +101,37 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
+    generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
+    generating.add_argument(
+        "--quantize", choices=QUANTIZATIONS, default="none", help="of the base weights; adapters stay in full precision"
+    )
+    generating.add_argument("--device", choices=DEVICES, default="cpu", help="where it will run (default: cpu)")
+    generating.add_argument(
+        "--bundle-library",
+        action="store_true",
+        help="copy the custom-op library into the folder and register it in genai_config.json",
+    )
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
     return parser
 
 
-def _check_combination(args: argparse.Namespace) -> None:
-    """UserError for options that go with --adapter alone, or with --adapters."""
+def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """UserError for options that would be ignored beside --adapters or --onto."""
+    of_one = ("mode", "swappable", "quantize", "device", "bundle_library")
+
+    def given(names: Sequence[str]) -> str | None:
+        changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        return None if not changed else "--no-check" if changed[0] == "check" else f"--{changed[0].replace('_', '-')}"
+
     if args.adapters is None and args.grouped:
         raise UserError("--grouped makes one model of several adapters: name them with --adapters NAME=PATH ...")
-    if args.adapters is None:
-        return
-    for name in ("mode", "swappable", "onto"):
-        if getattr(args, name) is not None:
-            raise UserError(
-                f"--{name} is for one adapter (--adapter PATH). A model of several always keeps them separate, in "
-                f"slots that can be refilled at run time: drop --{name}."
-            )
+    if args.adapters is not None and (flag := given((*of_one, "onto"))):
+        raise UserError(
+            f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
+            f"can be refilled at run time: drop {flag}."
+        )
+    if args.onto is not None and (flag := given((*of_one, "dtype", "opset", "check"))):
+        raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
 def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
@@ -155,9 +173,10 @@ def _print_summary(result: ExportResult) -> None:
         ops[layer["op"]] = ops.get(layer["op"], 0) + 1
     kinds = ", ".join(f"{count} {op}" for op, count in ops.items()) or "none"
     weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
+    quantized = "" if manifest.get("quantize", "none") == "none" else f"{manifest['quantize']} weights, "
     rows = {
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
-        "mode": f"{manifest['mode']}, {manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}",
+        "mode": f"{manifest['mode']}, {quantized}{manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}",
         **_swappable_row(result),
         "layers": f"{len(manifest['layers'])} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from ..parity import ParityReport
     from .model import BaseModel
 
-__all__ = ["DTYPES", "MODES", "ExportResult", "export_adapter"]
+__all__ = ["DEVICES", "DTYPES", "MODES", "QUANTIZATIONS", "ExportResult", "export_adapter"]
 
 MODES = ("merged", "separate")
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATIONS = ("none", "int4", "int8")
+DEVICES = ("cpu", "cuda")
 _LOST_STARTS = ("lora_ga", "corda")
 """Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
 
@@ -64,6 +67,9 @@ def export_adapter(
     swappable: str | None = None,
     dtype: str = "float32",
     opset: int | None = None,
+    quantize: str = "none",
+    device: str = "cpu",
+    bundle_library: bool = False,
     check: bool = True,
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
@@ -73,20 +79,30 @@ def export_adapter(
     filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with
     mode "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
     nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own.
-    `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
-    `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
-    way nothing is left behind.
+    `opset` None takes the default, 20. `quantize` ("int4", "int8"), `device` and `bundle_library` (a copy of the
+    custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
+    proves parity with PyTorch before anything is moved into place. `step` is told what is being done. Raises UserError
+    for input at fault, ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
-    if mode not in MODES:
-        raise UserError(f"--mode is {mode!r}, expected one of: {', '.join(MODES)}.")
+    for option, value, known in (
+        ("mode", mode, MODES),
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, QUANTIZATIONS),
+        ("device", device, DEVICES),
+    ):
+        if value not in known:
+            raise UserError(f"--{option} is {value!r}, expected one of: {', '.join(known)}.")
     if swappable is not None and (mode != "separate" or swappable not in DEFAULTS):
         raise UserError(
             f"--swappable is {swappable!r} with --mode {mode}, expected {' or '.join(DEFAULTS)} with --mode separate: "
             "an adapter that is folded into the weights can't be swapped."
         )
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if check and dtype == "bfloat16":
+        raise UserError(
+            "bfloat16 models run on a GPU alone, and parity is checked on the CPU. Export it unchecked (--no-check), "
+            "after a float16 export that was checked."
+        )
     check_writable(out)
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:
@@ -104,12 +120,14 @@ def export_adapter(
         model = aside / out.name
         clock = Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, opset, clock)
+            options = _Options(mode, swappable, dtype, opset, quantize, device, bundle_library)
+            manifest = _write_model(loaded, base_model, model, clock, options)
             write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
 
+                gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
                 report = check_parity(model, Path(adapter), base_model)
                 if not report.passed:
@@ -132,51 +150,98 @@ def _kept_ranks(layer: LayerAdapter, mode: str) -> tuple[int, int]:
     return (layer.rank if mode == "separate" else 0, layer.filter_rank)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How to export, as `export_adapter` takes it."""
+
+    mode: str
+    swappable: str | None
+    dtype: str
+    opset: int | None
+    quantize: str
+    device: str
+    bundle_library: bool
+
+
 def _write_model(
-    adapter: Adapter,
-    base_model: str | Path | None,
-    out: Path,
-    mode: str,
-    swappable: str | None,
-    dtype: str,
-    opset: int | None,
-    clock: Clock,
+    adapter: Adapter, base_model: str | Path | None, out: Path, clock: Clock, options: _Options
 ) -> dict[str, Any]:
     clock("importing torch and transformers")
-    import onnx_ir as ir
-    import torch
+    from .model import GENERATION, load_base
 
-    from .graph import finish, trace
-    from .model import load_base
-    from .swappable import Swap
-
-    opset = check_opset(opset)
     clock("loading the base model")
     base = load_base(adapter, base_model)
-    clock("adapting")
-    swap = Swap(adapter, base, dtype, swappable) if swappable is not None else None
-    layers = _attach(swap.placeholders if swap else adapter, base, mode, getattr(torch, dtype))
-    clock("tracing")
-    program = trace(base.model, traced_inputs(base, dtype), opset)
-    finish(program, opset)
-    if swap:
-        swap.apply(program.graph)
-    clock("writing")
-    ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, adapter, out.parent)
-    manifest = common_facts(base, out, mode, dtype, opset)
+    write = _write_generating if base.task == GENERATION else _write_encoder
+    manifest = write(adapter, base, out, clock, options)
     manifest["adapter"] = {
         **adapter_facts(adapter),
         "filter_input": adapter.filter_input,
         "parameters": sum(layer.parameters for layer in adapter.layers.values()),
     }
-    manifest["layers"] = layers
-    if swap:
-        manifest["swappable"] = swap.facts
-        write_adapter_file(out.with_name(swap.facts["file"]), swap.values, file_facts(adapter, manifest))
-    del base, program
-    gc.collect()
+    if swappable := manifest.get("swappable"):
+        values = swappable.pop("values")
+        write_adapter_file(out.with_name(swappable["file"]), values, file_facts(adapter, manifest))
     return manifest
+
+
+def _write_generating(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options) -> dict[str, Any]:
+    """Writes a causal language model; returns the manifest, without what it says of the adapter."""
+    import onnx_ir as ir
+
+    from .genai import write_genai
+
+    if options.opset is not None:
+        raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
+    if options.swappable is not None:
+        raise UserError(
+            "--swappable isn't for causal language models: ONNX Runtime GenAI feeds the graph and knows no adapter "
+            "inputs. Export each adapter by itself, with --mode separate or merged."
+        )
+    layers = write_genai(
+        adapter,
+        base,
+        out,
+        mode=options.mode,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        device=options.device,
+        bundle_library=options.bundle_library,
+        merge_with_peft=lambda: _merge_with_peft(adapter, base),
+        step=clock,
+    )
+    manifest = common_facts(base, out, options.mode, options.dtype, ir.load(out).opset_imports[""])
+    manifest["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
+    return manifest | {"quantize": options.quantize, "device": options.device, "layers": layers}
+
+
+def _write_encoder(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options) -> dict[str, Any]:
+    """Writes any other model; returns the manifest, without what it says of the adapter."""
+    import onnx_ir as ir
+    import torch
+
+    from .graph import finish, trace
+    from .swappable import Swap
+
+    opset, dtype = check_opset(options.opset), options.dtype
+    if dtype == "bfloat16" or options.quantize != "none" or options.device != "cpu" or options.bundle_library:
+        raise UserError(
+            f"The adapter {adapter.path} is for {base.task}, exported in float32 or float16. --dtype bfloat16, "
+            "--quantize, --device and --bundle-library are for causal language models: leave them out."
+        )
+    clock("adapting")
+    swap = Swap(adapter, base, dtype, options.swappable) if options.swappable is not None else None
+    layers = _attach(swap.placeholders if swap else adapter, base, options.mode, getattr(torch, dtype))
+    clock("tracing")
+    with collector_off():
+        program = trace(base.model, traced_inputs(base, dtype), opset)
+        finish(program, opset)
+    if swap:
+        swap.apply(program.graph)
+    clock("writing")
+    ir.save(program, out, external_data=f"{out.name}.data")
+    write_companions(base, adapter, out.parent)
+    manifest = common_facts(base, out, options.mode, dtype, opset)
+    return manifest | {"layers": layers} | ({"swappable": swap.facts | {"values": swap.values}} if swap else {})
 
 
 def check_opset(opset: int | None) -> int:
@@ -224,11 +289,13 @@ def _attach(adapter: Adapter, base: BaseModel, mode: str, dtype: Any) -> list[di
         from .adapted import attach
 
         return attach(base.model, adapter, merge=mode == "merged", dtype=dtype)
-    return _merge_with_peft(adapter, base, dtype)
+    rows = _merge_with_peft(adapter, base)
+    base.model.to(dtype)
+    return rows
 
 
-def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict[str, Any]]:
-    """PEFT's own merge, in place, for kinds that have no low-rank operator form (DoRA, LoHa, ...)."""
+def _merge_with_peft(adapter: Adapter, base: BaseModel) -> list[dict[str, Any]]:
+    """PEFT's own merge, in place and in float32, for kinds that have no low-rank operator form (DoRA, LoHa, ...)."""
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -254,7 +321,6 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel, dtype: Any) -> list[dict
             f"The adapter {adapter.path} ({adapter.not_separable}) doesn't fold into the base model's weights, so it "
             "can't be exported."
         )
-    merged.to(dtype)
     return [{"module": name, "op": "merged", "rank": 0, "filter_rank": 0} for name in names]
 
 
@@ -271,6 +337,18 @@ def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     elif (preprocessor := Path(base.path) / "preprocessor_config.json").is_file():
         shutil.copy(preprocessor, folder)
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """Switches Python's cycle collector off: walking the millions of live objects of a trace takes 15 % of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,11 @@ from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, 
 from ..schemas import DOMAIN, MAX_RANK
 from ..slots import Slots
 from .exporter import (
-    DTYPES,
     Clock,
     ExportResult,
     ParityFailed,
     check_opset,
+    collector_off,
     common_facts,
     traced_inputs,
     write_companions,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["export_grouped"]
 
 ADAPTER_IDS = "adapter_ids"
+_DTYPES = ("float32", "float16")
 
 
 def export_grouped(
@@ -60,8 +62,8 @@ def export_grouped(
     base, task or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected for several adapters: {' or '.join(_DTYPES)}.")
     check_writable(out)
     if odd := [name for name in adapters if Path(f"{name}{SUFFIX}").name != f"{name}{SUFFIX}"]:
         raise UserError(
@@ -73,12 +75,14 @@ def export_grouped(
         model = aside / out.name
         clock = Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
+            with collector_off():
+                manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
             write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity_grouped import check_grouped_parity
 
+                gc.collect()  # as in export_adapter
                 clock("checking parity with PyTorch")
                 paths = {name: adapter.path for name, adapter in loaded.items()}
                 report = check_grouped_parity(model, paths, base_model)
@@ -98,6 +102,11 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         raise UserError("--adapters names no adapter, expected at least one: --adapters NAME=PATH ...")
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
+        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
+            raise UserError(
+                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
+                "letters, digits, spaces and . _ + -, not beginning with a dot."
+            )
         check_swappable(adapter)
         if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
             raise UserError(
@@ -125,11 +134,16 @@ def _write_model(
     import torch
 
     from .graph import finish, trace
-    from .model import load_base
+    from .model import GENERATION, load_base
     from .swappable import weights_to_inputs
 
     clock("loading the base model")
     base = load_base(next(iter(adapters.values())), base_model)
+    if base.task == GENERATION:
+        raise UserError(
+            "Several adapters in one model (--adapters) isn't for causal language models: ONNX Runtime GenAI feeds the "
+            "graph and knows no adapter ids. Export each by itself: --adapter PATH."
+        )
     shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
         check_fits(adapter, shapes)
@@ -165,8 +179,6 @@ def _write_model(
     }
     for (name, adapter), own in zip(adapters.items(), values, strict=True):
         write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, file_facts(adapter, manifest))
-    del base, program
-    gc.collect()
     return manifest
 
 
@@ -262,9 +274,9 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{some(dict.fromkeys(wrong))} also runs on what is not a row of the batch, such as relative positions "
-            "that all rows share: there, rows can't have adapters of their own. Export the adapters apart, or train "
-            "them on other layers."
+            f"{some(dict.fromkeys(wrong))} also runs on what is no row of the batch, such as relative positions that "
+            "all rows share. There, rows can't have adapters of their own: export the adapters apart, or train them on "
+            "other layers."
         )
 
 

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["TASKS", "BaseModel", "load_base", "load_reference", "sample_inputs"]
+__all__ = ["GENERATION", "TASKS", "BaseModel", "load_base", "load_reference", "merge_adapter", "sample_inputs"]
 
+GENERATION = "text-generation"
 TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "CAUSAL_LM": GENERATION,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
 on; image classification has no PEFT task type of its own."""
@@ -33,6 +35,8 @@ _TASK_OF_CLASS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForCausalLM": GENERATION,
+    "LMHeadModel": GENERATION,
     "Model": "feature-extraction",
 }
 
@@ -99,11 +103,23 @@ def load_reference(
         model = peft.PeftModel.from_pretrained(base.model, str(adapter.path)).eval()
         if dtype != "float32":
             if merge:
-                model.merge_adapter()
+                merge_adapter(model)
             model = model.to(getattr(torch, dtype)).float()
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
     return BaseModel(model, base.path, base.task, base.input_names, base.untrained)
+
+
+def merge_adapter(model: Any) -> None:
+    """PEFT's merge_adapter, but an embedding that is tied to an adapted head keeps its own values."""
+    import torch
+
+    embedding = model.get_base_model().get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
+        if len(users) > 1:
+            embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.merge_adapter()
 
 
 def sample_inputs(

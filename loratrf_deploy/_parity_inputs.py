@@ -50,7 +50,11 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
     input name, {"input_ids": [...], ...} or {"pixel_values": [...]}, one row of a batch or a whole batch. Other keys
     (labels, ids) are ignored. Raises UserError with the line number.
     """
+    from .export.model import GENERATION
+
     path = Path(path)
+    # Tokenizers of language models pad on either side, or have no padding token at all.
+    most = 1 if base.task == GENERATION else _TEXT_BATCH
     batches: list[Inputs] = []
     texts: list[tuple[str, ...]] = []
     tokenizer = None
@@ -63,7 +67,7 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
                 f"{path}, line {line}: the row has the keys {', '.join(row) or '(none)'}. Expected the model's inputs "
                 f"({', '.join(base.input_names)}) or texts under one of: {forms}."
             )
-        if texts and (arrays or len(texts) == _TEXT_BATCH or len(keys or ()) != len(texts[0])):
+        if texts and (arrays or len(texts) == most or len(keys or ()) != len(texts[0])):
             batches.append(_tokenise(tokenizer, texts, base))
             texts = []
         if arrays:

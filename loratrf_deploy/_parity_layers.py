@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from .export.model import BaseModel
-__all__ = ["compare_layers", "run_onnx", "run_torch"]
+__all__ = ["compare_layers", "is_cache", "plain_name", "run_onnx", "run_torch", "session_in_memory"]
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -53,14 +53,23 @@ def run_onnx(
 ) -> dict[str, NDArray[Any]]:
     """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
 
-    `weights` are fed as they are: those of an adapter, to a swappable model.
+    `weights` are fed as they are: those of an adapter, to a swappable model. A key/value cache starts empty.
     """
+    rows = len(next(iter(batch.values())))
     feeds = dict(weights or {})
     for value in session.get_inputs():
-        array = batch[value.name]
+        if is_cache(value.name):  # (batch, heads, past, head width)
+            array = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+        else:
+            array = batch[value.name]
         feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
     names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def is_cache(name: str) -> bool:
+    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
+    return name.startswith(("past_key_values.", "present."))
 
 
 def compare_layers(
@@ -159,7 +168,7 @@ def _recorded(model: torch.nn.Module, names: set[str]) -> Iterator[dict[str, _Se
         # A container's name is also borne by stray nodes (reshapes, residuals) that are not its output.
         if not isinstance(module, BaseTunerLayer) and next(module.children(), None) is not None:
             continue
-        name = _plain_name(path)
+        name = plain_name(path)
         if name in names:
             handles.append(module.register_forward_hook(record(name, _bias(module))))
     try:
@@ -184,7 +193,7 @@ def _bias(module: torch.nn.Module) -> torch.Tensor | None:
     return total
 
 
-def _plain_name(path: str) -> str:
+def plain_name(path: str) -> str:
     """A module's path in the base model: PEFT's prefix and its wrapper of a saved head removed."""
     return path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
 
@@ -198,8 +207,12 @@ def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None
         module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
-        or (isinstance(module, ModulesToSaveWrapper) and _plain_name(name) in heads)
+        or (isinstance(module, ModulesToSaveWrapper) and plain_name(name) in heads)
     ]
+    # Switched off, a merged layer takes its adapter out of the weights, which not every kind undoes exactly.
+    merged = {
+        layer: layer.get_base_layer().weight.detach().clone() for layer in layers if getattr(layer, "merged", False)
+    }
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -207,18 +220,32 @@ def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for layer, weight in merged.items():
+            layer.merge()
+            layer.get_base_layer().weight.data.copy_(weight)
 
 
-def _session_with_outputs(
-    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool
-) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """A session that also gives the first output of `nodes`, and module -> output name.
+def session_in_memory(graph: ir.Model, model: Path, *, library: bool) -> onnxruntime.InferenceSession:
+    """A session of `graph`, whose weights lie in the folder of `model`.
 
     The graph goes to ONNX Runtime in memory, so nothing is written: the model's folder may be read-only.
     """
     import onnx_ir as ir
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+    if library:
+        options.register_custom_ops_library(str(library_path()))
+    content = ir.to_proto(graph).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _session_with_outputs(
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool
+) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+    """A session that also gives the first output of `nodes`, and module -> output name."""
     outputs = graph.graph.outputs
     before = len(outputs)
     names = {module: node.outputs[0].name or "" for module, node in nodes.items()}
@@ -226,12 +253,6 @@ def _session_with_outputs(
         outputs.extend(
             {value.name: value for node in nodes.values() if (value := node.outputs[0]) not in outputs}.values()
         )
-        content = ir.to_proto(graph).SerializeToString()
+        return session_in_memory(graph, model, library=library), names
     finally:
         del outputs[before:]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-    if library:
-        options.register_custom_ops_library(str(library_path()))
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"]), names

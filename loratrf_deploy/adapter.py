@@ -281,8 +281,12 @@ class _Parts:
             return True
         owner = _owner(name, self.config.get("modules_to_save") or ())
         if owner is None:
-            module, _, parameter = name.rpartition(".")
+            # Below an adapted head, PEFT saves the frozen layer's weight too.
+            module, _, parameter = name.replace(".base_layer.weight", ".weight").rpartition(".")
             owner = module if parameter == "weight" and module.rpartition(".")[2] in _EMBEDDINGS else None
+            if owner is not None:
+                self.modules_to_save.setdefault(owner, {})["weight"] = value
+                return True
         if owner is not None:
             self.modules_to_save.setdefault(owner, {})[name[len(owner) + 1 :]] = value
             return True

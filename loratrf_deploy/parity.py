@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _parity_inputs, _parity_layers
+from . import _parity_generation, _parity_inputs, _parity_layers
 from ._adapter_files import some
 from ._parity_figures import Figures, compare, valid, worst
 from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityReport
@@ -34,6 +34,9 @@ __all__ = ["EFFECT", "TOLERANCES", "VARIANTS", "Check", "LayerError", "ParityRep
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
+
+GENERATION_TOLERANCE = 1e-4
+"""Of float32 causal language models: rounding adds up over many more layers than an encoder has."""
 
 EFFECT = 10.0
 """The adapter has an effect where it changes an output by more than this many tolerances."""
@@ -71,13 +74,25 @@ def check_parity(
     step("reading the model")
     graph = load_graph(model)
     dtype = model_dtype(graph)
-    tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"]) if tolerance is None else tolerance
+    generates = _parity_generation.is_generating(model)
+    if tolerance is None:
+        tolerance = GENERATION_TOLERANCE if generates and dtype == "float32" else TOLERANCES.get(dtype, 1e-5)
     read = read_adapter(adapter)
     step("loading PyTorch's model")
     folded = _folded(read, graph)
     base = reference or load_reference(read, base_model, dtype=dtype, merge=bool(folded))
-    names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
-    swappable = read_swappable(model) if len(names) < len(graph.graph.inputs) else None
+    quantised = _parity_generation.exact_arithmetic(graph)
+    weight_checks = []
+    if quantised:
+        step("dequantising")
+        merged = bool(folded or read.not_separable)
+        weight_checks = [_parity_generation.dequantise_reference(graph, base, read, merged=merged)]
+    names = [
+        name
+        for value in graph.graph.inputs
+        if (name := value.name or "") not in graph.graph.initializers and not _parity_layers.is_cache(name)
+    ]
+    swappable = read_swappable(model) if any(v.name in graph.graph.initializers for v in graph.graph.inputs) else None
     if swappable and swappable.slots:
         raise UserError(
             f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
@@ -95,7 +110,7 @@ def check_parity(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."
         )
-    outputs = tuple(value.name or "" for value in graph.graph.outputs)
+    outputs = tuple(value.name or "" for value in graph.graph.outputs if not _parity_layers.is_cache(value.name or ""))
 
     expected, base_off = [], []
     for number, batch in enumerate(batches, 1):
@@ -112,7 +127,8 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights)
+        exact = graph if quantised else None
+        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights, graph=exact)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -125,6 +141,7 @@ def check_parity(
     ]
     worked = next(variant for variant, run in runs.items() if isinstance(run, list))
     checks += effect_checks(runs[worked], outputs, expected, base_off, masks, tolerance)  # type: ignore[arg-type]
+    checks += weight_checks
     if swappable:
         step("running ONNX Runtime without an adapter")
         first = swappable.manifest["adapter"]
@@ -140,6 +157,9 @@ def check_parity(
             heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
             default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
         checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
+    if generates:
+        step("generating")
+        checks += _parity_generation.check_greedy(model, graph, base, tolerance)
 
     step("comparing layers")
     failed = next((check.variant for check in checks if check.status == "failed" and check.figures), worked)
@@ -222,16 +242,23 @@ def run_batches(
     *,
     library: bool,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    graph: ir.Model | None = None,
 ) -> list[Outputs] | UserError:
     """Outputs by batch, with the run-time `weights`; a UserError where the library isn't built, or ONNX Runtime refuses
-    model or inputs."""
+    model or inputs.
+
+    `graph` stands for the model in the file: the same one, made to compute exactly.
+    """
     if library:
         try:
             library_path()
         except UserError as error:
             return _NotComparable(str(error))
     try:
-        session = create_session(model, library=library)
+        if graph is None:
+            session = create_session(model, library=library)
+        else:
+            session = _parity_layers.session_in_memory(graph, model, library=library)
         return [_parity_layers.run_onnx(session, batch, outputs, weights) for batch in batches]
     except UserError as error:
         return error

@@ -65,3 +65,43 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_llm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """make_llm(family, kind, sizes=..., **adapter options) -> (base, adapter), folders to read only."""
+    import tiny_llm
+
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", kind: str = "loratrf", sizes: dict[str, Any] | None = None, **options: Any):
+        base_key, key = repr((family, sizes)), repr((family, sizes, kind, options))
+        if base_key not in made:
+            made[base_key] = tiny_llm.make_base(tmp_path_factory.mktemp("llm") / family, family, **(sizes or {}))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("llm-adapter") / kind
+            made[key] = tiny_llm.make_adapter(made[base_key], folder, kind, **options)
+        return made[base_key], made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(
+    make_llm: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """exported(kind, **export options) -> model.onnx of tiny LLaMA, unchecked, to read only."""
+    from loratrf_deploy.export import export_adapter
+
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "loratrf", **options: Any) -> Path:
+        key = repr((kind, sorted(options.items())))
+        if key not in made:
+            base, adapter = make_llm("llama", kind)
+            out = tmp_path_factory.mktemp("genai") / "model.onnx"
+            export_adapter(adapter, out, base_model=base, check=False, **options)
+            made[key] = out
+        return made[key]
+
+    return make

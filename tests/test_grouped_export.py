@@ -13,8 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from loratrf_deploy import UserError, create_session, inspect_cli, parity_cli, read_adapter
-from loratrf_deploy.adapter_session import AdapterSession
+from loratrf_deploy import create_session, inspect_cli, parity_cli, read_adapter
+from loratrf_deploy.adapter_file import read_adapter_file
 from loratrf_deploy.export import export_grouped
 from loratrf_deploy.export.cli import main
 from loratrf_deploy.export.model import load_base, load_reference, sample_inputs
@@ -116,7 +116,7 @@ def test_the_graph_and_the_manifest(grouped):
     assert {row["module"]: (row["rank"], row["filter_rank"]) for row in manifest["layers"]}[QUERY] == (9, 5)
 
 
-def test_slots_are_refilled_without_a_new_session(grouped, make_tiny):
+def test_slots_are_refilled_without_a_new_session(grouped, make_tiny, tmp_path):
     base, adapters, model = grouped
     # Two strangers to the export, one of a higher rank than any in it, in a session of three slots.
     newcomers = {
@@ -138,6 +138,21 @@ def test_slots_are_refilled_without_a_new_session(grouped, make_tiny):
     slots.put(0, fit(read_adapter(adapters["plain"]), contract.weights, contract.filter_input))
     results = torch_outputs(base, adapters | newcomers, inputs)
     rows = ["plain", None, "both", "filter on key", "plain"]
+    assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
+    # As --onto converts it.
+    command = [
+        "--adapter",
+        newcomers["new"],
+        "--onto",
+        model,
+        "--base-model",
+        base,
+        "--out",
+        tmp_path / "new.onnx_adapter",
+    ]
+    assert main([str(part) for part in command]) == 0
+    slots.put(1, read_adapter_file(tmp_path / "new.onnx_adapter").values)
+    rows[3] = "new"
     assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
     # And what the file holds is untouched.
     outputs = session.run(None, inputs | {"adapter_ids": np.array([0, 1, 2, 3, -1])})[0]
@@ -238,8 +253,6 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
     ):
         assert parity_cli.main(["--model", str(out), *more, "--base-model", str(base)]) == 2
         assert problem in capsys.readouterr().err
-    with pytest.raises(UserError, match="adapter_ids"):
-        AdapterSession(out)
 
 
 def test_parity_finds_one_wrong_row(grouped, tmp_path):
@@ -308,6 +321,13 @@ def test_adapters_that_do_not_go_together(make_tiny, tmp_path, capsys):
     text = refused(capsys, base, out, f"a={a}", f"labels={labels}")
     assert "classifier.weight is" in text
     assert str(labels) in text
+    wide = tiny.make_base(tmp_path / "wide", "bert", hidden_size=64, num_hidden_layers=3)
+    wider = tiny.make_adapter(wide, tmp_path / "wider", "loratrf", seed=2)
+    text = refused(capsys, base, out, f"a={a}", f"wider={wider}")
+    assert f"The adapter {wider}" in text
+    assert "the base model has no layer bert.encoder.layer.2" in text
+    for name in ("../a", "sub/a", ".a", "a\nb", "a" * 61):
+        assert "which is to be a file's too" in refused(capsys, base, out, f"{name}={a}")
     # Without --base-model, the two name two bases.
     text = refused(capsys, None, out, f"a={a}", f"labels={labels}")
     assert "name different base models" in text
@@ -320,7 +340,7 @@ def test_layers_that_all_rows_share(make_tiny, tmp_path, capsys):
     # DeBERTa projects its relative positions through the same query_proj.
     base, a = make_tiny("deberta-v2", kind="loratrf")
     text = refused(capsys, base, tmp_path / "out" / "model.onnx", f"a={a}")
-    assert "query_proj also runs on what is not a row of the batch" in text
+    assert "query_proj also runs on what is no row of the batch" in text
 
 
 @pytest.mark.parametrize(

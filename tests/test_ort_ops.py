@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import shutil
 import subprocess
 import sys
@@ -307,6 +308,26 @@ def test_many_threads_at_once():
         for worker in workers:
             worker.join()
         assert not wrong
+
+
+def test_packed_weights_go_with_their_sessions() -> None:
+    """They share chunks of memory: one that outlived its session would show as memory that only grows."""
+
+    def resident() -> float:  # MB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    # 5 MB in 4 packed weights of odd sizes: some share a chunk, some are larger than one.
+    values = values_of("LoraTrf", T=1, K=2111, N=1999, R=301, F=37)
+    model = model_of("LoraTrf", values, constant=WEIGHTS)
+    expected = run(session_of(model), values)
+    kept = session_of(model)  # its blocks lie between those of the others
+    for _ in range(3):
+        session_of(model)
+    before = resident()
+    for _ in range(30):
+        np.testing.assert_array_equal(run(session_of(model), values), expected)
+    assert resident() - before < 60
+    np.testing.assert_array_equal(run(kept, values), expected)
 
 
 PEAK = """

@@ -10,7 +10,7 @@
 #include "gemm.h"
 
 constexpr int64_t kColumns = 256;  // columns of x or y at a time: weights' panel and y's tile share the L1/L2 cache
-constexpr int64_t kSplitColumns = 512;  // columns per task of the split plan
+constexpr int64_t kSplitColumns = 512;  // most columns per task of the split plan
 constexpr int64_t kSplitTokens = 32;    // most tokens that the split plan takes
 constexpr int64_t kTileTokens = 24;     // most tokens per tile
 static_assert(kColumns % kPanel == 0 && kSplitColumns % kColumns == 0, "pieces are whole panels");

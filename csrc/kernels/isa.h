@@ -6,7 +6,7 @@
 namespace loratrf {
 
 // Multiply-adds below which waking threads costs more than it gives.
-constexpr int64_t kSerialWork = 1 << 19;
+constexpr int64_t kSerialWork = 1 << 18;
 
 // One call. A half that is absent (R == 0 or F == 0) has null tensors.
 struct Call {

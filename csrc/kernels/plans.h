@@ -62,54 +62,63 @@ inline void AddPieces(const float* from, int64_t pieces, int64_t size, float* to
   }
 }
 
+// Columns in pieces of equal size, of whole panels.
+struct Pieces {
+  int64_t total, width, count;
+  int64_t begin(int64_t piece) const { return piece * width; }
+  int64_t size(int64_t piece) const { return Min(width, total - begin(piece)); }
+};
+
+inline Pieces PiecesOf(int64_t total) {
+  if (total == 0) return {0, 0, 0};
+  const int64_t width = RoundUp(CeilDiv(total, CeilDiv(total, kSplitColumns)), kPanel);
+  return {total, width, CeilDiv(total, width)};
+}
+
 template <class E>
 void RunSplit(Work<E>& work, bool serial) {
   const Call& call = work.call;
   const int64_t T = call.T, N = call.N;
-  const int64_t k_pieces = work.low_rank() ? CeilDiv(call.K, kSplitColumns) : 0;
-  const int64_t n_pieces = CeilDiv(N, kSplitColumns);
+  const Pieces k = PiecesOf(work.low_rank() ? call.K : 0), n = PiecesOf(N);
   const int64_t u_size = T * work.r_stride, v_size = T * work.f_stride, sums_size = T * 2;
   const int64_t block_size = IsFloat<E>::value ? 0 : T * kColumns;
-  const int64_t tile_stride = IsFloat<E>::value ? 0 : RoundUp(N, kSplitColumns);
+  const int64_t tile_stride = IsFloat<E>::value ? 0 : RoundUp(N, kColumns);
   // Every piece has sums of its own, behind the total: added up in a fixed order.
-  Scratch scratch(Scratch::Size(u_size * (k_pieces + 1)) + Scratch::Size(v_size * (n_pieces + 1)) +
-                  Scratch::Size(sums_size * (n_pieces + 1)) + Scratch::Size(block_size * k_pieces) +
+  Scratch scratch(Scratch::Size(u_size * (k.count + 1)) + Scratch::Size(v_size * (n.count + 1)) +
+                  Scratch::Size(sums_size * (n.count + 1)) + Scratch::Size(block_size * k.count) +
                   Scratch::Size(T * tile_stride));
   if (!scratch) {
     work.failed = true;
     return;
   }
-  float* u = scratch.Take(u_size * (k_pieces + 1));
-  float* v = scratch.Take(v_size * (n_pieces + 1));
-  float* sums = scratch.Take(sums_size * (n_pieces + 1));
-  float* blocks = scratch.Take(block_size * k_pieces);
+  float* u = scratch.Take(u_size * (k.count + 1));
+  float* v = scratch.Take(v_size * (n.count + 1));
+  float* sums = scratch.Take(sums_size * (n.count + 1));
+  float* blocks = scratch.Take(block_size * k.count);
   float* y = scratch.Take(T * tile_stride);
-  Zero(u, u_size * (k_pieces + 1));
-  Zero(v, v_size * (n_pieces + 1));
-  Zero(sums, sums_size * (n_pieces + 1));
-  const auto width = [](int64_t piece, int64_t total) { return Min(kSplitColumns, total - piece * kSplitColumns); };
+  Zero(u, u_size * (k.count + 1));
+  Zero(v, v_size * (n.count + 1));
+  Zero(sums, sums_size * (n.count + 1));
   if (work.low_rank()) {
     auto reduce = [&](int64_t piece) {
-      Reduce(work, 0, T, piece * kSplitColumns, width(piece, call.K), blocks + piece * block_size,
-             u + (piece + 1) * u_size);
+      Reduce(work, 0, T, k.begin(piece), k.size(piece), blocks + piece * block_size, u + (piece + 1) * u_size);
     };
-    For(call, serial, k_pieces, reduce);
-    AddPieces(u + u_size, k_pieces, u_size, u);
+    For(call, serial, k.count, reduce);
+    AddPieces(u + u_size, k.count, u_size, u);
   }
   auto forward = [&](int64_t piece) {
-    Forward(work, 0, T, piece * kSplitColumns, width(piece, N), u, y + (tile_stride ? piece * kSplitColumns : 0),
-            tile_stride, reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v + (piece + 1) * v_size);
+    Forward(work, 0, T, n.begin(piece), n.size(piece), u, y + (tile_stride ? n.begin(piece) : 0), tile_stride,
+            reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v + (piece + 1) * v_size);
   };
-  For(call, serial, n_pieces, forward);
+  For(call, serial, n.count, forward);
   if (!work.filter()) return;
-  AddPieces(v + v_size, n_pieces, v_size, v);
-  AddPieces(sums + sums_size, n_pieces, sums_size, sums);
+  AddPieces(v + v_size, n.count, v_size, v);
+  AddPieces(sums + sums_size, n.count, sums_size, sums);
   Score(work, T, reinterpret_cast<Moments*>(sums), v);
   auto filter = [&](int64_t piece) {
-    Filter(work, 0, T, piece * kSplitColumns, width(piece, N), v, y + (tile_stride ? piece * kSplitColumns : 0),
-           tile_stride);
+    Filter(work, 0, T, n.begin(piece), n.size(piece), v, y + (tile_stride ? n.begin(piece) : 0), tile_stride);
   };
-  For(call, serial, n_pieces, filter);
+  For(call, serial, n.count, filter);
 }
 
 // A weight that the caller didn't pack, and where to pack it.

@@ -1,0 +1,129 @@
+"""What each deployment of a language model costs in quality: perplexity of a small LLaMA that is trained here.
+
+    python benchmarks/bench_perplexity.py [--steps 300]
+
+Base: 4 layers, 256 wide, 1024 byte-level tokens, trained on modules of Python's standard library; then LoRATRF and LoRA
+adapters (R = F = 8, all linear layers) on the prose of its help(). Perplexity is on
+20000 characters of that prose that no training sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pydoc_data.topics
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+import transformers
+
+from loratrf_deploy.cli import quiet
+from loratrf_deploy.export import export_adapter
+from loratrf_deploy.peft import LoraTrfConfig
+from loratrf_deploy.perplexity import perplexities
+
+DEPLOYMENTS = [("separate", "none"), ("merged", "none"), ("separate", "int8"), ("merged", "int8")]
+DEPLOYMENTS += [("separate", "int4"), ("merged", "int4")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity of each deployment of a small language model.")
+    parser.add_argument("--steps", type=int, default=300, help="of training the base; the adapters take half")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code = "\n".join(path.read_text() for path in sorted(library.glob("*.py"))[:60])
+    prose = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    cut = len(prose) * 9 // 10
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base, text = folder / "base", folder / "text.txt"
+        text.write_text(prose[cut : cut + 20000])
+        tokenizer = _tokenizer(code)
+        model = _model(len(tokenizer))
+        _train(model, torch.tensor(tokenizer(code)["input_ids"]), args.steps, 1e-3)
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        print("| deployment | LoRATRF: perplexity | loss, nats | LoRA: perplexity | loss, nats |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        columns = [_rows(folder, base, kind, tokenizer, prose[:cut], text, args.steps) for kind in ("loratrf", "lora")]
+        for a, b in zip(*columns, strict=True):
+            cells = (f"{row.perplexity:.4f} | {row.loss:+.5f}" for row in (a, b))
+            print(f"| {a.name} | {' | '.join(cells)} |")
+
+
+def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text: Path, steps: int) -> list[Any]:
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    options: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": names, "task_type": "CAUSAL_LM"}
+    config = LoraTrfConfig(filter_rank=8, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+    with quiet():
+        model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+        _train(model, torch.tensor(tokenizer(prose)["input_ids"]), steps // 2, 2e-3)
+        model.save_pretrained(str(folder / kind))
+        models = []
+        for mode, quantize in DEPLOYMENTS:
+            models.append(folder / f"{kind}-{mode}-{quantize}" / "model.onnx")
+            export_adapter(folder / kind, models[-1], base_model=base, mode=mode, quantize=quantize)
+        rows = perplexities(text, folder / kind, models, base)
+    labels = [f"{mode}, {quantize if quantize != 'none' else 'float32'}" for mode, quantize in DEPLOYMENTS]
+    return [type(row)(label, row.perplexity, row.loss) for row, label in zip(rows, [*_TORCH, *labels], strict=True)]
+
+
+_TORCH = ("PyTorch", "PyTorch without the adapter")
+
+
+def _train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        starts = torch.randint(0, len(tokens) - 128, (8,)).tolist()
+        batch = torch.stack([tokens[start : start + 128] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def _model(vocabulary: int) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def _tokenizer(text: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text[:1000000]], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+if __name__ == "__main__":
+    main()

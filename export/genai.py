@@ -1,0 +1,342 @@
+"""Causal language models: onnxruntime-genai's model builder makes the graph, our pass puts the loratrf operators in.
+
+The builder brings what makes generation fast (KV cache in a shared buffer, GroupQueryAttention, int4 and int8 weights);
+it knows nothing of task-aware filters, and quantises the low-rank matrices that it does know.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..adapter import Adapter
+from ..errors import UserError
+from ..generation import CONFIG_FILE
+from ..runtime_weights import LAYER_PARTS
+from ..schemas import DOMAIN, OPS, VERSION, function_body
+from ..session import library_path
+from .adapted import fold, layer_rows, op_of
+
+if TYPE_CHECKING:
+    from .model import BaseModel
+
+__all__ = ["PRECISIONS", "build", "check_precision", "genai_name", "linear_nodes", "write_genai"]
+
+PRECISIONS = {
+    ("cpu", "none", "float32"): "fp32",
+    ("cpu", "int4", "float32"): "int4",
+    ("cpu", "int8", "float32"): "int8",
+    ("cuda", "none", "float32"): "fp32",
+    ("cuda", "none", "float16"): "fp16",
+    ("cuda", "none", "bfloat16"): "bf16",
+    ("cuda", "int4", "float16"): "int4",
+    ("cuda", "int4", "bfloat16"): "int4",
+    ("cuda", "int8", "float16"): "int8",
+}
+"""(--device, --quantize, --dtype) -> the builder's name for it; what is missing here, GenAI has no kernels for."""
+
+_NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_ALIASES = {"dense": "o_proj", "out_proj": "o_proj"}
+_PACKED = {"q_proj", "k_proj", "v_proj"}
+
+
+def check_precision(device: str, quantize: str, dtype: str) -> str:
+    """The builder's precision for a combination of options. Raises UserError where there is none."""
+    if precision := PRECISIONS.get((device, quantize, dtype)):
+        return precision
+    known = [f"--quantize {q} --dtype {t}" for d, q, t in PRECISIONS if d == device]
+    raise UserError(
+        f"--device {device} has no --quantize {quantize} with --dtype {dtype} in ONNX Runtime GenAI. Expected one of: "
+        f"{'; '.join(known) or 'another device (cpu, cuda)'}."
+    )
+
+
+def write_genai(
+    adapter: Adapter,
+    base: BaseModel,
+    out: Path,
+    *,
+    mode: str,
+    dtype: str,
+    quantize: str,
+    device: str,
+    bundle_library: bool,
+    merge_with_peft: Callable[[], list[dict[str, Any]]],
+    step: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Writes the folder of `out` as onnxruntime_genai loads it; returns what became of each adapted layer.
+
+    The folder gets the graph, its weights in `out`.data (the builder's) and `out`.adapter (the operators'),
+    genai_config.json, config.json and the tokenizer; with `bundle_library` the custom-op library too, registered by a
+    path relative to the folder. `base` is used up: its weights are gone afterwards, so that the builder, which loads
+    its own, doesn't need memory for two models. Raises UserError for input that GenAI can't take.
+    """
+    precision = check_precision(device, quantize, dtype)
+    step("adapting")
+    if adapter.not_separable is None:
+        rest = fold(base.model, adapter, merge=mode == "merged")
+        rows = layer_rows(adapter, rest)
+        biased = any(layer.lora_bias is not None for layer in adapter.layers.values())
+        changed = bool(mode == "merged" or adapter.modules_to_save or adapter.biases or biased)
+    else:
+        rest, rows, changed = {}, merge_with_peft(), True
+    linears = _linear_layers(base.model)
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
+        stage = Path(name)
+        _stage_checkpoint(adapter, base, stage, changed)
+        base.model.to("meta")
+        gc.collect()
+        step("building the graph with onnxruntime-genai")
+        build(stage, out, precision, device, _builder_options(rest, dtype, quantize))
+        shutil.copy(stage / "config.json", out.parent)
+    step("inserting operators")
+    model = ir.load(out)
+    _insert(model, rest, adapter.filter_input, dtype)
+    _name_modules(model, linears, rest)
+    _fix_cache_width(model, out.parent)
+    _save(model, out)
+    if bundle_library:
+        _bundle_library(out.parent)
+    return rows
+
+
+def _linear_layers(model: Any) -> list[str]:
+    import torch
+
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
+    """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
+    from .model import load_tokenizer
+
+    own = (adapter.path / "tokenizer_config.json").is_file()
+    source = str(adapter.path if own else base.path)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(
+            f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
+        )
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer in {source} has {len(tokenizer)} tokens, but the base model {base.path} embeds {rows}: the "
+            "adapter was trained on another vocabulary. Pass the base that it was trained on (--base-model), saved "
+            "after resize_token_embeddings."
+        )
+    model, folder = base.model, Path(base.path)
+    model.config.architectures = [type(model).__name__]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if folder.is_dir() and not changed:
+        model.config.save_pretrained(stage)
+        for file in folder.iterdir():
+            if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name == "generation_config.json":
+                (stage / file.name).symlink_to(file.resolve())
+    else:
+        model.config.tie_word_embeddings = tied
+        model.float()
+        # Shards bound how much is in memory twice while it is written.
+        model.save_pretrained(stage, max_shard_size="500MB")
+    tokenizer.save_pretrained(stage)
+
+
+def _builder_options(rest: Mapping[str, Any], dtype: str, quantize: str) -> dict[str, str]:
+    """The builder's extra_options: projections that carry operators stay as they are in the torch model.
+
+    q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
+    """
+    adapted = {path.rpartition(".")[2] for path in rest}
+    options = {}
+    if adapted & _PACKED:
+        options["fuse_qkv"] = "false"
+    if "gate_up_proj" in adapted:
+        options["fuse_mlp_gate_up"] = "true"
+    if dtype == "bfloat16" and quantize != "none":
+        options["use_cuda_bf16"] = "true"
+    return options
+
+
+def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[str, str]) -> None:
+    """Runs onnxruntime-genai's model builder on the checkpoint in the folder `stage`, writing `out` and its folder.
+
+    `options` are the builder's extra_options. Raises UserError where the builder refuses the model.
+    """
+    try:
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"Causal language models are built with onnxruntime-genai, and {error.name} is not installed here. Install "
+            "it: `pip install 'loratrf-deploy[export,genai]'`."
+        ) from error
+    cache = str(stage / "cache")
+    pairs = [f"{name}={value}" for name, value in {**options, "filename": out.name}.items()]
+    try:
+        extra = parse_extra_options("", str(stage), str(out.parent), precision, device, cache, pairs)
+        create_model("", str(stage), str(out.parent), precision, device, cache, **extra)
+    except Exception as error:  # the builder raises plain exceptions of many classes
+        architecture = json.loads((stage / "config.json").read_text())["architectures"][0]
+        if isinstance(error, NotImplementedError) and str(stage) in str(error):
+            raise UserError(
+                f"onnxruntime-genai's builder doesn't know the architecture {architecture}. Expected one that it "
+                "builds, such as LLaMA, Mistral, Qwen, Gemma or Phi."
+            ) from error
+        detail = str(error).replace(str(stage), "the base model") or type(error).__name__
+        raise UserError(
+            f"onnxruntime-genai's builder can't build {architecture} for {precision} on {device}: {detail}"
+        ) from error
+
+
+def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
+    """Builder's module name ("/model/layers.0/attn/q_proj") -> (its MatMul or MatMulNBits, the node of its output).
+
+    The second is the Add of the bias where there is one, else the first.
+    """
+    found = {}
+    for node in graph:
+        if node.op_type in ("MatMul", "MatMulNBits") and "/MatMul" in (node.name or ""):
+            prefix = (node.name or "").rpartition("/")[0]
+            adds = [user for user in node.outputs[0].consumers() if user.name == f"{prefix}/Add"]
+            found[prefix] = (node, adds[0] if adds else node)
+    return found
+
+
+def genai_name(path: str) -> str | None:
+    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head."""
+    if path.rpartition(".")[2] in ("lm_head", "embed_out"):
+        return "/lm_head"
+    if match := re.search(r"layers\.(\d+)\.(\w+)\.(\w+)$", path):
+        layer, group, name = match.groups()
+        group = "attn" if "attn" in group or "attention" in group else group
+        return f"/model/layers.{layer}/{group}/{_ALIASES.get(name, name)}"
+    return None
+
+
+def _insert(
+    model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str
+) -> None:
+    """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from the builder. The rules:
+
+    1. A module is found by the builder's name for it; its output is that of its bias's Add, else of its MatMul
+       (MatMulNBits where quantised). Whatever read that output, graph outputs included, reads the operator's.
+    2. Weights (K,N) there and A (R,K), B (N,R), tau (N) here must agree: a packed or cut projection doesn't.
+    3. Every module must be found; otherwise an error names all that aren't, and nothing was changed.
+    4. Each operator that occurs gets its definition in standard ops as a model-local function.
+    """
+    nodes = linear_nodes(model.graph)
+    places = {path: nodes.get(genai_name(path) or "") for path in rest}
+    lost = [path for path, place in places.items() if place is None or not _agrees(place[0], rest[path])]
+    if lost:
+        raise UserError(
+            f"onnxruntime-genai's builder leaves no linear layer of its own for {', '.join(lost[:5])}"
+            f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: it fuses them with others or builds them as "
+            "something else, so no operator can stand behind them. Export merged (--mode merged), which needs none "
+            "for plain LoRA, choose another --dtype, or train the adapter without these modules."
+        )
+    for path, weights in rest.items():
+        place = places[path]
+        assert place is not None
+        _insert_one(model.graph, path, weights, place, filter_input, dtype)
+    opset = model.opset_imports[""]
+    for op in sorted({op_of(weights) for weights in rest.values()}):
+        function = function_body(op, opset, filter_input)
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = VERSION
+
+
+def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
+    if matmul.op_type == "MatMulNBits":
+        ins, outs = (matmul.attributes[name].as_int() for name in ("K", "N"))
+    else:
+        shape = matmul.inputs[1].shape if matmul.inputs[1] is not None else None
+        if shape is None:
+            return False
+        ins, outs = shape.numpy()
+    sizes = {"A": (1, ins), "B": (0, outs), "tau": (0, outs)}
+    return all(weights[name].shape[axis] == size for name, (axis, size) in sizes.items() if name in weights)
+
+
+def _insert_one(
+    graph: ir.Graph,
+    path: str,
+    weights: Mapping[str, NDArray[np.float32]],
+    place: tuple[ir.Node, ir.Node],
+    filter_input: str,
+    dtype: str,
+) -> None:
+    matmul, last = place
+    hidden, op = last.outputs[0], op_of(weights)
+    readers = tuple(hidden.uses())
+    values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
+    for name, array in weights.items():
+        tensor = ir.tensor(np.ascontiguousarray(array, dtype=_NUMPY_TYPES[dtype]), name=f"{path}.{LAYER_PARTS[name]}")
+        values[name] = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        values[name].const_value = tensor
+        graph.register_initializer(values[name])
+    node = ir.node(
+        op,
+        [values[name] for name in OPS[op].inputs],
+        attributes={"filter_input": filter_input} if OPS[op].attributes else {},
+        domain=DOMAIN,
+        version=VERSION,
+        name=f"{path}/{op}",
+    )
+    node.metadata_props["module"] = path
+    output = node.outputs[0]
+    output.name, output.shape, output.type = f"{path}.output", hidden.shape, hidden.type
+    for reader, index in readers:
+        reader.replace_input_with(index, output)
+    graph.insert_after(last, node)
+    for index, value in enumerate(graph.outputs):
+        if value is hidden:
+            hidden.name, output.name = f"{path}.base_layer.output", hidden.name
+            graph.outputs[index] = output
+
+
+def _name_modules(model: ir.Model, linears: list[str], rest: Mapping[str, Any]) -> None:
+    """Each linear layer's last node says in metadata "module" which torch module it computes, as in other exports."""
+    nodes = linear_nodes(model.graph)
+    for path in linears:
+        if place := nodes.get(genai_name(path) or ""):
+            place[1].metadata_props["module"] = f"{path}.base_layer" if path in rest else path
+
+
+def _fix_cache_width(model: ir.Model, folder: Path) -> None:
+    """Writes the head width into the cache's shape, so that whoever runs the graph by itself knows it.
+
+    The builder leaves it open for quantised caches, which we don't export.
+    """
+    width = json.loads((folder / CONFIG_FILE).read_text())["model"]["decoder"]["head_size"]
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and str(value.shape[-1]) == "kv_cache_dim":
+            value.shape = ir.Shape([*value.shape[:-1], width])
+
+
+def _save(model: ir.Model, out: Path) -> None:
+    """Writes the graph anew; the builder's weights stay where they are, the operators' go to `out`.adapter."""
+    new = [value for value in model.graph.initializers.values() if not isinstance(value.const_value, ir.ExternalTensor)]
+    tensors = [value.const_value for value in new if value.const_value is not None]
+    if tensors:
+        external = ir.external_data.convert_tensors_to_external(tensors, out.parent, f"{out.name}.adapter")
+        for value, tensor in zip(new, external, strict=True):
+            value.const_value = tensor
+    ir.save(model, out)
+
+
+def _bundle_library(folder: Path) -> None:
+    library = library_path()
+    shutil.copy(library, folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = library.name
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4) + "\n")

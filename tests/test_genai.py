@@ -1,0 +1,325 @@
+"""Causal language models: every family against PyTorch, what stays out of the graph, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+
+import tiny_llm
+from loratrf_deploy import UserError, read_adapter
+from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export.cli import main
+from loratrf_deploy.export.genai import _insert, check_precision
+from loratrf_deploy.export.model import load_reference
+from loratrf_deploy.generation import CONFIG_FILE, generate_tokens, load_model
+from loratrf_deploy.parity import check_parity
+from loratrf_deploy.schemas import DOMAIN
+
+Make = Callable[..., tuple[Path, Path]]
+
+
+def operators(model: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in ir.load(model).graph:
+        if node.domain == DOMAIN:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def prove(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Exports with the parity check, which must hold in every comparison; returns the manifest."""
+    result = export_adapter(adapter, out, base_model=base, **options)
+    assert result.parity is not None
+    assert {check.status for check in result.parity.checks} == {"passed"}
+    greedy = [check for check in result.parity.checks if check.output == "64 greedy tokens"]
+    assert [check.variant for check in greedy] == ["with library", "without library"]
+    for check in result.parity.checks:
+        if check.output == "logits" and check.variant != "base-off":
+            assert check.figures is not None
+            assert check.figures.relative < 1e-5, check
+    return result.manifest
+
+
+@pytest.mark.parametrize(("mode", "quantize"), [("separate", "none"), ("separate", "int4"), ("merged", "int8")])
+@pytest.mark.parametrize("kind", ["lora", "loratrf"])
+@pytest.mark.parametrize("family", tiny_llm.FAMILIES)
+def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm(family, kind)
+    manifest = prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+    layers = 2 * len(tiny_llm.targets(family))
+    assert len(manifest["layers"]) == layers
+    op = {"lora": "LowRank", "loratrf": "LoraTrf"}[kind] if mode == "separate" else "TaskFilter"
+    assert operators(tmp_path / "model.onnx") == ({} if (kind, mode) == ("lora", "merged") else {op: layers})
+    assert (manifest["task"], manifest["quantize"], manifest["device"]) == ("text-generation", quantize, "cpu")
+
+
+@pytest.mark.parametrize(("mode", "quantize"), [("merged", "none"), ("separate", "int8"), ("merged", "int4")])
+def test_the_other_ways_to_export(mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "loratrf")
+    prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "mode", "quantize"),
+    [
+        (TIED, {"modules_to_save": ["lm_head"]}, "separate", "none"),
+        (TIED, {"modules_to_save": ["embed_tokens"]}, "merged", "int4"),
+        (TIED, {"modules_to_save": ["embed_tokens", "lm_head"]}, "separate", "int8"),
+        (TIED, {"target_modules": ["q_proj", "lm_head"]}, "separate", "int4"),
+        (TIED, {"target_modules": ["q_proj", "lm_head"]}, "merged", "int8"),
+        (TIED, {}, "separate", "int4"),
+        ({}, {"filter_input": "base"}, "merged", "int4"),
+        ({}, {"target_modules": ["v_proj", "down_proj"], "filter_target_modules": ["v_proj"]}, "merged", "int4"),
+        (
+            {},
+            {"target_modules": ["up_proj"], "rank_pattern": {r".*layers\.1\..*": 7}, "use_rslora": True},
+            "separate",
+            "none",
+        ),
+        ({"attention_bias": True, "mlp_bias": True}, {"bias": "lora_only"}, "separate", "none"),
+        ({"attention_bias": True, "mlp_bias": True}, {"bias": "all"}, "merged", "int8"),
+    ],
+)
+def test_what_adapters_bring(
+    sizes: dict, options: dict, mode: str, quantize: str, make_llm: Make, tmp_path: Path
+) -> None:
+    base, adapter = make_llm("llama", "loratrf", sizes, **options)
+    prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_an_adapter_that_only_peft_can_merge(quantize: str, make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "lora", use_dora=True)
+    prove(adapter, base, tmp_path / "model.onnx", quantize=quantize)
+
+
+def test_a_bfloat16_base_with_a_rope_of_its_own(make_llm: Make, tmp_path: Path) -> None:
+    """LLaMA-3's scaled rotation, and a checkpoint in half precision: merged in float32, not rounded again."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    original, adapter = make_llm("llama", "loratrf", {"rope_parameters": rope})
+    base = tmp_path / "base"
+    shutil.copytree(original, base)
+    transformers.AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(base)
+    prove(adapter, base, tmp_path / "model.onnx")
+
+
+def test_adapters_stay_in_full_precision(make_llm: Make, exported: Callable[..., Path]) -> None:
+    _, adapter = make_llm("llama", "loratrf")
+    layers = read_adapter(adapter).layers
+    weights = ir.load(exported(mode="separate", quantize="int4")).graph.initializers
+    for path, layer in layers.items():
+        assert layer.tau is not None
+        np.testing.assert_array_equal(weights[f"{path}.lora_B.weight"].const_value.numpy(), layer.scaled_B())
+        np.testing.assert_array_equal(weights[f"{path}.trf_tau"].const_value.numpy(), layer.tau)
+    assert weights["model.layers.0.mlp.up_proj.MatMul.weight_Q4"].const_value.dtype == ir.DataType.UINT8
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_the_folder_generates_what_pytorch_generates(
+    bundled: bool, make_llm: Make, exported: Callable[..., Path]
+) -> None:
+    """Held against transformers' own generate(), not against the parity check."""
+    base, adapter = make_llm("llama", "loratrf")
+    folder = exported(mode="separate", bundle_library=bundled).parent
+    options = json.loads((folder / CONFIG_FILE).read_text())["model"]["decoder"]["session_options"]
+    assert options.get("custom_ops_library") == ("libloratrf_ort.so" if bundled else None)
+    prompt = list(range(5, 17))
+    tokens = list(generate_tokens(load_model(folder), prompt, 40, stop=False))
+    reference = load_reference(read_adapter(adapter), base).model
+    expected = reference.generate(
+        input_ids=torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False
+    )
+    assert tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_the_graph_is_a_valid_model(exported: Callable[..., Path]) -> None:
+    model = onnx.load(exported(mode="separate"), load_external_data=False)
+    assert {function.name for function in model.functions} == {"LoraTrf"}
+    assert {entry.domain: entry.version for entry in model.opset_import}[DOMAIN] == 1
+    named = {entry.value for node in model.graph.node for entry in node.metadata_props if entry.key == "module"}
+    assert "model.layers.1.mlp.down_proj" in named
+    assert "lm_head" in named
+
+
+# What the parity check must notice.
+
+
+def broken(model: Path, folder: Path, change: Callable[[ir.Model], None]) -> Path:
+    """A copy of the export with a change in its graph."""
+    shutil.copytree(model.parent, folder)
+    graph = ir.load(folder / model.name)
+    change(graph)
+    ir.save(graph, folder / model.name)
+    return folder / model.name
+
+
+def scale(name: str, factor: float) -> Callable[[ir.Model], None]:
+    def change(graph: ir.Model) -> None:
+        value = graph.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor((value.const_value.numpy() * factor).astype(np.float32), name=name)
+
+    return change
+
+
+def test_parity_names_the_layer_that_drifts(make_llm: Make, exported: Callable[..., Path], tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "loratrf")
+    damage = scale("model.layers.1.self_attn.v_proj.lora_B.weight", 1.01)
+    report = check_parity(broken(exported(mode="separate", quantize="int4"), tmp_path / "b", damage), adapter, base)
+    assert not report.passed
+    assert report.first_drift is not None
+    assert report.first_drift.module == "model.layers.1.self_attn.v_proj"
+
+
+def test_parity_notices_other_tokens(make_llm: Make, exported: Callable[..., Path], tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "loratrf")
+    damage = scale("lm_head.MatMul.weight", -1.0)
+    report = check_parity(broken(exported(mode="separate"), tmp_path / "b", damage), adapter, base)
+    greedy = [check for check in report.checks if "greedy" in check.output]
+    assert [check.status for check in greedy] == ["failed", "failed"]
+    assert "PyTorch takes" in greedy[0].reason
+
+
+def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tmp_path: Path) -> None:
+    """A merged adapter of a 100th of a rounding step: only all weights together tell that it is missing."""
+    base, full = make_llm("llama", "lora")
+    adapter = tmp_path / "small"
+    shutil.copytree(full, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 100}))
+    good = export_adapter(adapter, tmp_path / "good" / "model.onnx", base_model=base, quantize="int4").parity
+    assert good is not None
+    assert good.passed
+    # The same folder with the bare base's weights in it.
+    nothing = tmp_path / "nothing"
+    shutil.copytree(adapter, nothing)
+    (nothing / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e-6}))
+    export_adapter(nothing, tmp_path / "bare" / "model.onnx", base_model=base, quantize="int4", check=False)
+    report = check_parity(tmp_path / "bare" / "model.onnx", adapter, base)
+    failed = [check for check in report.checks if check.status == "failed"]
+    assert [check.output for check in failed] == ["quantised weights"]
+    size = re.search(r"merged adapter is in them at (\S+)", failed[0].reason)
+    assert size is not None
+    assert abs(float(size[1])) < 0.4
+    assert "expected 1" not in failed[0].reason
+
+
+# What is refused.
+
+
+def refused(capsys: pytest.CaptureFixture, base: Path, adapter: Path, out: Path, *more: str) -> str:
+    """Runs loratrf-export, which must refuse: exit code 2, one paragraph, nothing written. Returns the paragraph."""
+    before = sorted(out.parent.iterdir())
+    capsys.readouterr()
+    code = main(["--adapter", str(adapter), "--base-model", str(base), "--out", str(out), *more])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(out.parent.iterdir()) == before
+    return captured.err
+
+
+def test_an_architecture_that_the_builder_does_not_know(capsys, tmp_path) -> None:
+    import peft
+
+    config = transformers.GPT2Config(vocab_size=301, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    tiny_llm.make_tokenizer().save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    message = refused(capsys, tmp_path / "base", tmp_path / "adapter", tmp_path / "model.onnx")
+    assert "GPT2LMHeadModel" in message
+    assert "LLaMA" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--dtype", "float16"), "--quantize int4 --dtype float32"),
+        (("--device", "cuda", "--quantize", "int8"), "--quantize int8 --dtype float16"),
+        (("--opset", "20"), "Leave it out"),
+        (("--dtype", "bfloat16", "--device", "cuda"), "--no-check"),
+        # Without GroupQueryAttention, which CUDA has in half precision alone, q, k and v go into the attention node.
+        (("--device", "cuda", "--mode", "separate"), "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_options_that_do_not_go_together(options, expected, capsys, make_llm, tmp_path) -> None:
+    base, adapter = make_llm("llama", "loratrf")
+    assert expected in refused(capsys, base, adapter, tmp_path / "model.onnx", *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--quantize", "int4"), ("--device", "cuda"), ("--bundle-library",), ("--dtype", "bfloat16", "--no-check")],
+)
+def test_options_of_language_models_on_an_encoder(options, capsys, make_tiny, tmp_path) -> None:
+    base, adapter = make_tiny("bert", "text-classification", "loratrf")
+    assert "causal language models" in refused(capsys, base, adapter, tmp_path / "model.onnx", *options)
+
+
+def test_an_adapter_of_another_vocabulary(capsys, make_llm, tmp_path) -> None:
+    _, adapter = make_llm("llama", "lora", modules_to_save=["lm_head"])
+    base, _ = make_llm("llama", "lora", {"vocab_size": 320})
+    message = refused(capsys, base, adapter, tmp_path / "model.onnx")
+    assert "lm_head.weight is (320, 64) in the base model, (301, 64) in the adapter" in message
+
+
+def test_a_tokenizer_of_another_vocabulary(capsys, make_llm, tmp_path) -> None:
+    base, original = make_llm("llama", "lora")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(original, adapter)
+    tokenizer = tiny_llm.make_tokenizer()
+    tokenizer.add_tokens([f"<extra-{number}>" for number in range(40)])
+    tokenizer.save_pretrained(adapter)
+    message = refused(capsys, base, adapter, tmp_path / "model.onnx")
+    assert "328 tokens" in message
+    assert "301" in message
+
+
+def test_no_tokenizer(capsys, make_llm, tmp_path) -> None:
+    original, adapter = make_llm("llama", "lora")
+    base = tmp_path / "base"
+    shutil.copytree(original, base, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "no tokenizer" in refused(capsys, base, adapter, tmp_path / "model.onnx")
+
+
+def test_a_module_that_the_builder_fused_away_is_named_and_nothing_changed(exported) -> None:
+    model = ir.load(exported("lora", mode="merged"))
+    nodes = len(list(model.graph))
+    weights = {"A": np.ones((2, 64), np.float32), "B": np.ones((64, 2), np.float32)}
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj"):  # q, k and v are packed here
+        _insert(model, {"model.layers.1.self_attn.q_proj": weights}, "adapted", "float32")
+    wrong = {"A": np.ones((2, 64), np.float32), "B": np.ones((63, 2), np.float32)}
+    with pytest.raises(UserError, match="o_proj"):
+        _insert(
+            model,
+            {"model.layers.0.mlp.down_proj": {"A": np.ones((2, 96), np.float32), "B": np.ones((64, 2), np.float32)}}
+            | {"model.layers.0.self_attn.o_proj": wrong},
+            "adapted",
+            "float32",
+        )
+    assert len(list(model.graph)) == nodes
+
+
+def test_every_offered_precision_is_one_that_the_builder_takes() -> None:
+    assert check_precision("cuda", "int4", "bfloat16") == "int4"
+    with pytest.raises(UserError, match="--device tpu"):
+        check_precision("tpu", "none", "float32")
