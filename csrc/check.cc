@@ -130,6 +130,8 @@ std::string Word(Op op, Status status) {
       return name + "no memory for scratch.";
     case Status::kBadAdapterId:
       return name + "an adapter id is out of range.";
+    case Status::kDevice:
+      return name + "the GPU reports an error.";
   }
   return name + "unknown status.";
 }
