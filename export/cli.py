@@ -11,6 +11,7 @@ from pathlib import Path
 from ..cli import command, progress
 from ..errors import UserError
 from ..runtime_weights import DEFAULTS
+from ..session import PROVIDERS
 from .exporter import DTYPES, MODES, ExportResult, ParityFailed, export_adapter
 from .onto import Converted, convert_adapter
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.onto is not None:
-        for name in ("mode", "swappable", "dtype", "opset", "check"):
+        for name in ("mode", "swappable", "dtype", "device", "opset", "check"):
             if getattr(args, name) != parser.get_default(name):
                 flag = "--no-check" if name == "check" else f"--{name}"
                 raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 mode=args.mode or ("separate" if args.swappable else "merged"),
                 swappable=args.swappable,
                 dtype=args.dtype,
+                device=args.device,
                 opset=args.opset,
                 check=args.check,
                 step=step,
@@ -86,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where the model is to run: its fused operators are that device's, and parity is checked there (default: "
+        "cpu); bfloat16 is for cuda",
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
     parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..manifest import MANIFEST, file_sha256
 from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
+from ..session import PROVIDERS, check_providers
 from .files import base_sha256, check_writable, written_aside
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "MODES", "ExportResult", "export_adapter"]
 
 MODES = ("merged", "separate")
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 _LOST_STARTS = ("lora_ga", "corda")
 """Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
 
@@ -63,6 +64,7 @@ def export_adapter(
     mode: str = "merged",
     swappable: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     opset: int | None = None,
     check: bool = True,
     step: Callable[[str], None] = lambda text: None,
@@ -73,7 +75,8 @@ def export_adapter(
     filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with
     mode "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
     nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own.
-    `opset` None takes the default, 20. `check` proves parity with PyTorch before anything is moved into place.
+    `device` "cuda" takes the fusions of ONNX Runtime's GPU provider; bfloat16 needs it. `opset` None takes the default,
+    20. `check` proves parity with PyTorch, on `device`, before anything is moved into place.
     `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
     way nothing is left behind.
     """
@@ -85,9 +88,10 @@ def export_adapter(
             f"--swappable is {swappable!r} with --mode {mode}, expected {' or '.join(DEFAULTS)} with --mode separate: "
             "an adapter that is folded into the weights can't be swapped."
         )
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    check_dtype(dtype, device)
     check_writable(out)
+    if check:
+        check_providers([PROVIDERS[device]])
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:
         raise UserError(
@@ -104,14 +108,14 @@ def export_adapter(
         model = aside / out.name
         clock = Clock(step)
         with quiet():
-            manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, opset, clock)
+            manifest = _write_model(loaded, base_model, model, mode, swappable, dtype, device, opset, clock)
             _write_manifest(aside, manifest)
             report = None
             if check:
                 from ..parity import check_parity
 
                 clock("checking parity with PyTorch")
-                report = check_parity(model, Path(adapter), base_model)
+                report = check_parity(model, Path(adapter), base_model, device=device)
                 if not report.passed:
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
@@ -138,6 +142,7 @@ def _write_model(
     mode: str,
     swappable: str | None,
     dtype: str,
+    device: str,
     opset: int | None,
     clock: Clock,
 ) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def _write_model(
     swap = Swap(adapter, base, dtype, swappable) if swappable is not None else None
     layers = _attach(swap.placeholders if swap else adapter, base, mode, getattr(torch, dtype))
     clock("tracing")
-    program = trace(base.model, traced_inputs(base, dtype), opset)
+    program = trace(base.model, traced_inputs(base, dtype), opset, device)
     finish(program, opset)
     if swap:
         swap.apply(program.graph)
@@ -178,6 +183,18 @@ def _write_model(
     return manifest
 
 
+def check_dtype(dtype: str, device: str = "cpu") -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if device not in PROVIDERS:
+        raise UserError(f"--device is {device!r}, expected one of: {', '.join(PROVIDERS)}.")
+    if dtype == "bfloat16" and device == "cpu":
+        raise UserError(
+            "--dtype bfloat16 is for --device cuda: ONNX Runtime's CPU has no bfloat16 for most operators. Export with "
+            "--dtype float32 or float16, or add --device cuda."
+        )
+
+
 def check_opset(opset: int | None) -> int:
     """`opset`, or the default for None. Raises UserError for one that can't be exported."""
     from .graph import DEFAULT_OPSET, OPSETS
@@ -194,10 +211,9 @@ def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
 
     from .model import sample_inputs
 
-    return {
-        name: torch.from_numpy(value.astype(dtype) if value.dtype.kind == "f" else value)
-        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
-    }
+    arrays = sample_inputs(base, batch=2, sequence=16, seed=0)
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 def common_facts(base: BaseModel, out: Path, mode: str, dtype: str, opset: int) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, 
 from ..schemas import DOMAIN, MAX_RANK
 from ..slots import Slots
 from .exporter import (
-    DTYPES,
     Clock,
     ExportResult,
     ParityFailed,
+    check_dtype,
     check_opset,
     common_facts,
     traced_inputs,
@@ -59,8 +59,7 @@ def export_grouped(
     base, task or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     check_writable(out)
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     _check_together(loaded, base_model)
@@ -252,9 +251,9 @@ def _check_batch_rows(graph: ir.Graph) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{', '.join(dict.fromkeys(wrong))} also runs on what is not a row of the batch (such as relative positions "
-            "that all rows share), where rows can't have adapters of their own. Export the adapters apart, or train them "
-            "on other layers."
+            f"{', '.join(dict.fromkeys(wrong))} also runs on what is not a row of the batch (such as relative "
+            "positions that all rows share), where rows can't have adapters of their own. Export the adapters "
+            "apart, or train them on other layers."
         )
 
 

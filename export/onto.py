@@ -62,8 +62,8 @@ def _check_origin(adapter: Adapter, swappable: Swappable, base_model: str | Path
         if own != base["sha256"]:
             raise UserError(
                 f"The adapter {adapter.path} was trained on {name} (sha256 {own[:12]}), the model {swappable.model} "
-                f"was exported from {base.get('name')} (sha256 {str(base['sha256'])[:12]}): their weights differ. Export a "
-                "model from the adapter's base, or pass the folder of the right one: --base-model PATH."
+                f"was exported from {base.get('name')} (sha256 {str(base['sha256'])[:12]}): their weights differ. "
+                "Export a model from the adapter's base, or pass the folder of the right one: --base-model PATH."
             )
         return "hash"
     if Path(name).name != base.get("name"):

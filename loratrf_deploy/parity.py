@@ -21,7 +21,7 @@ from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityRepor
 from .errors import UserError
 from .runtime_weights import fit, read_swappable
 from .schemas import DOMAIN, OPS
-from .session import create_session, library_path
+from .session import PROVIDERS, check_providers, create_session, library_path
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,6 +49,7 @@ def check_parity(
     *,
     tolerance: float | None = None,
     reference: BaseModel | None = None,
+    device: str = "cpu",
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
     """max|onnx - torch| / max|torch| <= tolerance for every output, with and without the library; and onnx ≠ base.
@@ -59,14 +60,15 @@ def check_parity(
     whose weights are rounded to the model's dtype and whose arithmetic is float32. Both maxima are over all batches;
     where an output has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ
     on them), but must be finite. A swappable model is given the adapter's weights as --onto converts them, and is also
-    run without. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the
-    same is a report.
+    run without. `device` "cuda" runs ONNX Runtime on the GPU; PyTorch stays on the CPU. Raises UserError where model,
+    adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
     """
     from .adapter import read_adapter
     from .export.model import load_reference
 
     begin = time.perf_counter()
     model = Path(model)
+    check_providers([PROVIDERS[device]])
     step("reading the model")
     graph = load_graph(model)
     dtype = model_dtype(graph)
@@ -106,7 +108,7 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights)
+        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights, device=device)
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -125,7 +127,7 @@ def check_parity(
         if swappable.default == "base":
             heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
             default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
-        run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
+        run = run_batches(model, batches, outputs, library=worked == VARIANTS[0], device=device)
         checks += parity_checks(NO_ADAPTER, run, outputs, default, masks, tolerance)
 
     step("comparing layers")
@@ -209,16 +211,17 @@ def run_batches(
     *,
     library: bool,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    device: str = "cpu",
 ) -> list[Outputs] | UserError:
-    """Outputs by batch, with the run-time `weights`; a UserError where the library isn't built, or ONNX Runtime refuses
-    model or inputs."""
+    """Outputs by batch on `device`, with the run-time `weights`; a UserError where the library isn't built, or ONNX
+    Runtime refuses model or inputs."""
     if library:
         try:
             library_path()
         except UserError as error:
             return _NotBuilt(str(error))
     try:
-        session = create_session(model, library=library)
+        session = create_session(model, library=library, providers=[PROVIDERS[device]])
         return [_parity_layers.run_onnx(session, batch, outputs, weights) for batch in batches]
     except UserError as error:
         return error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .cli import command, progress, quiet
 from .errors import UserError
+from .session import PROVIDERS
 
 if TYPE_CHECKING:
     from .parity import ParityReport
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.report:
         check_report_path(path)
     with progress() as step:
-        report = run(args.model, args.adapter, args.base_model, args.inputs, args.tolerance, step)
+        report = run(args.model, args.adapter, args.base_model, args.inputs, args.tolerance, args.device, step)
     for path in args.report:
         write_report(report, path)
     print_report(report)
@@ -40,6 +41,7 @@ def run(
     base_model: str | None = None,
     inputs: Path | None = None,
     tolerance: float | None = None,
+    device: str = "cpu",
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly. Raises UserError, also where the `export` extra is not installed."""
@@ -56,7 +58,7 @@ def run(
         step("importing torch and transformers")
         from .parity import check_parity
 
-        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, step=step)
+        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--report", action="append", default=[], type=Path, help=f"write a report ({', '.join(FORMATS)}); repeatable"
+    )
+    parser.add_argument(
+        "--providers",
+        dest="device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where ONNX Runtime computes; PyTorch stays on the CPU (default: cpu)",
     )
     parser.add_argument(
         "--tolerance",

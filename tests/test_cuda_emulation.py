@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: the same source, every thread a fiber (tests/cuda_on_cpu.h), against the float64 reference.
+"""The CUDA kernels on a CPU, a fiber for each thread (tests/cuda_on_cpu.h), against the float64 reference.
 
 Proves indices, masks, reductions, barriers and launch plans; what only a GPU shows is in test_cuda.py.
 """
