@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc')
+CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
 
 .PHONY: install demo test lint clean
 
@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 
 # CI=true builds with warnings as errors.
 $(VENV)/.installed: export CMAKE_ARGS += $(if $(CI),-DLORATRF_WERROR=ON)
-$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/kernels/*)
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/kernels/* csrc/kernels/cuda/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,genai,test]'

@@ -11,8 +11,8 @@ namespace {
 // One operator's shapes on the way to a verdict.
 class Checker {
  public:
-  Checker(Op op, const std::vector<Shape>& shapes)
-      : info_(InfoOf(op)), shapes_(shapes), grouped_(op == Op::kGroupedLoraTrf) {}
+  Checker(Op op, const std::vector<Shape>& shapes, int64_t max_rank)
+      : info_(InfoOf(op)), shapes_(shapes), max_rank_(max_rank), grouped_(op == Op::kGroupedLoraTrf) {}
 
   // Input `index` is (...,size); a size below 1 is learnt from it. Its leading dimensions are those of input 0.
   bool Tokens(size_t index, const char* letter, int64_t* size) {
@@ -45,9 +45,9 @@ class Checker {
     if (!known || shape != Expected({rank == rows ? value : *rows, rank == cols ? value : *cols})) {
       return Fail(index, Letters({Letter(row_letter, *rows), Letter(col_letter, *cols)}));
     }
-    if (rank && value > kMaxRank) {
+    if (rank && value > max_rank_) {
       error_ = std::string(info_.name) + ": " + info_.inputs[index] + " " + Describe(shape) + " has rank " +
-               std::to_string(value) + ", the kernels take at most " + std::to_string(kMaxRank) +
+               std::to_string(value) + ", the kernels take at most " + std::to_string(max_rank_) +
                ". Open the model without the custom-op library: it runs as standard operators.";
       return false;
     }
@@ -110,10 +110,16 @@ class Checker {
 
   const OpInfo& info_;
   const std::vector<Shape>& shapes_;
+  const int64_t max_rank_;
   const bool grouped_;
   int64_t slots_ = -1;  // S, once a weight has told it
   std::string error_;
 };
+
+std::string WordBadId(const int64_t* adapter_ids, int64_t row, int64_t slots) {
+  return "GroupedLoraTrf: adapter_ids[" + std::to_string(row) + "] is " + std::to_string(adapter_ids[row]) +
+         ", expected -1 (base alone) to " + std::to_string(slots - 1) + " (" + std::to_string(slots) + " slots).";
+}
 
 std::string Word(Op op, Status status) {
   const std::string name = std::string(InfoOf(op).name) + ": ";
@@ -130,6 +136,8 @@ std::string Word(Op op, Status status) {
       return name + "no memory for scratch.";
     case Status::kBadAdapterId:
       return name + "an adapter id is out of range.";
+    case Status::kDevice:
+      return name + "the GPU reports an error.";
   }
   return name + "unknown status.";
 }
@@ -152,8 +160,8 @@ bool IsWeight(const char* input) { return input[1] == '\0' && input[0] >= 'A' &&
 
 bool IsAdapterIds(const char* input) { return strcmp(input, "adapter_ids") == 0; }
 
-std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims) {
-  Checker check(op, shapes);
+std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims, int64_t max_rank) {
+  Checker check(op, shapes, max_rank);
   Dims d;
   (op == Op::kTaskFilter ? d.F : d.R) = -1;  // not known yet
   if (op != Op::kLowRank) d.F = -1;
@@ -222,14 +230,49 @@ Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& d
       status = GroupedLoraTrf(isa, parallel, type, dims.batch, tokens, dims.K, dims.N, dims.R, dims.F, dims.S,
                               filter_input, t[0], t[1], t[2], t[3], t[4], t[5], t[6], adapter_ids, y, &row);
       if (status != Status::kBadAdapterId) break;
-      *error = "GroupedLoraTrf: adapter_ids[" + std::to_string(row) + "] is " + std::to_string(adapter_ids[row]) +
-               ", expected -1 (base alone) to " + std::to_string(dims.S - 1) + " (" + std::to_string(dims.S) +
-               " slots).";
+      *error = WordBadId(adapter_ids, row, dims.S);
       return status;
     }
   }
   *error = Word(op, status);
   return status;
 }
+
+#ifdef LORATRF_WITH_CUDA
+Status RunOnCuda(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* t, void* y,
+                 Allocate allocate, void* stream, std::string* error) {
+  CudaCall call{};
+  call.type = type, call.filter_input = filter_input;
+  call.batch = call.S = 1, call.tokens = dims.T;
+  call.K = dims.K, call.N = dims.N, call.R = dims.R, call.F = dims.F;
+  call.base = t[0], call.y = y;
+  if (op != Op::kTaskFilter) call.x = t[1], call.A = t[2], call.B = t[3];
+  const int filter = op == Op::kTaskFilter ? 1 : 4;  // tau's index
+  if (op != Op::kLowRank) call.tau = t[filter], call.C = t[filter + 1], call.D = t[filter + 2];
+  if (op == Op::kGroupedLoraTrf) {
+    if (dims.T == 0) return Status::kOk;
+    call.adapter_ids = static_cast<const int64_t*>(t[7]);
+    call.batch = dims.batch, call.tokens = dims.T / dims.batch, call.S = dims.S;
+  }
+  CudaFault fault;
+  size_t bytes = 0;
+  void* scratch = nullptr;
+  Status status = CudaScratchSize(call, &bytes, &fault);
+  if (status == Status::kOk && bytes) {
+    scratch = allocate.run(allocate.self, bytes);
+    if (!scratch) status = Status::kOutOfMemory;
+  }
+  if (status == Status::kOk) status = CudaRun(call, scratch, stream, &fault);
+  if (status == Status::kBadAdapterId) {
+    *error = WordBadId(call.adapter_ids, fault.bad_row, dims.S);
+  } else if (status == Status::kDevice) {
+    *error = std::string(InfoOf(op).name) + ": CUDA reports \"" + fault.message +
+             "\", of this launch or of work queued before it.";
+  } else {
+    *error = Word(op, status);
+  }
+  return status;
+}
+#endif
 
 }  // namespace loratrf

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/loratrf_cuda.h"
 #include "kernels/loratrf.h"
 
 namespace loratrf {
@@ -35,7 +36,7 @@ struct Dims {
 };
 
 // Fills *dims from the inputs' shapes, in InfoOf(op)'s order. Returns "" or what doesn't fit, with every shape.
-std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims);
+std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims, int64_t max_rank = kMaxRank);
 
 // "adapted" or "base"; returns "" or what was wrong.
 std::string ParseFilterInput(Op op, const std::string& text, FilterInput* out);
@@ -49,5 +50,16 @@ std::string ChooseIsa(const Isa** isa);
 // another status with *error saying what was wrong.
 Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
            const void* const* tensors, const float* const* packed, void* y, std::string* error);
+
+#ifdef LORATRF_WITH_CUDA
+// The same on CUDA's current device: all tensors but adapter_ids are there. allocate(self, bytes) lends the scratch,
+// which the caller may give back, in the stream's order, as soon as this returns; null is kOutOfMemory.
+struct Allocate {
+  void* (*run)(void* self, size_t bytes);
+  void* self;
+};
+Status RunOnCuda(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* tensors, void* y,
+                 Allocate allocate, void* stream, std::string* error);
+#endif
 
 }  // namespace loratrf

@@ -6,7 +6,7 @@
 namespace loratrf {
 namespace dlpack {
 
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kIntCode = 0, kFloatCode = 2, kBFloatCode = 4;
 
 struct Device {

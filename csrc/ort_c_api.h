@@ -20,6 +20,8 @@ struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtShapeInferContext;
+struct OrtMemoryInfo;
+struct OrtAllocator;
 struct OrtCustomOp;
 
 // The API version asked for: the lowest one that has what is used here (GetMayInplace is the newest).
@@ -32,7 +34,7 @@ constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;
 // OrtCustomOpInputOutputCharacteristic
 constexpr int kRequired = 0;
 // OrtMemType
-constexpr int kMemDefault = 0;
+constexpr int kMemDefault = 0, kMemCpuInput = -2;
 
 struct OrtApiBase {
   const OrtApi* (*GetApi)(uint32_t version);
@@ -50,6 +52,7 @@ struct OrtApiBase {
   X(GetDimensionsCount, 61, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, size_t* out))                      \
   X(GetDimensions, 62, OrtStatus*, (const OrtTensorTypeAndShapeInfo* info, int64_t* out, size_t count))            \
   X(GetTensorTypeAndShape, 65, OrtStatus*, (const OrtValue* value, OrtTensorTypeAndShapeInfo** out))               \
+  X(AllocatorFree, 76, OrtStatus*, (OrtAllocator * allocator, void* memory))                                       \
   X(KernelInfoGetAttribute_float, 85, OrtStatus*, (const OrtKernelInfo* info, const char* name, float* out))       \
   X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo* info, const char* name, int64_t* out))     \
   X(KernelInfoGetAttribute_string, 87, OrtStatus*,                                                                 \
@@ -61,14 +64,21 @@ struct OrtApiBase {
   X(ReleaseStatus, 93, void, (OrtStatus * status))                                                                 \
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtTensorTypeAndShapeInfo * info))                                   \
   X(ReleaseCustomOpDomain, 101, void, (OrtCustomOpDomain * domain))                                                \
+  X(ReleaseAllocator, 132, void, (OrtAllocator * allocator))                                                       \
+  X(KernelContext_GetGPUComputeStream, 193, OrtStatus*, (const OrtKernelContext* context, void** out))             \
+  X(GetTensorMemoryInfo, 194, OrtStatus*, (const OrtValue* value, const OrtMemoryInfo** out))                      \
   X(KernelInfoGetConstantInput_tensor, 249, OrtStatus*,                                                            \
     (const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** out))                             \
+  X(KernelContext_GetAllocator, 253, OrtStatus*,                                                                   \
+    (const OrtKernelContext* context, const OrtMemoryInfo* memory, OrtAllocator** out))                            \
   X(ShapeInferContext_GetInputTypeShape, 268, OrtStatus*,                                                          \
     (const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** out))                          \
   X(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus*,                                                         \
     (const OrtShapeInferContext* context, size_t index, const OrtTensorTypeAndShapeInfo* info))                    \
   X(KernelContext_ParallelFor, 274, OrtStatus*,                                                                    \
-    (const OrtKernelContext* context, void (*body)(void*, size_t), size_t total, size_t batches, void* argument))
+    (const OrtKernelContext* context, void (*body)(void*, size_t), size_t total, size_t batches, void* argument))  \
+  X(KernelContext_GetScratchBuffer, 277, OrtStatus*,                                                               \
+    (const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes, void** out))
 
 // name(api): the function of that name.
 #define LORATRF_ORT_ACCESSOR(name, index, result, parameters)                      \

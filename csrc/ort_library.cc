@@ -82,20 +82,29 @@ void* DataOf(const OrtApi* api, const OrtValue* value) {
   return data;
 }
 
+enum class Device { kCpu, kCuda };
+#ifdef LORATRF_WITH_CUDA
+constexpr Device kDevices[] = {Device::kCpu, Device::kCuda};
+#else
+constexpr Device kDevices[] = {Device::kCpu};
+#endif
+
 struct CustomOp : OrtCustomOp {
   const OrtApi* api;
   Op op;
+  Device device;
   Type type;
   int element_type;
 };
 
 const CustomOp& Of(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
 
-// A node of a session. Constant weights are packed once, at its creation; others are read anew in every run.
+// A node of a session. On the CPU constant weights are packed once, at its creation; others are read anew in every run.
 // Nothing changes afterwards: any number of threads may compute at once.
 struct Kernel {
   const OrtApi* api;
   Op op;
+  Device device;
   Type type;
   int element_type;
   FilterInput filter_input = FilterInput::kAdapted;
@@ -106,8 +115,6 @@ struct Kernel {
 
 void PackConstants(Kernel* kernel, const OrtKernelInfo* info) {
   const std::vector<const char*>& inputs = InfoOf(kernel->op).inputs;
-  kernel->packed.resize(inputs.size());
-  kernel->packed_shapes.resize(inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!IsWeight(inputs[i])) continue;
     int is_constant = 0;
@@ -153,6 +160,7 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi* api, const OrtKer
     auto kernel = std::make_unique<Kernel>();
     kernel->api = api;
     kernel->op = custom.op;
+    kernel->device = custom.device;
     kernel->type = custom.type;
     kernel->element_type = custom.element_type;
     std::string error = ChooseIsa(&kernel->isa);
@@ -160,7 +168,9 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi* api, const OrtKer
       error = ParseFilterInput(custom.op, StringAttribute(api, info, "filter_input", "adapted"), &kernel->filter_input);
     }
     if (!error.empty()) return Error(api, error);
-    PackConstants(kernel.get(), info);
+    kernel->packed.resize(InfoOf(custom.op).inputs.size());
+    kernel->packed_shapes.resize(kernel->packed.size());
+    if (custom.device == Device::kCpu) PackConstants(kernel.get(), info);
     *out = kernel.release();
     return nullptr;
   });
@@ -179,6 +189,47 @@ struct HostThreads {
   }
 };
 
+#ifdef LORATRF_WITH_CUDA
+// Scratch on the device of the tensor `like`, from ONNX Runtime's arena and bound to the run's stream: given back when
+// the launches are queued, it is lent again only behind them.
+struct DeviceScratch {
+  const OrtApi* api;
+  const OrtKernelContext* context;
+  const OrtValue* like;
+  const ort::OrtMemoryInfo* info = nullptr;
+  void* memory = nullptr;
+
+  DeviceScratch(const OrtApi* a, const OrtKernelContext* c, const OrtValue* l) : api(a), context(c), like(l) {}
+  DeviceScratch(const DeviceScratch&) = delete;
+
+  static void* Take(void* self, size_t bytes) {
+    auto* scratch = static_cast<DeviceScratch*>(self);
+    Check(ort::GetTensorMemoryInfo(scratch->api)(scratch->like, &scratch->info));
+    Check(ort::KernelContext_GetScratchBuffer(scratch->api)(scratch->context, scratch->info, bytes, &scratch->memory));
+    return scratch->memory;
+  }
+
+  ~DeviceScratch() {
+    ort::OrtAllocator* allocator = nullptr;
+    if (!memory) return;
+    OrtStatus* status = ort::KernelContext_GetAllocator(api)(context, info, &allocator);
+    if (!status) status = ort::AllocatorFree(api)(allocator, memory);
+    if (status) ort::ReleaseStatus(api)(status);
+    if (allocator) ort::ReleaseAllocator(api)(allocator);
+  }
+};
+
+// Queues op on the stream of the run. tensors: on the device of `base`, adapter_ids on the host.
+Status ComputeOnCuda(const Kernel& kernel, const OrtKernelContext* context, const OrtValue* base, const Dims& dims,
+                     const void* const* tensors, void* y, std::string* fault) {
+  void* stream = nullptr;
+  Check(ort::KernelContext_GetGPUComputeStream(kernel.api)(context, &stream));
+  DeviceScratch scratch(kernel.api, context, base);
+  return RunOnCuda(kernel.op, kernel.type, dims, kernel.filter_input, tensors, y, {DeviceScratch::Take, &scratch},
+                   stream, fault);
+}
+#endif
+
 OrtStatus* Compute(void* self, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(self);
   const OrtApi* api = kernel.api;
@@ -188,14 +239,15 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
     std::vector<const void*> tensors(count);
     std::vector<const float*> packed(count);
     std::vector<Shape> shapes(count);
+    std::vector<const OrtValue*> values(count);
     for (size_t i = 0; i < count; ++i) {
       if (kernel.packed[i]) {  // a constant: everything about it is known
         packed[i] = kernel.packed[i].get();
         shapes[i] = kernel.packed_shapes[i];
         continue;
       }
-      const OrtValue* value = nullptr;
-      Check(ort::KernelContext_GetInput(api)(context, i, &value));
+      Check(ort::KernelContext_GetInput(api)(context, i, &values[i]));
+      const OrtValue* value = values[i];
       if (!value) return Error(api, std::string(info.name) + ": input " + info.inputs[i] + " is missing.");
       int element_type = 0;
       shapes[i] = ShapeOf(api, value, &element_type);
@@ -207,13 +259,21 @@ OrtStatus* Compute(void* self, OrtKernelContext* context) {
       tensors[i] = DataOf(api, value);
     }
     Dims dims;
-    const std::string error = CheckShapes(kernel.op, shapes, &dims);
+    const int64_t max_rank = kernel.device == Device::kCuda ? kMaxCudaRank : kMaxRank;
+    const std::string error = CheckShapes(kernel.op, shapes, &dims, max_rank);
     if (!error.empty()) return Error(api, error);
     OrtValue* output = nullptr;
     Check(ort::KernelContext_GetOutput(api)(context, 0, shapes[0].data(), shapes[0].size(), &output));
     if (!output) return nullptr;
-    HostThreads host{api, context};
     std::string fault;
+#ifdef LORATRF_WITH_CUDA
+    if (kernel.device == Device::kCuda) {
+      const Status status =
+          ComputeOnCuda(kernel, context, values[0], dims, tensors.data(), DataOf(api, output), &fault);
+      return status == Status::kOk ? nullptr : Error(api, fault);
+    }
+#endif
+    HostThreads host{api, context};
     const Status status = Run(kernel.op, kernel.isa, {HostThreads::Run, &host}, kernel.type, dims, kernel.filter_input,
                               tensors.data(), packed.data(), DataOf(api, output), &fault);
     Check(host.status);
@@ -253,15 +313,18 @@ void ReleaseMayInplace(int* inputs, int* outputs) {
   free(outputs);
 }
 
-CustomOp MakeOp(const OrtApi* api, Op op, Type type, int element_type) {
+CustomOp MakeOp(const OrtApi* api, Op op, Device device, Type type, int element_type) {
   CustomOp custom{};
   custom.version = ort::kApiVersion;
   custom.api = api;
   custom.op = op;
+  custom.device = device;
   custom.type = type;
   custom.element_type = element_type;
   custom.GetName = [](const OrtCustomOp* self) { return InfoOf(Of(self).op).name; };
-  custom.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
+  custom.GetExecutionProviderType = [](const OrtCustomOp* self) -> const char* {
+    return Of(self).device == Device::kCuda ? "CUDAExecutionProvider" : nullptr;  // null is the CPU's
+  };
   custom.GetInputTypeCount = [](const OrtCustomOp* self) { return InfoOf(Of(self).op).inputs.size(); };
   custom.GetInputType = [](const OrtCustomOp* self, size_t index) {
     return IsAdapterIds(InfoOf(Of(self).op).inputs[index]) ? ort::kInt64 : Of(self).element_type;
@@ -270,7 +333,10 @@ CustomOp MakeOp(const OrtApi* api, Op op, Type type, int element_type) {
   custom.GetOutputType = [](const OrtCustomOp* self, size_t) { return Of(self).element_type; };
   custom.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return ort::kRequired; };
   custom.GetOutputCharacteristic = custom.GetInputCharacteristic;
-  custom.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return ort::kMemDefault; };
+  custom.GetInputMemoryType = [](const OrtCustomOp* self, size_t index) {
+    const bool on_host = Of(self).device == Device::kCuda && IsAdapterIds(InfoOf(Of(self).op).inputs[index]);
+    return on_host ? ort::kMemCpuInput : ort::kMemDefault;
+  };
   custom.GetStartVersion = [](const OrtCustomOp*) { return kOpVersion; };
   custom.GetEndVersion = custom.GetStartVersion;
   custom.CreateKernelV2 = CreateKernel;
@@ -299,10 +365,12 @@ Registration* RegistrationOf(const OrtApi* api) {
   }
   auto made = std::make_unique<Registration>();
   made->api = api;
-  for (Op op : kOps) {
-    made->ops.push_back(MakeOp(api, op, Type::kFloat32, ort::kFloat));
-    made->ops.push_back(MakeOp(api, op, Type::kFloat16, ort::kFloat16));
-    made->ops.push_back(MakeOp(api, op, Type::kBFloat16, ort::kBFloat16));
+  for (Device device : kDevices) {
+    for (Op op : kOps) {
+      made->ops.push_back(MakeOp(api, op, device, Type::kFloat32, ort::kFloat));
+      made->ops.push_back(MakeOp(api, op, device, Type::kFloat16, ort::kFloat16));
+      made->ops.push_back(MakeOp(api, op, device, Type::kBFloat16, ort::kBFloat16));
+    }
   }
   Check(ort::CreateCustomOpDomain(api)(kDomain, &made->domain));
   for (const CustomOp& op : made->ops) {

@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace loratrf {
 namespace {
 
-// A borrowed tensor: C-contiguous, on the CPU. `buffer` or `capsule` keeps the memory.
+// A borrowed tensor: C-contiguous, on the CPU or on a CUDA device. `buffer` or `capsule` keeps the memory.
 struct Borrowed {
   py::buffer_info buffer;
   py::object capsule;
@@ -57,14 +57,18 @@ Borrowed FromBuffer(const py::buffer& source, const char* name, bool writable) {
   return tensor;
 }
 
-Borrowed FromDlpack(const py::object& source, const char* name) {
+// device: the DLPack type of the device that the tensor must be on.
+Borrowed FromDlpack(const py::object& source, const char* name, int32_t device) {
   Borrowed tensor;
-  const py::object capsule = source.attr("__dlpack__")();
+  // -1: the caller sees to the order of streams. On the CPU there are none.
+  const py::object stream = device == dlpack::kCuda ? py::object(py::int_(-1)) : py::object(py::none());
+  const py::object capsule = source.attr("__dlpack__")(py::arg("stream") = stream);
   auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   const dlpack::Tensor& lent = managed->tensor;
-  if (lent.device.type != dlpack::kCpu) {
-    TypeFault(name, "on device type " + std::to_string(lent.device.type), "a CPU tensor");
+  if (lent.device.type != device) {
+    TypeFault(name, "on device type " + std::to_string(lent.device.type),
+              device == dlpack::kCpu ? "a CPU tensor" : "a CUDA tensor");
   }
   const auto is = [&](uint8_t code, uint8_t bits) {
     return lent.dtype.code == code && lent.dtype.bits == bits && lent.dtype.lanes == 1;
@@ -95,11 +99,11 @@ Borrowed FromDlpack(const py::object& source, const char* name) {
   return tensor;
 }
 
-Borrowed Borrow(const py::handle& source, const char* name, bool writable) {
-  if (PyObject_CheckBuffer(source.ptr())) {
+Borrowed Borrow(const py::handle& source, const char* name, bool writable, int32_t device = dlpack::kCpu) {
+  if (device == dlpack::kCpu && PyObject_CheckBuffer(source.ptr())) {
     return FromBuffer(py::reinterpret_borrow<py::buffer>(source), name, writable);
   }
-  if (py::hasattr(source, "__dlpack__")) return FromDlpack(py::reinterpret_borrow<py::object>(source), name);
+  if (py::hasattr(source, "__dlpack__")) return FromDlpack(py::reinterpret_borrow<py::object>(source), name, device);
   TypeFault(name, "a " + std::string(py::str(py::type::handle_of(source).attr("__name__"))),
             "a numpy array or a torch tensor");
 }
@@ -114,50 +118,98 @@ const Isa* CurrentIsa() {
   return isa;
 }
 
-// Runs op on its inputs into out; threads < 1 stands for all of the machine's.
-void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
-             int threads, bool prepack) {
-  const OpInfo& info = InfoOf(op);
+// A call's tensors, of one type and with shapes that fit.
+struct Arguments {
   std::vector<Borrowed> tensors;
   std::vector<Shape> shapes;
+  std::vector<const void*> data;
+  Borrowed y;
+  Dims dims;
+  FilterInput filter = FilterInput::kAdapted;
+
+  Type type() const { return tensors[0].type; }
+};
+
+Arguments Take(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
+               int32_t device, int64_t max_rank) {
+  const OpInfo& info = InfoOf(op);
+  Arguments call;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    tensors.push_back(Borrow(inputs[i], info.inputs[i], false));
-    shapes.push_back(tensors[i].shape);
-    if (!IsAdapterIds(info.inputs[i]) && tensors[i].type != tensors[0].type) {
+    call.tensors.push_back(
+        Borrow(inputs[i], info.inputs[i], false, IsAdapterIds(info.inputs[i]) ? dlpack::kCpu : device));
+    call.shapes.push_back(call.tensors[i].shape);
+    call.data.push_back(call.tensors[i].data);
+    if (!IsAdapterIds(info.inputs[i]) && call.tensors[i].type != call.type()) {
       TypeFault(info.inputs[i], "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
     }
   }
-  const Borrowed y = Borrow(out, "out", true);
-  if (y.type != tensors[0].type) TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
-  Dims dims;
-  std::string error = CheckShapes(op, shapes, &dims);
-  if (error.empty() && y.shape != shapes[0]) {
-    error = std::string(info.name) + ": out is " + Describe(y.shape) + ", expected " + Describe(shapes[0]) + ".";
+  call.y = Borrow(out, "out", true, device);
+  if (call.y.type != call.type()) TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
+  std::string error = CheckShapes(op, call.shapes, &call.dims, max_rank);
+  if (error.empty() && call.y.shape != call.shapes[0]) {
+    error =
+        std::string(info.name) + ": out is " + Describe(call.y.shape) + ", expected " + Describe(call.shapes[0]) + ".";
   }
-  FilterInput filter = FilterInput::kAdapted;
-  if (error.empty()) error = ParseFilterInput(op, filter_input, &filter);
+  if (error.empty()) error = ParseFilterInput(op, filter_input, &call.filter);
   if (!error.empty()) throw py::value_error(error);
+  return call;
+}
 
-  const Isa* isa = CurrentIsa();
-  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  std::vector<const void*> data;
-  for (const Borrowed& tensor : tensors) data.push_back(tensor.data);
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    std::vector<std::vector<float>> memory(tensors.size());
-    std::vector<const float*> packed(tensors.size());
-    for (size_t i = 0; prepack && i < tensors.size(); ++i) {
-      if (op == Op::kGroupedLoraTrf || !IsWeight(info.inputs[i])) continue;
-      memory[i].resize(PackedSize(isa, shapes[i][0], shapes[i][1]));
-      Pack(isa, tensors[i].type, shapes[i][0], shapes[i][1], data[i], memory[i].data());
-      packed[i] = memory[i].data();
-    }
-    status = Run(op, isa, Threads(&threads), tensors[0].type, dims, filter, data.data(), packed.data(), y.data, &error);
-  }
+void Raise(Status status, const std::string& error) {
   if (status == Status::kOutOfMemory) throw std::bad_alloc();
+  if (status == Status::kDevice) throw std::runtime_error(error);
   if (status != Status::kOk) throw py::value_error(error);
 }
+
+// Runs op on its inputs into out; threads < 1 stands for all of the machine's.
+void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
+             int threads, bool prepack) {
+  const Arguments call = Take(op, inputs, out, filter_input, dlpack::kCpu, kMaxRank);
+  const Isa* isa = CurrentIsa();
+  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  Status status;
+  std::string error;
+  {
+    py::gil_scoped_release unlocked;
+    std::vector<std::vector<float>> memory(inputs.size());
+    std::vector<const float*> packed(inputs.size());
+    for (size_t i = 0; prepack && i < inputs.size(); ++i) {
+      const Shape& shape = call.shapes[i];
+      if (op == Op::kGroupedLoraTrf || !IsWeight(InfoOf(op).inputs[i])) continue;
+      memory[i].resize(PackedSize(isa, shape[0], shape[1]));
+      Pack(isa, call.type(), shape[0], shape[1], call.data[i], memory[i].data());
+      packed[i] = memory[i].data();
+    }
+    status = Run(op, isa, Threads(&threads), call.type(), call.dims, call.filter, call.data.data(), packed.data(),
+                 call.y.data, &error);
+  }
+  Raise(status, error);
+}
+
+#ifdef LORATRF_WITH_CUDA
+// Queues op on `stream` of the tensors' device, which must be the current one. allocate(bytes) returns a device tensor.
+void ComputeOnCuda(const std::string& name, const std::vector<py::object>& inputs, const py::object& out,
+                   const std::string& filter_input, uintptr_t stream, const py::function& allocate) {
+  const auto* op = std::find_if(std::begin(kOps), std::end(kOps), [&](Op o) { return InfoOf(o).name == name; });
+  if (op == std::end(kOps) || inputs.size() != InfoOf(*op).inputs.size()) {
+    throw py::value_error("No operator " + name + " of " + std::to_string(inputs.size()) + " inputs.");
+  }
+  const Arguments call = Take(*op, inputs, out, filter_input, dlpack::kCuda, kMaxCudaRank);
+  struct Scratch {
+    const py::function& allocate;
+    py::object tensor;
+  } scratch{allocate, {}};
+  const auto take = [](void* self, size_t bytes) {
+    auto* lent = static_cast<Scratch*>(self);
+    lent->tensor = lent->allocate(bytes);
+    return reinterpret_cast<void*>(lent->tensor.attr("data_ptr")().cast<uintptr_t>());
+  };
+  std::string error;
+  const Status status = RunOnCuda(*op, call.type(), call.dims, call.filter, call.data.data(), call.y.data,
+                                  {take, &scratch}, reinterpret_cast<void*>(stream), &error);
+  Raise(status, error);
+}
+#endif
 
 }  // namespace
 }  // namespace loratrf
@@ -205,6 +257,12 @@ PYBIND11_MODULE(_kernels, m) {
       py::arg("base"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("tau"), py::arg("C"), py::arg("D"),
       py::arg("adapter_ids"), py::arg("out"), py::arg("filter_input") = "adapted", py::kw_only(),
       py::arg("threads") = 0, "lora_trf with the weights of slot adapter_ids[row], row by row; base for id -1");
+#ifdef LORATRF_WITH_CUDA
+  m.attr("MAX_CUDA_RANK") = kMaxCudaRank;
+  m.def("run_on_cuda", ComputeOnCuda, py::arg("op"), py::arg("inputs"), py::arg("out"), py::arg("filter_input"),
+        py::kw_only(), py::arg("stream"), py::arg("allocate"),
+        "Queues the ONNX operator `op` on CUDA tensors of the current device; adapter_ids are on the CPU.");
+#endif
   m.def("isa", [] { return IsaName(CurrentIsa()); }, "Name of the instruction set in use.");
   m.def(
       "isas",

@@ -11,7 +11,8 @@ from pathlib import Path
 from ..cli import command, named_paths, progress
 from ..errors import UserError
 from ..runtime_weights import DEFAULTS
-from .exporter import DEVICES, DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
+from ..session import PROVIDERS
+from .exporter import DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
 from .grouped import export_grouped
 from .onto import Converted, convert_adapter
 
@@ -100,12 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
     )
+    parser.add_argument(
+        "--device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where the model is to run: its fused operators are that device's, and parity is checked there (default: "
+        "cpu); bfloat16 is for cuda",
+    )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
     generating.add_argument(
         "--quantize", choices=QUANTIZATIONS, default="none", help="of the base weights; adapters stay in full precision"
     )
-    generating.add_argument("--device", choices=DEVICES, default="cpu", help="where it will run (default: cpu)")
     generating.add_argument(
         "--bundle-library",
         action="store_true",

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..manifest import MANIFEST, file_sha256
 from ..runtime_weights import DEFAULTS, check_swappable
 from ..schemas import MAX_RANK
+from ..session import PROVIDERS, check_providers
 from .files import base_sha256, check_writable, written_aside
 
 if TYPE_CHECKING:
@@ -29,12 +30,11 @@ if TYPE_CHECKING:
     from ..parity import ParityReport
     from .model import BaseModel
 
-__all__ = ["DEVICES", "DTYPES", "MODES", "QUANTIZATIONS", "ExportResult", "export_adapter"]
+__all__ = ["DTYPES", "MODES", "QUANTIZATIONS", "ExportResult", "export_adapter"]
 
 MODES = ("merged", "separate")
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int4", "int8")
-DEVICES = ("cpu", "cuda")
 _LOST_STARTS = ("lora_ga", "corda")
 """Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
 
@@ -66,9 +66,9 @@ def export_adapter(
     mode: str = "merged",
     swappable: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
     opset: int | None = None,
     quantize: str = "none",
-    device: str = "cpu",
     bundle_library: bool = False,
     check: bool = True,
     step: Callable[[str], None] = lambda text: None,
@@ -79,18 +79,14 @@ def export_adapter(
     filter; "separate" keeps every half as an operator beside its frozen layer. `swappable` "base" or "adapter" (with
     mode "separate") makes the adapter's weights inputs of the graph, which have the values of the one or the other when
     nobody feeds them, and writes the adapter to <its name>.onnx_adapter. `base_model` None takes the adapter's own.
-    `opset` None takes the default, 20. `quantize` ("int4", "int8"), `device` and `bundle_library` (a copy of the
-    custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
-    proves parity with PyTorch before anything is moved into place. `step` is told what is being done. Raises UserError
-    for input at fault, ParityFailed where the proof fails; either way nothing is left behind.
+    `device` "cuda" takes the fusions of ONNX Runtime's GPU provider; bfloat16 needs it. `opset` None takes the default,
+    20. `quantize` ("int4", "int8") and `bundle_library` (a copy of the custom-op library in the folder) are for causal
+    language models, whose folder ONNX Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved
+    into place, on `device` but for causal language models, which are proven on the CPU. `step` is told what is being
+    done. Raises UserError for input at fault, ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
-    for option, value, known in (
-        ("mode", mode, MODES),
-        ("dtype", dtype, DTYPES),
-        ("quantize", quantize, QUANTIZATIONS),
-        ("device", device, DEVICES),
-    ):
+    for option, value, known in (("mode", mode, MODES), ("quantize", quantize, QUANTIZATIONS)):
         if value not in known:
             raise UserError(f"--{option} is {value!r}, expected one of: {', '.join(known)}.")
     if swappable is not None and (mode != "separate" or swappable not in DEFAULTS):
@@ -98,11 +94,7 @@ def export_adapter(
             f"--swappable is {swappable!r} with --mode {mode}, expected {' or '.join(DEFAULTS)} with --mode separate: "
             "an adapter that is folded into the weights can't be swapped."
         )
-    if check and dtype == "bfloat16":
-        raise UserError(
-            "bfloat16 models run on a GPU alone, and parity is checked on the CPU. Export it unchecked (--no-check), "
-            "after a float16 export that was checked."
-        )
+    check_dtype(dtype, device)
     check_writable(out)
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:
@@ -120,7 +112,7 @@ def export_adapter(
         model = aside / out.name
         clock = Clock(step)
         with quiet():
-            options = _Options(mode, swappable, dtype, opset, quantize, device, bundle_library)
+            options = _Options(mode, swappable, dtype, device, opset, quantize, bundle_library, check)
             manifest = _write_model(loaded, base_model, model, clock, options)
             write_manifest(aside, manifest)
             report = None
@@ -129,7 +121,9 @@ def export_adapter(
 
                 gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
-                report = check_parity(model, Path(adapter), base_model)
+                report = check_parity(
+                    model, Path(adapter), base_model, device="cpu" if "quantize" in manifest else device
+                )
                 if not report.passed:
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
@@ -157,10 +151,11 @@ class _Options:
     mode: str
     swappable: str | None
     dtype: str
+    device: str
     opset: int | None
     quantize: str
-    device: str
     bundle_library: bool
+    check: bool
 
 
 def _write_model(
@@ -197,6 +192,11 @@ def _write_generating(adapter: Adapter, base: BaseModel, out: Path, clock: Clock
             "--swappable isn't for causal language models: ONNX Runtime GenAI feeds the graph and knows no adapter "
             "inputs. Export each adapter by itself, with --mode separate or merged."
         )
+    if options.check and options.dtype == "bfloat16":
+        raise UserError(
+            "bfloat16 language models run on a GPU alone, and their parity is checked on the CPU. Export it unchecked "
+            "(--no-check), after a float16 export that was checked."
+        )
     layers = write_genai(
         adapter,
         base,
@@ -223,17 +223,19 @@ def _write_encoder(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, o
     from .swappable import Swap
 
     opset, dtype = check_opset(options.opset), options.dtype
-    if dtype == "bfloat16" or options.quantize != "none" or options.device != "cpu" or options.bundle_library:
+    if options.quantize != "none" or options.bundle_library:
         raise UserError(
-            f"The adapter {adapter.path} is for {base.task}, exported in float32 or float16. --dtype bfloat16, "
-            "--quantize, --device and --bundle-library are for causal language models: leave them out."
+            f"The adapter {adapter.path} is for {base.task}. --quantize and --bundle-library are for causal language "
+            "models: leave them out."
         )
+    if options.check:
+        check_providers([PROVIDERS[options.device]])
     clock("adapting")
     swap = Swap(adapter, base, dtype, options.swappable) if options.swappable is not None else None
     layers = _attach(swap.placeholders if swap else adapter, base, options.mode, getattr(torch, dtype))
     clock("tracing")
     with collector_off():
-        program = trace(base.model, traced_inputs(base, dtype), opset)
+        program = trace(base.model, traced_inputs(base, dtype), opset, options.device)
         finish(program, opset)
     if swap:
         swap.apply(program.graph)
@@ -242,6 +244,19 @@ def _write_encoder(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, o
     write_companions(base, adapter, out.parent)
     manifest = common_facts(base, out, options.mode, dtype, opset)
     return manifest | {"layers": layers} | ({"swappable": swap.facts | {"values": swap.values}} if swap else {})
+
+
+def check_dtype(dtype: str, device: str = "cpu") -> None:
+    """UserError for a type or device that nothing is exported in, or a type that the device has no kernels for."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, expected one of: {', '.join(DTYPES)}.")
+    if device not in PROVIDERS:
+        raise UserError(f"--device is {device!r}, expected one of: {', '.join(PROVIDERS)}.")
+    if dtype == "bfloat16" and device == "cpu":
+        raise UserError(
+            "--dtype bfloat16 is for --device cuda: ONNX Runtime's CPU has no bfloat16 for most operators. Export with "
+            "--dtype float32 or float16, or add --device cuda."
+        )
 
 
 def check_opset(opset: int | None) -> int:
@@ -260,10 +275,9 @@ def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
 
     from .model import sample_inputs
 
-    return {
-        name: torch.from_numpy(value.astype(dtype) if value.dtype.kind == "f" else value)
-        for name, value in sample_inputs(base, batch=2, sequence=16, seed=0).items()
-    }
+    arrays = sample_inputs(base, batch=2, sequence=16, seed=0)
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 def common_facts(base: BaseModel, out: Path, mode: str, dtype: str, opset: int) -> dict[str, Any]:

@@ -27,8 +27,10 @@ _AXES = {"pixel_values": ("batch", "channels", "height", "width")}
 _TEXT_AXES = ("batch", "sequence")
 
 
-def trace(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], opset: int = DEFAULT_OPSET) -> ir.Model:
-    """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for the CPU in; batch and sequence are dynamic.
+def trace(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], opset: int = DEFAULT_OPSET, device: str = "cpu"
+) -> ir.Model:
+    """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for `device` in; batch and sequence are dynamic.
 
     Raises UserError where torch can't trace or ONNX can't express the model.
     """
@@ -46,7 +48,7 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], opset: int
     ]
     failure: Exception | None = None
     for options in attempts:
-        config = OnnxConfig(ort_fusions="cpu", opset_version=opset, **options)
+        config = OnnxConfig(ort_fusions=device, opset_version=opset, **options)  # type: ignore[arg-type]
         try:
             return OnnxExporter().export(model, dict(inputs), config=config).program
         except Exception as error:  # torch.export raises many classes

@@ -22,7 +22,7 @@ from ._parity_result import NO_ADAPTER, VARIANTS, Check, LayerError, ParityRepor
 from .errors import UserError
 from .runtime_weights import fit, read_swappable
 from .schemas import DOMAIN, OPS
-from .session import create_session, library_path
+from .session import PROVIDERS, check_providers, create_session, library_path
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,6 +53,7 @@ def check_parity(
     *,
     tolerance: float | None = None,
     reference: BaseModel | None = None,
+    device: str = "cpu",
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
     """max|onnx - torch| / max|torch| <= tolerance for every output, with and without the library; and onnx ≠ base.
@@ -63,14 +64,15 @@ def check_parity(
     whose weights are rounded to the model's dtype and whose arithmetic is float32. Both maxima are over all batches;
     where an output has a row per token, padded tokens are left out (nothing reads them, and attention libraries differ
     on them), but must be finite. A swappable model is given the adapter's weights as --onto converts them, and is also
-    run without. Raises UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the
-    same is a report.
+    run without. `device` "cuda" runs ONNX Runtime on the GPU; PyTorch stays on the CPU. Raises UserError where model,
+    adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
     """
     from .adapter import read_adapter
     from .export.model import load_reference
 
     begin = time.perf_counter()
     model = Path(model)
+    check_providers([PROVIDERS[device]])
     step("reading the model")
     graph = load_graph(model)
     dtype = model_dtype(graph)
@@ -127,8 +129,15 @@ def check_parity(
     for library in (True, False):
         variant = VARIANTS[0] if library else VARIANTS[1]
         step(f"running ONNX Runtime {variant}")
-        exact = graph if quantised else None
-        runs[variant] = run_batches(model, batches, outputs, library=library, weights=weights, graph=exact)
+        runs[variant] = run_batches(
+            model,
+            batches,
+            outputs,
+            library=library,
+            weights=weights,
+            device=device,
+            graph=graph if quantised else None,
+        )
     refusals = [run for run in runs.values() if isinstance(run, UserError)]
     if len(refusals) == len(runs):
         raise refusals[-1]
@@ -152,7 +161,7 @@ def check_parity(
                 "this is another one"
             )
         else:
-            run = run_batches(model, batches, outputs, library=worked == VARIANTS[0])
+            run = run_batches(model, batches, outputs, library=worked == VARIANTS[0], device=device)
         if swappable.default == "base":
             heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
             default = [_parity_layers.run_torch(base, batch, adapter_on=False, heads_off=heads) for batch in batches]
@@ -242,12 +251,13 @@ def run_batches(
     *,
     library: bool,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    device: str = "cpu",
     graph: ir.Model | None = None,
 ) -> list[Outputs] | UserError:
-    """Outputs by batch, with the run-time `weights`; a UserError where the library isn't built, or ONNX Runtime refuses
-    model or inputs.
+    """Outputs by batch on `device`, with the run-time `weights`; a UserError where the library isn't built, or ONNX
+    Runtime refuses model or inputs.
 
-    `graph` stands for the model in the file: the same one, made to compute exactly.
+    `graph` stands for the model in the file: the same one, made to compute exactly, on the CPU.
     """
     if library:
         try:
@@ -256,7 +266,7 @@ def run_batches(
             return _NotComparable(str(error))
     try:
         if graph is None:
-            session = create_session(model, library=library)
+            session = create_session(model, library=library, providers=[PROVIDERS[device]])
         else:
             session = _parity_layers.session_in_memory(graph, model, library=library)
         return [_parity_layers.run_onnx(session, batch, outputs, weights) for batch in batches]

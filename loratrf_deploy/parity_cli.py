@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .cli import command, named_paths, progress, quiet
 from .errors import UserError
+from .session import PROVIDERS
 
 if TYPE_CHECKING:
     from .parity import ParityReport
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_report_path(path)
     with progress() as step:
         adapter = args.adapter if args.adapters is None else named_paths(args.adapters)
-        report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, step)
+        report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, args.device, step)
     for path in args.report:
         write_report(report, path)
     print_report(report)
@@ -41,6 +42,7 @@ def run(
     base_model: str | None = None,
     inputs: Path | None = None,
     tolerance: float | None = None,
+    device: str = "cpu",
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
@@ -62,12 +64,13 @@ def run(
         from .parity_grouped import check_grouped_parity
 
         if isinstance(adapter, Mapping):
-            if inputs is not None:
+            if inputs is not None or device != "cpu":
                 raise UserError(
-                    "--inputs goes with --adapter: several adapters are compared on random batches. Drop it."
+                    "--inputs and --providers go with --adapter: several adapters are compared on random batches, on "
+                    "the CPU. Leave them out."
                 )
             return check_grouped_parity(model, adapter, base_model, tolerance=tolerance, step=step)
-        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, step=step)
+        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--report", action="append", default=[], type=Path, help=f"write a report ({', '.join(FORMATS)}); repeatable"
+    )
+    parser.add_argument(
+        "--providers",
+        dest="device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where ONNX Runtime computes; PyTorch stays on the CPU (default: cpu)",
     )
     parser.add_argument(
         "--tolerance",

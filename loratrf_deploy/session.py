@@ -11,7 +11,10 @@ from .errors import UserError
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["create_session", "library_path"]
+__all__ = ["PROVIDERS", "check_providers", "create_session", "library_path"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""ONNX Runtime's execution providers by the device names of the command lines."""
 
 
 def library_path() -> Path:
@@ -33,21 +36,17 @@ def create_session(
     model: str | Path,
     *,
     library: bool = True,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[str] = (PROVIDERS["cpu"],),
     options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on `model`; its loratrf operators run as fused kernels with `library`, else as functions.
 
-    `options` are used as given, with the library added. Raises UserError where onnxruntime, the model or the library
-    is missing, or ONNX Runtime refuses the model.
+    `options` are used as given, with the library added; what no provider of `providers` computes is left to the CPU.
+    Raises UserError where onnxruntime, a provider, the model or the library is missing, or ONNX Runtime refuses the
+    model.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "ONNX Runtime is not installed. Install one of them: `pip install 'loratrf-deploy[cpu]'` or "
-            "`pip install 'loratrf-deploy[gpu]'`."
-        ) from error
+    check_providers(providers)
+    import onnxruntime
 
     if not Path(model).is_file():
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
@@ -57,6 +56,37 @@ def create_session(
     if library:
         options.register_custom_ops_library(str(library_path()))
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(model), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise UserError(f"ONNX Runtime {onnxruntime.__version__} refuses {model}: {error}") from error
+    # A provider that fails to start is only a warning to ONNX Runtime: the session would silently run on the CPU.
+    if missing := [provider for provider in providers if provider not in session.get_providers()]:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} can't start {', '.join(missing)} here: it needs an NVIDIA GPU, "
+            "its driver, and the CUDA and cuDNN libraries of the version that this onnxruntime-gpu was built for. "
+            "`nvidia-smi` shows the GPU and the driver."
+        )
+    return session
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raises UserError, saying what to install, unless ONNX Runtime is installed and built with all of `providers`."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "ONNX Runtime is not installed. Install one of them: `pip install 'loratrf-deploy[cpu]'` or "
+            "`pip install 'loratrf-deploy[gpu]'`."
+        ) from error
+    available = onnxruntime.get_available_providers()
+    missing = [provider for provider in providers if provider not in available]
+    if PROVIDERS["cuda"] in missing:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} is installed here without {PROVIDERS['cuda']}. Put the GPU "
+            "build in its place: `pip uninstall onnxruntime`, then `pip install 'loratrf-deploy[gpu]'`; it needs an "
+            "NVIDIA GPU."
+        )
+    if missing:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} here has no {', '.join(missing)}; it has {', '.join(available)}."
+        )

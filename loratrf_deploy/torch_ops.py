@@ -1,9 +1,9 @@
-"""The CPU kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter`, `.lora_trf`, `.grouped_lora_trf`.
+"""The kernels as PyTorch operators: `torch.ops.loratrf.low_rank`, `.task_filter`, `.lora_trf`, `.grouped_lora_trf`.
 
 Importing this module registers them, with fake kernels, so that torch.compile and torch.export pass through. They are
 for inference: no gradient is defined. Letters: T tokens (any leading dimensions), K in-features, N out-features, R
-rank, F filter rank; float32, float16 or bfloat16, one dtype for all tensors of a call, on the CPU. Strided inputs are
-copied.
+rank, F filter rank; float32, float16 or bfloat16, one dtype for all tensors of a call, on the CPU or on one CUDA device
+(ranks up to 256 there, queued on the current stream; adapter_ids stay on the CPU). Strided inputs are copied.
 """
 
 from __future__ import annotations
@@ -78,6 +78,38 @@ def grouped_lora_trf(
     return out
 
 
+@low_rank.register_kernel("cuda")
+def _(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return _on_cuda("LowRank", base, x, A, B)
+
+
+@task_filter.register_kernel("cuda")
+def _(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return _on_cuda("TaskFilter", z, tau, C, D)
+
+
+@lora_trf.register_kernel("cuda")
+def _(
+    base: Tensor, x: Tensor, A: Tensor, B: Tensor, tau: Tensor, C: Tensor, D: Tensor, filter_input: str = "adapted"
+) -> Tensor:
+    return _on_cuda("LoraTrf", base, x, A, B, tau, C, D, filter_input=filter_input)
+
+
+@grouped_lora_trf.register_kernel("cuda")
+def _(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    tau: Tensor,
+    C: Tensor,
+    D: Tensor,
+    adapter_ids: Tensor,
+    filter_input: str = "adapted",
+) -> Tensor:
+    return _on_cuda("GroupedLoraTrf", base, x, A, B, tau, C, D, adapter_ids, filter_input=filter_input)
+
+
 @low_rank.register_fake
 def _(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return _like(base)
@@ -116,3 +148,21 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _ready(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def _on_cuda(op: str, *tensors: Tensor, filter_input: str = "adapted") -> Tensor:
+    if not hasattr(_kernels, "run_on_cuda"):
+        raise RuntimeError(
+            "loratrf_deploy was built without CUDA. Put nvcc on the PATH and build it again: `pip install .`"
+        )
+    out = _like(tensors[0])
+    with torch.cuda.device(out.device):
+        _kernels.run_on_cuda(
+            op,
+            _ready(*tensors),
+            out,
+            filter_input,
+            stream=torch.cuda.current_stream().cuda_stream,
+            allocate=lambda size: torch.empty(size, dtype=torch.uint8, device=out.device),
+        )
+    return out

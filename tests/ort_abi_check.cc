@@ -45,5 +45,6 @@ static_assert(kFail == ORT_FAIL && kInvalidArgument == ORT_INVALID_ARGUMENT);
 static_assert(kFloat == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && kFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 static_assert(kBFloat16 == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 && kInt64 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 static_assert(kRequired == INPUT_OUTPUT_REQUIRED && kMemDefault == OrtMemTypeDefault);
+static_assert(kMemCpuInput == OrtMemTypeCPUInput);
 static_assert(offsetof(::OrtApiBase, GetApi) == 0 && offsetof(::OrtApiBase, GetVersionString) == sizeof(void*));
 static_assert(kApiVersion <= ORT_API_VERSION);

@@ -18,6 +18,7 @@ enum class Status : int {
   kNullPointer,   // a tensor with elements has no data
   kOutOfMemory,   // scratch could not be allocated; y is unspecified
   kBadAdapterId,  // an adapter id is outside of [-1, S); y is as it was
+  kDevice,        // a GPU's runtime reports an error; y is unspecified
 };
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };

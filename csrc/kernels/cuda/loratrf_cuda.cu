@@ -1,0 +1,202 @@
+// The CUDA operators' host side: checks, who does which tokens and columns, launches.
+#include <limits.h>
+
+#include "fused.cuh"
+#include "loratrf_cuda.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+namespace loratrf {
+namespace {
+
+// A failed call of the CUDA runtime, as a Status.
+Status Failed(cudaError_t error, CudaFault* fault) {
+  fault->message = cudaGetErrorString(error);
+  return Status::kDevice;
+}
+
+#define LORATRF_CUDA_CHECK(call)                                                             \
+  do {                                                                                       \
+    if (const cudaError_t error = (call); error != cudaSuccess) return Failed(error, fault); \
+  } while (0)
+
+Status CheckCall(const CudaCall& call, CudaFault* fault) {
+  const bool grouped = call.adapter_ids;
+  // Columns are ints on the device, with room for a last chunk beyond the end.
+  const int64_t most = INT_MAX / 2;
+  if (call.batch < 0 || call.tokens < 0 || call.R < 0 || call.F < 0 || call.S < 0) return Status::kBadSize;
+  if (call.N < 1 || call.N > most || call.K > most || (call.R && call.K < 1)) return Status::kBadSize;
+  if (!grouped && (call.batch != 1 || call.S != 1 || call.R + call.F < 1)) return Status::kBadSize;
+  if (call.R > kMaxCudaRank || call.F > kMaxCudaRank) return Status::kRankTooHigh;
+  for (int64_t row = 0; grouped && row < call.batch; ++row) {
+    if (call.adapter_ids[row] >= -1 && call.adapter_ids[row] < call.S) continue;
+    fault->bad_row = row;
+    return Status::kBadAdapterId;
+  }
+  return Status::kOk;
+}
+
+Status CheckPointers(const CudaCall& call) {
+  if (!call.base || !call.y) return Status::kNullPointer;
+  if (call.S && call.R && !(call.x && call.A && call.B)) return Status::kNullPointer;
+  if (call.S && call.F && !(call.tau && call.C && call.D)) return Status::kNullPointer;
+  return Status::kOk;
+}
+
+size_t SharedBytes(const Work& work) { return SharedFloats(work.r_size, work.v_size) * sizeof(float); }
+
+// The most blocks of `kernel` that the device holds at once.
+template <class Kernel>
+cudaError_t ResidentBlocks(Kernel kernel, size_t shared_bytes, int64_t* blocks) {
+  int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      error != cudaSuccess) {
+    return error;
+  }
+  // Beyond 48 KiB, which only ranks over 200 need, a kernel has to ask.
+  if (shared_bytes > 48 * 1024) {
+    const int bytes = static_cast<int>(shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  const cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, shared_bytes);
+  *blocks = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
+  return error;
+}
+
+int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// The launch of batch rows [first, first + rows), without its scratch. Fewer tiles than half of the blocks that the
+// device holds are cut into pieces of at least a chunk for each warp.
+template <class E>
+Status MakeWork(const CudaCall& call, int64_t first, int64_t rows, Work* work, int64_t* blocks, CudaFault* fault) {
+  const auto at = [](const void* data, int64_t elements) -> const void* {
+    return data ? static_cast<const E*>(data) + elements : nullptr;
+  };
+  work->base = at(call.base, first * call.tokens * call.N);
+  work->x = at(call.x, first * call.tokens * call.K);
+  work->A = call.A, work->B = call.B, work->tau = call.tau, work->C = call.C, work->D = call.D;
+  work->y = const_cast<void*>(at(call.y, first * call.tokens * call.N));
+  work->tokens = call.tokens;
+  work->tiles_per_row = (call.tokens + kTile - 1) / kTile;
+  work->tiles = rows * work->tiles_per_row;
+  work->K = static_cast<int>(call.K), work->N = static_cast<int>(call.N);
+  work->R = static_cast<int>(call.S ? call.R : 0), work->F = static_cast<int>(call.S ? call.F : 0);
+  work->r_size = RoundUp(work->R, 8);
+  work->v_size = work->F ? kMoments + RoundUp(work->F, 8) : 0;
+  work->filter_base = call.filter_input == FilterInput::kBase;
+  work->steps = (work->R ? kReduce : 0) | (work->F ? kForward : 0) | kApply;
+  for (int64_t row = 0; row < rows; ++row) {
+    work->slots[row] = call.adapter_ids ? static_cast<int32_t>(call.adapter_ids[first + row]) : 0;
+  }
+  work->pieces = 1;
+  LORATRF_CUDA_CHECK(ResidentBlocks(Split<E>, SharedBytes(*work), blocks));
+  const int64_t width = kWarps * kChunk<E>;
+  const int64_t most = CeilDiv(call.K > call.N && call.R ? call.K : call.N, width);
+  const int64_t share = *blocks / work->tiles;
+  if (work->steps != kApply && share > 1 && most > 1) work->pieces = static_cast<int>(share < most ? share : most);
+  work->k_piece = RoundUp(CeilDiv(call.K, work->pieces), kChunk<E>);
+  work->n_piece = RoundUp(CeilDiv(call.N, work->pieces), kChunk<E>);
+  return Status::kOk;
+}
+
+size_t ScratchBytes(const Work& work) {
+  if (work.pieces == 1) return 0;
+  return static_cast<size_t>(work.tiles) * work.pieces * kTile * (work.r_size + work.v_size) * sizeof(float);
+}
+
+template <class E>
+Status Launch(Work work, int64_t blocks, cudaStream_t stream, CudaFault* fault) {
+  void* arguments[] = {&work};
+  const size_t shared = SharedBytes(work);
+  const auto grid = [](int64_t items, int64_t most) {
+    return dim3(static_cast<unsigned>(items < most ? items : most));
+  };
+  if (work.pieces == 1) {
+    LORATRF_CUDA_CHECK(ResidentBlocks(Tiles<E>, shared, &blocks));
+    LORATRF_CUDA_CHECK(
+        cudaLaunchKernel(Tiles<E>, grid(work.tiles, INT_MAX), dim3(kThreads), arguments, shared, stream));
+    return Status::kOk;
+  }
+  const dim3 resident = grid(work.tiles * work.pieces, blocks);
+  const cudaError_t error = cudaLaunchCooperativeKernel(Split<E>, resident, dim3(kThreads), arguments, shared, stream);
+  if (error == cudaSuccess) return Status::kOk;
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return Failed(error, fault);
+  // Part of the device is taken (by MPS, say): the barriers become the ends of launches.
+  cudaGetLastError();
+  const int steps = work.steps;
+  for (int step = kReduce; step <= kApply; step *= 2) {
+    work.steps = steps & step;
+    if (!work.steps) continue;
+    LORATRF_CUDA_CHECK(cudaLaunchKernel(Split<E>, resident, dim3(kThreads), arguments, shared, stream));
+  }
+  return Status::kOk;
+}
+
+int64_t RowsOf(const CudaCall& call, int64_t first) { return call.batch - first < kRows ? call.batch - first : kRows; }
+
+template <class E>
+Status ScratchSizeOf(const CudaCall& call, size_t* bytes, CudaFault* fault) {
+  // The first launch has the most rows; a last one of few rows may be cut into more pieces.
+  const int64_t last = (call.batch - 1) / kRows * kRows;
+  for (int64_t first : {int64_t{0}, last}) {
+    Work work;
+    int64_t blocks;
+    const Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, &blocks, fault);
+    if (status != Status::kOk) return status;
+    if (ScratchBytes(work) > *bytes) *bytes = ScratchBytes(work);
+  }
+  return Status::kOk;
+}
+
+template <class E>
+Status RunTyped(const CudaCall& call, void* scratch, cudaStream_t stream, CudaFault* fault) {
+  LORATRF_CUDA_CHECK(cudaPeekAtLastError());
+  for (int64_t first = 0; first < call.batch; first += kRows) {
+    Work work;
+    int64_t blocks;
+    Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, &blocks, fault);
+    if (status != Status::kOk) return status;
+    if (ScratchBytes(work) && !scratch) return Status::kNullPointer;
+    work.scratch = static_cast<float*>(scratch);
+    status = Launch<E>(work, blocks, stream, fault);
+    if (status != Status::kOk) return status;
+  }
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status CudaScratchSize(const CudaCall& call, size_t* bytes, CudaFault* fault) {
+  *bytes = 0;
+  if (Status status = CheckCall(call, fault); status != Status::kOk) return status;
+  if (call.batch == 0 || call.tokens == 0) return Status::kOk;
+  switch (call.type) {
+    case Type::kFloat32:
+      return ScratchSizeOf<float>(call, bytes, fault);
+    case Type::kFloat16:
+      return ScratchSizeOf<Half>(call, bytes, fault);
+    default:
+      return ScratchSizeOf<BFloat16>(call, bytes, fault);
+  }
+}
+
+Status CudaRun(const CudaCall& call, void* scratch, void* stream, CudaFault* fault) {
+  if (Status status = CheckCall(call, fault); status != Status::kOk) return status;
+  if (call.batch == 0 || call.tokens == 0) return Status::kOk;
+  if (Status status = CheckPointers(call); status != Status::kOk) return status;
+  switch (call.type) {
+    case Type::kFloat32:
+      return RunTyped<float>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+    case Type::kFloat16:
+      return RunTyped<Half>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+    default:
+      return RunTyped<BFloat16>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+  }
+}
+
+}  // namespace loratrf

@@ -1,0 +1,90 @@
+// The CUDA operators on the pretended GPU of cuda_on_cpu.h, with a C interface for tests/test_cuda_emulation.py. Every
+// tensor lies flush against a page that can't be touched, so that reading or writing beyond one ends the process.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../csrc/kernels/cuda/loratrf_cuda.cu"
+
+using namespace loratrf;
+
+namespace {
+
+// `bytes` of memory that end where a forbidden page starts, or at the boundary of 16 bytes before it.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes), page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+    size_ = (bytes / page_ + 2) * page_;
+    map_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (map_ == MAP_FAILED) cuda_on_cpu::Fatal("no memory");
+    mprotect(map_ + size_ - page_, page_, PROT_NONE);
+    memset(map_, 0xff, size_ - page_);  // NaN in every type
+  }
+  ~Guarded() { munmap(map_, size_); }
+  Guarded(const Guarded&) = delete;
+
+  char* data() const { return map_ + size_ - page_ - bytes_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  size_t bytes_, page_, size_;
+  char* map_;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Sets the pretended GPU; returns the launches since the last call of this.
+int loratrf_emulate_gpu(int multiprocessors, int backwards, int refuse_cooperative, int error) {
+  auto& gpu = cuda_on_cpu::g_gpu;
+  gpu.multiprocessors = multiprocessors, gpu.backwards = backwards, gpu.refuse_cooperative = refuse_cooperative;
+  gpu.error = error;
+  return std::exchange(gpu.launches, 0);
+}
+
+// sizes: batch, tokens, K, N, R, F, S. tensors and bytes: base, x, A, B, tau, C, D, y; null ones are absent. y is
+// copied back; with in_place it is base's own memory. Returns the Status; *bad_row and *message say more.
+int loratrf_emulate(int type, int filter_input, const int64_t* sizes, const int64_t* adapter_ids, void* const* tensors,
+                    const int64_t* bytes, int in_place, int64_t* bad_row, const char** message) {
+  std::vector<std::unique_ptr<Guarded>> memory;
+  void* data[8] = {};
+  for (int i = 0; i < 8; ++i) {
+    if (!tensors[i]) continue;
+    if (i == 7 && in_place) {
+      data[7] = data[0];
+      continue;
+    }
+    memory.push_back(std::make_unique<Guarded>(static_cast<size_t>(bytes[i])));
+    data[i] = memory.back()->data();
+    if (i < 7) memcpy(data[i], tensors[i], static_cast<size_t>(bytes[i]));
+  }
+  const CudaCall call{static_cast<Type>(type),
+                      static_cast<FilterInput>(filter_input),
+                      sizes[0],
+                      sizes[1],
+                      sizes[2],
+                      sizes[3],
+                      sizes[4],
+                      sizes[5],
+                      sizes[6],
+                      data[0],
+                      data[1],
+                      data[2],
+                      data[3],
+                      data[4],
+                      data[5],
+                      data[6],
+                      adapter_ids,
+                      data[7]};
+  CudaFault fault;
+  size_t scratch_bytes = 0;
+  Status status = CudaScratchSize(call, &scratch_bytes, &fault);
+  if (status == Status::kOk) {
+    const Guarded scratch(scratch_bytes);
+    status = CudaRun(call, scratch_bytes ? scratch.data() : nullptr, nullptr, &fault);
+  }
+  if (status == Status::kOk && data[7]) memcpy(tensors[7], data[7], static_cast<size_t>(bytes[7]));
+  *bad_row = fault.bad_row, *message = fault.message;
+  return static_cast<int>(status);
+}
+}

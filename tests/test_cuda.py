@@ -1,0 +1,197 @@
+"""The CUDA operators on a real GPU, against the float64 reference: `pytest -m gpu`; skipped by name without one.
+
+What they compute is proven without a GPU in test_cuda_emulation.py; here it is the compiled code, streams, CUDA graphs
+and ONNX Runtime's CUDA provider.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import test_ort_ops as onnx
+from loratrf_deploy import library_path, reference, schemas
+from tolerances import assert_close
+
+torch = pytest.importorskip("torch")
+kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+from loratrf_deploy import torch_ops  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
+FUNCTIONS = {
+    "LowRank": torch_ops.low_rank,
+    "TaskFilter": torch_ops.task_filter,
+    "LoraTrf": torch_ops.lora_trf,
+    "GroupedLoraTrf": torch_ops.grouped_lora_trf,
+}
+REFERENCES = {
+    "LowRank": reference.low_rank,
+    "TaskFilter": reference.task_filter,
+    "LoraTrf": reference.lora_trf,
+    "GroupedLoraTrf": reference.grouped_lora_trf,
+}
+SIZES = [
+    *((T, 131, 77, 19, 8) for T in (0, 1, 3, 16, 17, 130)),
+    (1, 4096, 4096, 16, 16),
+    (16, 4096, 4096, 16, 16),
+    (100, 768, 3072, 64, 1),
+    (2049, 1024, 1000, 8, 64),
+    (33, 520, 2048, 256, 256),
+    (5000, 256, 384, 1, 19),
+]
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU, or a PyTorch without CUDA")
+    if not hasattr(kernels, "run_on_cuda"):
+        pytest.skip("_kernels was built without nvcc")
+
+
+def tensors_of(op, T, K, N, R, F, dtype, seed=0):
+    """The op's inputs on the GPU; about half of the tokens pass the filter."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    tau = normal(N)
+    base = normal(T, N) + tau * torch.linspace(-1, 1, T, device="cuda")[:, None]
+    made = {"base": base, "z": base, "x": normal(T, K), "A": normal(R, K) / K**0.5, "B": normal(N, R) / R**0.5}
+    made |= {"tau": tau, "C": normal(F, N) / N**0.5, "D": normal(N, F) / F**0.5}
+    return [made[name].to(getattr(torch, dtype)) for name in schemas.OPS[op].inputs]
+
+
+def options_of(op, filter_input):
+    return {"filter_input": filter_input} if op.endswith("Trf") else {}
+
+
+def expected_of(op, tensors, filter_input="adapted"):
+    wide = [tensor.cpu().double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in tensors]
+    return REFERENCES[op](*wide, **options_of(op, filter_input))
+
+
+def run_into(out, op, tensors, filter_input="adapted"):
+    """The operator into `out`, which may be its first input, on the current stream; returns the scratch."""
+    scratch = []
+
+    def allocate(size):
+        scratch.append(torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda"))  # NaN
+        return scratch[-1]
+
+    stream = torch.cuda.current_stream().cuda_stream
+    kernels.run_on_cuda(op, tensors, out, filter_input, stream=stream, allocate=allocate)
+    return scratch
+
+
+@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+def test_matches_reference(op, filter_input, dtype):
+    for seed, sizes in enumerate(SIZES):
+        tensors = tensors_of(op, *sizes, dtype, seed)
+        what = f"{op} {filter_input} T,K,N,R,F={sizes}"
+        expected = expected_of(op, tensors, filter_input)
+        out = torch.full_like(tensors[0], float("nan"))
+        run_into(out, op, tensors, filter_input)
+        assert_close(out.cpu().double(), expected, dtype, what)
+        again = FUNCTIONS[op](*tensors, **options_of(op, filter_input))
+        assert torch.equal(again, out), f"{what}: two runs differ"
+        run_into(tensors[0], op, tensors, filter_input)
+        assert torch.equal(tensors[0], out), f"{what}: in place differs"
+
+
+@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_grouped(dtype, tokens):
+    base, x, *weights = tensors_of("LoraTrf", 7 * tokens, 264, 520, 19, 8, dtype)
+    slots = [torch.stack([weight, weight * 0.5, -weight]) for weight in weights]
+    ids = torch.tensor([2, -1, 0, 0, 1, -1, 2])
+    tensors = [base.reshape(7, tokens, -1), x.reshape(7, tokens, -1), *slots, ids]
+    out = torch_ops.grouped_lora_trf(*tensors)
+    assert_close(out.cpu().double(), expected_of("GroupedLoraTrf", tensors), dtype, f"grouped {tokens}")
+    with pytest.raises(ValueError, match=r"adapter_ids\[1\] is 3, expected -1"):
+        torch_ops.grouped_lora_trf(*tensors[:-1], torch.tensor([0, 3, 0, 0, 0, 0, 0]))
+
+
+def test_unaligned_and_strided_tensors():
+    for op, _ in CASES:
+        tensors = tensors_of(op, 19, 131, 136, 19, 8, "float16")
+        shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for t in tensors]
+        assert torch.equal(FUNCTIONS[op](*shifted), FUNCTIONS[op](*tensors))
+        strided = [t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors]
+        assert torch.equal(FUNCTIONS[op](*strided), FUNCTIONS[op](*tensors))
+
+
+@pytest.mark.parametrize("T", [1, 16, 300])
+def test_cuda_graph(T):
+    tensors = tensors_of("LoraTrf", T, 512, 1024, 16, 8, "bfloat16")
+    out = torch.empty_like(tensors[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run_into(out, "LoraTrf", tensors)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        scratch = run_into(out, "LoraTrf", tensors)
+    tensors[1].normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_close(out.cpu().double(), expected_of("LoraTrf", tensors), "bfloat16", f"replay, {len(scratch)} scratch")
+
+
+def test_compile_passes_through():
+    tensors = tensors_of("LowRank", 5, 64, 96, 4, 4, "float32")
+    compiled = torch.compile(lambda *t: torch.ops.loratrf.low_rank(*t).relu(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*tensors), torch_ops.low_rank(*tensors).relu())
+
+
+def test_ranks_over_the_limit():
+    with pytest.raises(ValueError, match=r"LowRank: A .* has rank 257, the kernels take at most 256"):
+        torch_ops.low_rank(*tensors_of("LowRank", 3, 19, 99, 257, 1, "float32"))
+
+
+def cuda_session(model, **provider_options):
+    """A session in which an operator without a CUDA kernel is an error, not the CPU's."""
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider: install loratrf-deploy[gpu]")
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.register_custom_ops_library(str(library_path()))
+    return ort.InferenceSession(model, options, [("CUDAExecutionProvider", provider_options)])
+
+
+@pytest.mark.parametrize("constant", [(), ("A", "B", "tau", "C", "D")], ids=["inputs", "constants"])
+@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "adapted")])
+def test_onnx_runtime(op, filter_input, dtype, constant):
+    for T in ((2, 1), (3, 70)):
+        values = onnx.values_of(op, T=T, K=264, N=520, R=19, F=8)
+        attributes = onnx.attributes_of(op, filter_input)
+        session = cuda_session(onnx.model_of(op, values, dtype, constant, attributes))
+        expected = onnx.expected_of(op, values, dtype, filter_input)
+        for _ in range(3):  # scratch is lent and given back
+            assert_close(onnx.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
+
+
+def test_onnx_runtime_cuda_graph():
+    import onnxruntime as ort
+
+    values = onnx.values_of("LoraTrf", T=(4, 1), K=264, N=520)
+    session = cuda_session(onnx.model_of("LoraTrf", values), enable_cuda_graph="1")
+    held = {name: ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in values.items()}
+    y = ort.OrtValue.ortvalue_from_numpy(np.full_like(values["base"], np.nan), "cuda", 0)
+    binding = session.io_binding()
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_ortvalue_output("y", y)
+    for scale in (1, 2, -3):  # captured, then replayed on new values
+        base = values["base"] * np.float32(scale)
+        held["base"].update_inplace(base)
+        session.run_with_iobinding(binding)
+        expected = reference.lora_trf(*(values | {"base": base}).values())
+        assert_close(y.numpy(), expected, "float32", f"replay {scale}")

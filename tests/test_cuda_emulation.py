@@ -1,0 +1,311 @@
+"""The CUDA kernels on a CPU, a fiber for each thread (tests/cuda_on_cpu.h), against the float64 reference.
+
+Proves indices, masks, reductions, barriers and launch plans; what only a GPU shows is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from loratrf_deploy import reference, schemas
+from tolerances import assert_close
+
+TESTS = Path(__file__).parent
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+FILTERS = {"adapted": 0, "base": 1}
+OK, BAD_SIZE, RANK_TOO_HIGH, NULL_POINTER, _, BAD_ADAPTER_ID, DEVICE = range(7)  # Status in csrc/kernels/loratrf.h
+
+
+class Emulator:
+    """One build of the kernels for the CPU, on a pretended GPU."""
+
+    def __init__(self, path: Path, *flags: str) -> None:
+        source = TESTS / "cuda_emulation.cc"
+        warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        build = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", *warnings, *flags]
+        subprocess.run([*build, "-include", TESTS / "cuda_on_cpu.h", source, "-o", path], check=True)
+        self.library = ctypes.CDLL(str(path))
+        self.fault = ""
+        self.bad_row = -1
+
+    def gpu(self, multiprocessors=2, backwards=False, refuse_cooperative=False, error=0) -> int:
+        """Sets the pretended GPU; returns the launches since the last call."""
+        return self.library.loratrf_emulate_gpu(multiprocessors, backwards, refuse_cooperative, error)
+
+    def run(self, tensors, sizes, dtype, filter_input="adapted", adapter_ids=None, in_place=False):
+        """(status, y) of a call on {name: array}; sizes as CudaCall has them."""
+        arrays = [tensors.get(name) for name in ("base", "x", "A", "B", "tau", "C", "D")]
+        y = np.full_like(arrays[0], np.nan)
+        arrays.append(y)
+        pointers = (ctypes.c_void_p * 8)(*(None if a is None else a.ctypes.data for a in arrays))
+        bytes_ = (ctypes.c_int64 * 8)(*(0 if a is None else a.nbytes for a in arrays))
+        ids = None if adapter_ids is None else np.asarray(adapter_ids, np.int64)
+        row, message = ctypes.c_int64(-1), ctypes.c_char_p(b"")
+        status = self.library.loratrf_emulate(
+            list(DTYPES).index(dtype),
+            FILTERS[filter_input],
+            (ctypes.c_int64 * 7)(*sizes),
+            None if ids is None else ids.ctypes.data_as(ctypes.c_void_p),
+            pointers,
+            bytes_,
+            int(in_place),
+            ctypes.byref(row),
+            ctypes.byref(message),
+        )
+        self.bad_row, self.fault = row.value, (message.value or b"").decode()
+        return status, y
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    made = Emulator(tmp_path_factory.mktemp("cuda") / "emulation.so", "-DLORATRF_MMA_ON_CPU")
+    made.gpu()
+    return made
+
+
+@pytest.fixture(scope="module")
+def shuffles(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("cuda") / "shuffles.so")
+
+
+@pytest.fixture(autouse=True)
+def _usual_gpu(request):
+    if "emulator" in request.fixturenames:
+        request.getfixturevalue("emulator").gpu()
+
+
+def tensors_of(op, T, K, N, R, F, dtype, slots=None, seed=0):
+    """{name: array} of a call; about half of the tokens pass the filter. With slots: (batch, tokens) for T."""
+    rng = np.random.default_rng(seed)
+    tokens = T if isinstance(T, tuple) else (T,)
+    lead = () if slots is None else (slots,)
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    tau = normal(*lead, N)
+    base = normal(*tokens, N) + tau.reshape(-1, N)[0] * np.linspace(-1, 1, int(np.prod(tokens))).reshape(*tokens, 1)
+    made = {"base": base}
+    if op != "TaskFilter":
+        made |= {
+            "x": normal(*tokens, K),
+            "A": normal(*lead, R, K) / K**0.5,
+            "B": normal(*lead, N, R) / max(R, 1) ** 0.5,
+        }
+    if op != "LowRank":
+        made |= {"tau": tau, "C": normal(*lead, F, N) / N**0.5, "D": normal(*lead, N, F) / max(F, 1) ** 0.5}
+    return {name: np.ascontiguousarray(value).astype(DTYPES[dtype]) for name, value in made.items()}
+
+
+def expected_of(op, tensors, filter_input="adapted", **more):
+    names = [name for name in schemas.OPS[op].inputs if name in tensors or name == "z"]
+    arguments = [tensors["base" if name == "z" else name] for name in names]
+    function = {"LowRank": "low_rank", "TaskFilter": "task_filter", "LoraTrf": "lora_trf"}.get(op, "grouped_lora_trf")
+    if op in ("LoraTrf", "GroupedLoraTrf"):
+        more["filter_input"] = filter_input
+    return getattr(reference, function)(*arguments, **more)
+
+
+def check(emulator, op, T, K, N, R, F, dtype, filter_input="adapted", **options):
+    tensors = tensors_of(op, T, K, N, R, F, dtype)
+    sizes = (1, T, 0 if op == "TaskFilter" else K, N, 0 if op == "TaskFilter" else R, 0 if op == "LowRank" else F, 1)
+    status, y = emulator.run(tensors, sizes, dtype, filter_input, **options)
+    what = f"{op} {filter_input} T,K,N,R,F={(T, K, N, R, F)}"
+    assert status == OK, what
+    assert_close(y, expected_of(op, tensors, filter_input), dtype, what)
+
+
+CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
+
+# (T, K, N, R, F): one tile to several, widths that are and aren't whole chunks and 16 bytes, every rank's remainder.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (3, 19, 99, 1, 19),
+    (16, 130, 257, 8, 8),
+    (17, 64, 96, 19, 1),
+    (17, 99, 40, 64, 33),
+    (130, 24, 50, 8, 19),
+    (3, 272, 80, 256, 256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_tiles(emulator, dtype, op, filter_input, sizes):
+    emulator.gpu(multiprocessors=1)  # too few blocks to cut a tile's columns into pieces
+    check(emulator, op, *sizes, dtype, filter_input)
+    check(emulator, op, *sizes, dtype, filter_input, in_place=True)
+    assert emulator.gpu() == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+@pytest.mark.parametrize("multiprocessors", [3, 5])
+def test_pieces_meet_in_one_launch(emulator, dtype, op, filter_input, multiprocessors):
+    for sizes in [(1, 600, 600, 19, 8), (16, 1030, 257, 8, 19), (17, 64, 989, 64, 33), (3, 272, 400, 256, 256)]:
+        for backwards in (False, True):
+            emulator.gpu(multiprocessors, backwards)
+            check(emulator, op, *sizes, dtype, filter_input)
+            check(emulator, op, *sizes, dtype, filter_input, in_place=True)
+            assert emulator.gpu() == 2
+
+
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+def test_a_refused_cooperative_launch_becomes_one_for_each_step(emulator, op, filter_input):
+    emulator.gpu(5, refuse_cooperative=True)
+    check(emulator, op, 17, 600, 989, 19, 8, "float16", filter_input)
+    assert emulator.gpu() == (3 if op == "LoraTrf" else 2)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("op", "filter_input"), CASES)
+def test_any_order_of_warps_gives_the_same_bits(emulator, op, filter_input, backwards):
+    tensors = tensors_of(op, 33, 300, 300, 19, 40, "float32")
+    sizes = (
+        1,
+        33,
+        0 if op == "TaskFilter" else 300,
+        300,
+        0 if op == "TaskFilter" else 19,
+        0 if op == "LowRank" else 40,
+        1,
+    )
+    results = []
+    for order in (False, backwards):
+        emulator.gpu(1, order)
+        results.append(emulator.run(tensors, sizes, "float32", filter_input)[1])
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_before_sm_80_shuffles_stand_in_for_tensor_cores(shuffles, dtype):
+    for op, filter_input in CASES:
+        shuffles.gpu(3)
+        check(shuffles, op, 17, 99, 200, 19, 8, dtype, filter_input)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filter_input", FILTERS)
+def test_grouped(emulator, dtype, filter_input, multiprocessors):
+    # Rows of one tile and of two, slots in any order, base alone, slots that no row names.
+    for batch, tokens, K, N, R, F, ids in [
+        (5, 17, 40, 99, 8, 19, [2, -1, 0, 2, -1]),
+        (2, 1, 300, 600, 19, 8, [1, 0]),
+        (3, 4, 19, 64, 0, 5, [0, 2, -1]),
+        (3, 4, 19, 64, 5, 0, [0, 2, -1]),
+        (2, 3, 19, 64, 0, 0, [0, 1]),
+        (2, 3, 19, 64, 4, 4, [-1, -1]),
+    ]:
+        emulator.gpu(multiprocessors)
+        tensors = tensors_of("GroupedLoraTrf", (batch, tokens), K, N, R, F, dtype, slots=3)
+        sizes = (batch, tokens, K, N, R, F, 3)
+        expected = expected_of("GroupedLoraTrf", tensors, filter_input, adapter_ids=ids)
+        for in_place in (False, True):
+            status, y = emulator.run(tensors, sizes, dtype, filter_input, ids, in_place)
+            assert status == OK
+            assert_close(y, expected, dtype, f"{sizes} {ids}")
+            alone = np.array(ids) < 0
+            np.testing.assert_array_equal(y[alone], tensors["base"][alone])
+
+
+def test_grouped_launches_of_256_rows_each(emulator):
+    emulator.gpu(600)
+    tensors = tensors_of("GroupedLoraTrf", (517, 1), 19, 300, 4, 5, "float32", slots=2)
+    ids = np.arange(517) % 3 - 1
+    status, y = emulator.run(tensors, (517, 1, 19, 300, 4, 5, 2), "float32", adapter_ids=ids)
+    assert status == OK
+    assert emulator.gpu() == 3
+    assert_close(y, expected_of("GroupedLoraTrf", tensors, adapter_ids=ids), "float32", "517 rows")
+
+
+@pytest.mark.parametrize("bad", [-2, 3, 2**40])
+def test_adapter_ids_out_of_range(emulator, bad):
+    tensors = tensors_of("GroupedLoraTrf", (3, 4), 19, 64, 4, 4, "float32", slots=3)
+    status, _ = emulator.run(tensors, (3, 4, 19, 64, 4, 4, 3), "float32", adapter_ids=[0, -1, bad])
+    assert (status, emulator.bad_row) == (BAD_ADAPTER_ID, 2)
+    assert emulator.gpu() == 0
+
+
+@pytest.mark.parametrize("op", ["LowRank", "TaskFilter", "LoraTrf"])
+def test_no_tokens_is_no_launch(emulator, op):
+    check(emulator, op, 0, 19, 99, 4, 4, "float32")
+    assert emulator.gpu() == 0
+
+
+def test_faults_are_statuses(emulator):
+    tensors = tensors_of("LoraTrf", 3, 19, 64, 4, 4, "float32")
+    for sizes, expected in [
+        ((1, 3, 19, 64, 257, 4, 1), RANK_TOO_HIGH),
+        ((1, 3, 19, 64, 4, 257, 1), RANK_TOO_HIGH),
+        ((1, -3, 19, 64, 4, 4, 1), BAD_SIZE),
+        ((1, 3, 0, 64, 4, 4, 1), BAD_SIZE),
+        ((1, 3, 19, 2**31, 4, 4, 1), BAD_SIZE),
+        ((1, 3, 19, 64, 0, 0, 1), BAD_SIZE),
+        ((2, 3, 19, 64, 4, 4, 1), BAD_SIZE),
+    ]:
+        assert emulator.run(tensors, sizes, "float32")[0] == expected, sizes
+    for name in ("x", "A", "B", "tau", "C", "D"):
+        absent = {key: value for key, value in tensors.items() if key != name}
+        assert emulator.run(absent, (1, 3, 19, 64, 4, 4, 1), "float32")[0] == NULL_POINTER, name
+    assert emulator.gpu() == 0
+
+
+def test_an_earlier_error_of_the_device_is_reported(emulator):
+    emulator.gpu(error=700)
+    tensors = tensors_of("LowRank", 3, 19, 64, 4, 0, "float32")
+    status, _ = emulator.run(tensors, (1, 3, 19, 64, 4, 0, 1), "float32")
+    assert (status, emulator.fault) == (DEVICE, "an illegal access")
+    assert emulator.gpu() == 0
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_nan_and_infinity_stay_in_their_rows(emulator, multiprocessors):
+    for dtype, (row, column, value) in itertools.product(DTYPES, [(2, 7, np.nan), (17, 250, np.inf)]):
+        emulator.gpu(multiprocessors)
+        tensors = tensors_of("LoraTrf", 20, 99, 300, 8, 9, dtype)
+        tensors["base"][row, column] = value
+        status, y = emulator.run(tensors, (1, 20, 99, 300, 8, 9, 1), dtype)
+        y = y.astype(np.float32)
+        assert status == OK
+        assert np.isfinite(np.delete(y, row, axis=0)).all()
+        assert not np.isfinite(y[row, column])
+        weights = tensors_of("LowRank", 20, 99, 300, 8, 0, dtype)
+        weights["B"][50] = np.inf
+        y = emulator.run(weights, (1, 20, 99, 300, 8, 0, 1), dtype)[1].astype(np.float32)
+        assert np.isfinite(np.delete(y, 50, axis=1)).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_float16_sums_do_not_overflow(emulator, multiprocessors):
+    # Squares of base, and u itself, are beyond float16.
+    emulator.gpu(multiprocessors)
+    tensors = tensors_of("LoraTrf", 19, 640, 300, 4, 5, "float16")
+    tensors["base"] = (np.sign(tensors["base"]) * 6e4).astype(np.float16)
+    tensors["tau"] = tensors["base"][0].copy()
+    tensors["x"] = np.full_like(tensors["x"], 1e3)
+    tensors["A"] = np.full_like(tensors["A"], 1)
+    for name in ("B", "C", "D"):
+        tensors[name] = (tensors[name] * np.float16(1e-3)).astype(np.float16)
+    status, y = emulator.run(tensors, (1, 19, 640, 300, 4, 5, 1), "float16")
+    assert status == OK
+    assert np.isfinite(y).all()
+    assert_close(y, expected_of("LoraTrf", tensors), "float16", "6e4")
+
+
+def test_norms_below_epsilon(emulator):
+    tensors = tensors_of("TaskFilter", 19, 0, 99, 0, 5, "float32")
+    sizes = (1, 19, 0, 99, 0, 5, 1)
+    tiny = tensors | {"base": tensors["base"] * np.float32(1e-10), "D": tensors["D"] * 100}
+    assert_close(emulator.run(tiny, sizes, "float32")[1], expected_of("TaskFilter", tiny), "float32", "tiny z")
+    for name in ("base", "tau"):
+        zero = tensors | {name: np.zeros_like(tensors[name])}
+        np.testing.assert_array_equal(emulator.run(zero, sizes, "float32")[1], zero["base"])

@@ -1,0 +1,70 @@
+"""Devices that aren't there: what --device cuda and --providers cuda say on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from loratrf_deploy import UserError, create_session
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("transformers")
+CUDA = "CUDAExecutionProvider"
+
+
+@pytest.fixture
+def no_gpu():
+    if CUDA in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has a CUDA provider")
+
+
+def test_session_without_the_gpu_build(no_gpu, tmp_path):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"")
+    with pytest.raises(UserError, match=r"without CUDAExecutionProvider.*pip install 'loratrf-deploy\[gpu\]'"):
+        create_session(model, providers=[CUDA])
+    with pytest.raises(UserError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
+        create_session(model, providers=["NoSuchProvider"])
+
+
+def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, monkeypatch):
+    # The GPU build on a machine without a driver lists the provider, warns, and runs on the CPU.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, options, providers: real(model, options, providers=["CPUExecutionProvider"]),
+    )
+    with pytest.raises(UserError, match=r"can't start CUDAExecutionProvider here: it needs an NVIDIA GPU.*nvidia-smi"):
+        create_session(make_export().model, providers=[CUDA])
+
+
+def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, capsys):
+    from loratrf_deploy.export.cli import main as export
+    from loratrf_deploy.parity_cli import main as parity
+
+    base, adapter, model = make_export()
+    out = tmp_path / "out" / "model.onnx"
+    arguments = ["--adapter", str(adapter), "--base-model", str(base)]
+    assert export([*arguments, "--out", str(out), "--device", "cuda"]) == 2
+    assert "pip install 'loratrf-deploy[gpu]'" in capsys.readouterr().err
+    assert not out.parent.exists()
+    assert export([*arguments, "--out", str(out), "--dtype", "bfloat16"]) == 2
+    assert "--dtype bfloat16 is for --device cuda" in capsys.readouterr().err
+    assert parity([*arguments, "--model", str(model), "--providers", "cuda"]) == 2
+    assert "pip install 'loratrf-deploy[gpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_export_for_a_gpu_needs_none_without_the_check(make_tiny, tmp_path, dtype):
+    import onnx_ir as ir
+
+    from loratrf_deploy.export import export_adapter
+
+    base, adapter = make_tiny()
+    out = tmp_path / "model.onnx"
+    export_adapter(adapter, out, base_model=base, mode="separate", dtype=dtype, device="cuda", check=False)
+    model = ir.load(out)
+    assert any(node.op_type == "LoraTrf" for node in model.graph)
+    expected = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
+    assert {value.dtype for value in model.graph.initializers.values() if ".tau" in (value.name or "")} == {expected}
