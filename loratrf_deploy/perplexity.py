@@ -106,9 +106,8 @@ def perplexities(
     }
     base.model.to("meta")  # its memory is the next model's
     for model in models:
-        session = create_session(model)
-        name = _name(Path(model))
-        losses[name] = judged(name, lambda batch, session=session: run_onnx(session, batch, ["logits"])["logits"])
+        session, name = create_session(model), _name(Path(model))
+        losses[name] = judged(name, lambda batch: run_onnx(session, batch, ["logits"])["logits"])  # noqa: B023 (at once)
     return [Row(name, math.exp(loss), loss - losses["PyTorch"]) for name, loss in losses.items()]
 
 
