@@ -268,7 +268,7 @@ def test_options_that_do_not_go_together(options, expected, capsys, make_llm, tm
 
 @pytest.mark.parametrize(
     "options",
-    [("--quantize", "int4"), ("--device", "cuda"), ("--bundle-library",), ("--dtype", "bfloat16", "--no-check")],
+    [("--quantize", "int4"), ("--bundle-library",)],
 )
 def test_options_of_language_models_on_an_encoder(options, capsys, make_tiny, tmp_path) -> None:
     base, adapter = make_tiny("bert", "text-classification", "loratrf")
