@@ -11,8 +11,9 @@
 namespace loratrf {
 namespace {
 
-// A failed call of the CUDA runtime, as a Status.
+// A failed call of the CUDA runtime, as a Status. What can be forgotten is, so that the next call has a chance.
 Status Failed(cudaError_t error, CudaFault* fault) {
+  cudaGetLastError();
   fault->message = cudaGetErrorString(error);
   return Status::kDevice;
 }
