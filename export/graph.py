@@ -48,7 +48,7 @@ def trace(
     ]
     failure: Exception | None = None
     for options in attempts:
-        config = OnnxConfig(opset_version=opset, **options | {"ort_fusions": device})
+        config = OnnxConfig(ort_fusions=device, opset_version=opset, **options)  # type: ignore[arg-type]
         try:
             return OnnxExporter().export(model, dict(inputs), config=config).program
         except Exception as error:  # torch.export raises many classes
