@@ -11,7 +11,10 @@ python=${1:-python3}
 out=${2:-build/gpu}
 mkdir -p "$out"
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU that PyTorch can use"' || exit 2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: $python has no PyTorch that can use a GPU" >&2
+  exit 2
+fi
 command -v nvcc >/dev/null || { echo "error: nvcc is not on the PATH" >&2; exit 2; }
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 

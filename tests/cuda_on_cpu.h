@@ -3,9 +3,9 @@
 //   g++ -include tests/cuda_on_cpu.h -x c++ csrc/kernels/cuda/loratrf_cuda.cu tests/cuda_emulation.cc
 //
 // Every CUDA thread is a fiber that runs until it waits: a warp runs to the block's barrier before the next one starts,
-// first to last or last to first, so that a missing barrier shows as a wrong result in one of the two orders. Blocks of
-// a cooperative launch run together, others one after the other. A barrier that some thread never reaches, and a launch
-// of more cooperative blocks than the pretended GPU holds, are errors.
+// and a block of a cooperative launch to the grid's, first to last or last to first, so that a missing barrier shows as
+// a wrong result in one of the two orders. Blocks of other launches run one after the other. A barrier that some thread
+// never reaches, and a launch of more cooperative blocks than the pretended GPU holds, are errors.
 #pragma once
 
 #include <math.h>
@@ -128,7 +128,7 @@ inline void Prepare(ucontext_t* context, char* stack, size_t size) {
 // Runs blocks [first, first + count) together.
 inline void RunBlocks(unsigned first, unsigned count, size_t shared_bytes) {
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Thread> threads(size_t{count} * g_block.x);
   static std::vector<std::unique_ptr<char[]>> stacks;
   constexpr size_t kStack = 64 * 1024;
   for (unsigned b = 0; b < count; ++b) {
@@ -139,40 +139,49 @@ inline void RunBlocks(unsigned first, unsigned count, size_t shared_bytes) {
     block.shared.assign(shared_bytes / sizeof(float) + 1, NAN);
     block.shared.back() = 1234.5f;
     for (unsigned t = 0; t < g_block.x; ++t) {
-      auto thread = std::make_unique<Thread>();
+      Thread& thread = threads[size_t{b} * g_block.x + t];
       if (stacks.empty()) stacks.emplace_back(new char[kStack]);
-      thread->stack = std::move(stacks.back());
+      thread.stack = std::move(stacks.back());
       stacks.pop_back();
-      thread->index = t, thread->block = &block;
-      Prepare(&thread->context, thread->stack.get(), kStack);
-      threads.push_back(std::move(thread));
+      thread.index = t, thread.block = &block;
+      Prepare(&thread.context, thread.stack.get(), kStack);
     }
   }
   g_grid_barrier = {};
-  const size_t warps = threads.size() / 32;
-  for (bool all_done = false; !all_done;) {
-    all_done = true;
+  const size_t warps = g_block.x / 32;
+  const auto ordered = [](size_t i, size_t size) { return g_gpu.backwards ? size - 1 - i : i; };
+  // As far as it gets: a lane that waits lets the next one run, a warp the next warp, a block the next block.
+  const auto run_warp = [&](Thread* lanes) {
     bool moved = false;
-    for (size_t i = 0; i < warps; ++i) {
-      const size_t warp = g_gpu.backwards ? warps - 1 - i : i;
-      for (bool again = true; again;) {
-        again = false;
-        for (size_t lane = 0; lane < 32; ++lane) {
-          Thread& thread = *threads[warp * 32 + lane];
-          if (!thread.Ready()) continue;
-          g_thread = &thread;
-          swapcontext(&g_scheduler, &thread.context);
-          again = moved = true;
-        }
-      }
-      for (size_t lane = 0; lane < 32; ++lane) all_done = all_done && threads[warp * 32 + lane]->done;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!lanes[lane].Ready()) continue;
+      g_thread = &lanes[lane];
+      swapcontext(&g_scheduler, &lanes[lane].context);
+      moved = true;
     }
-    if (!moved && !all_done) Fatal("a barrier that not every thread reaches");
+    return moved;
+  };
+  const auto run_block = [&](Thread* members) {
+    bool moved = false;
+    for (bool again = true; again; moved = moved || again) {
+      again = false;
+      for (size_t i = 0; i < warps; ++i) {
+        while (run_warp(members + 32 * ordered(i, warps))) again = true;
+      }
+    }
+    return moved;
+  };
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t i = 0; i < count; ++i) moved = run_block(&threads[ordered(i, count) * g_block.x]) || moved;
+  }
+  for (const Thread& thread : threads) {
+    if (!thread.done) Fatal("a barrier that not every thread reaches");
   }
   for (const auto& block : blocks) {
     if (block->shared.back() != 1234.5f) Fatal("a write beyond the shared memory");
   }
-  for (auto& thread : threads) stacks.push_back(std::move(thread->stack));
+  for (Thread& thread : threads) stacks.push_back(std::move(thread.stack));
 }
 
 template <class Argument>

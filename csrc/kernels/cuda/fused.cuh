@@ -251,56 +251,52 @@ struct Block {
       y.Store(g, chunk + W * t, top);
       y.Store(g + 8, chunk + W * t, bottom);
     }
-    __syncthreads();  // the next tile writes u
   }
 };
 
+// A block for each tile.
 template <class E>
 __global__ void __launch_bounds__(kThreads, 2) Tiles(const Work work) {
-  float* const shared = SharedMemory();
-  for (int64_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
-    const Block<E> block(work, tile, shared);
-    if (work.steps & kReduce) block.Reduce(0, work.K, block.u, block.u_stride);
-    if (work.steps & kForward) {
-      block.Forward(0, work.N, block.v, block.v_stride);
-      block.Score();
-    }
-    block.Apply(0, work.N);
+  const Block<E> block(work, blockIdx.x, SharedMemory());
+  if (work.steps & kReduce) block.Reduce(0, work.K, block.u, block.u_stride);
+  if (work.steps & kForward) {
+    block.Forward(0, work.N, block.v, block.v_stride);
+    block.Score();
   }
+  block.Apply(0, work.N);
 }
 
-// A launch of more than one step is cooperative.
+// A block for each tile's piece. A launch of more than one step is cooperative.
 template <class E>
 __global__ void __launch_bounds__(kThreads, 2) Split(const Work work) {
-  float* const shared = SharedMemory();
-  float* const v_pieces = work.scratch + work.tiles * work.pieces * kTile * work.r_size;
-  for (int step = kReduce; step <= kApply; step *= 2) {
-    if (!(work.steps & step)) continue;
-    if (work.steps & (step - 1)) cooperative_groups::this_grid().sync();
-    for (int64_t item = blockIdx.x; item < work.tiles * work.pieces; item += gridDim.x) {
-      const int64_t tile = item / work.pieces;
-      const int piece = static_cast<int>(item % work.pieces);
-      const Block<E> block(work, tile, shared);
-      const auto begin = [&](int width, int total) { return Block<E>::Min(piece * width, total); };
-      const int k0 = begin(work.k_piece, work.K), k1 = Block<E>::Min(k0 + work.k_piece, work.K);
-      const int n0 = begin(work.n_piece, work.N), n1 = Block<E>::Min(n0 + work.n_piece, work.N);
-      const auto sum_u = [&] {
-        block.SumPieces(work.scratch + tile * work.pieces * kTile * work.r_size, work.r_size, block.u, block.u_stride);
-      };
-      if (step == kReduce) block.Reduce(k0, k1, work.scratch + item * kTile * work.r_size, work.r_size);
-      if (step == kForward) {
-        if (!work.filter_base && work.r_size) sum_u();
-        block.Forward(n0, n1, v_pieces + item * kTile * work.v_size, work.v_size);
-      }
-      if (step == kApply) {
-        if (work.r_size) sum_u();
-        if (work.v_size) {
-          block.SumPieces(v_pieces + tile * work.pieces * kTile * work.v_size, work.v_size, block.v, block.v_stride);
-          block.Score();
-        }
-        block.Apply(n0, n1);
-      }
+  const int64_t item = blockIdx.x, tile = item / work.pieces;
+  const int piece = static_cast<int>(item % work.pieces);
+  const Block<E> block(work, tile, SharedMemory());
+  const auto bound = [](int64_t column, int columns) { return static_cast<int>(column < columns ? column : columns); };
+  const int n0 = bound(int64_t{piece} * work.n_piece, work.N), n1 = bound(int64_t{n0} + work.n_piece, work.N);
+  float* const u_pieces = work.scratch;
+  float* const v_pieces = u_pieces + work.tiles * work.pieces * kTile * work.r_size;
+  const auto sum_u = [&] {
+    if (!work.r_size) return;
+    block.SumPieces(u_pieces + tile * work.pieces * kTile * work.r_size, work.r_size, block.u, block.u_stride);
+  };
+  if (work.steps & kReduce) {
+    const int k0 = bound(int64_t{piece} * work.k_piece, work.K), k1 = bound(int64_t{k0} + work.k_piece, work.K);
+    block.Reduce(k0, k1, u_pieces + item * kTile * work.r_size, work.r_size);
+    if (work.steps != kReduce) cooperative_groups::this_grid().sync();
+  }
+  if (work.steps & kForward) {
+    if (!work.filter_base) sum_u();
+    block.Forward(n0, n1, v_pieces + item * kTile * work.v_size, work.v_size);
+    if (work.steps & kApply) cooperative_groups::this_grid().sync();
+  }
+  if (work.steps & kApply) {
+    sum_u();
+    if (work.v_size) {
+      block.SumPieces(v_pieces + tile * work.pieces * kTile * work.v_size, work.v_size, block.v, block.v_stride);
+      block.Score();
     }
+    block.Apply(n0, n1);
   }
 }
 

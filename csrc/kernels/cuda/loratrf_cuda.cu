@@ -11,8 +11,9 @@
 namespace loratrf {
 namespace {
 
-// A failed call of the CUDA runtime, as a Status.
+// A failed call of the CUDA runtime, as a Status. What can be forgotten is, so that the next call has a chance.
 Status Failed(cudaError_t error, CudaFault* fault) {
+  cudaGetLastError();
   fault->message = cudaGetErrorString(error);
   return Status::kDevice;
 }
@@ -29,6 +30,8 @@ Status CheckCall(const CudaCall& call, CudaFault* fault) {
   if (call.batch < 0 || call.tokens < 0 || call.R < 0 || call.F < 0 || call.S < 0) return Status::kBadSize;
   if (call.N < 1 || call.N > most || call.K > most || (call.R && call.K < 1)) return Status::kBadSize;
   if (!grouped && (call.batch != 1 || call.S != 1 || call.R + call.F < 1)) return Status::kBadSize;
+  // A block for each tile.
+  if (call.tokens > INT_MAX / kRows * kTile) return Status::kBadSize;
   if (call.R > kMaxCudaRank || call.F > kMaxCudaRank) return Status::kRankTooHigh;
   for (int64_t row = 0; grouped && row < call.batch; ++row) {
     if (call.adapter_ids[row] >= -1 && call.adapter_ids[row] < call.S) continue;
@@ -47,6 +50,13 @@ Status CheckPointers(const CudaCall& call) {
 
 size_t SharedBytes(const Work& work) { return SharedFloats(work.r_size, work.v_size) * sizeof(float); }
 
+// Beyond 48 KiB, which only ranks over 200 need, a kernel has to ask.
+template <class Kernel>
+cudaError_t AskForShared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // The most blocks of `kernel` that the device holds at once.
 template <class Kernel>
 cudaError_t ResidentBlocks(Kernel kernel, size_t shared_bytes, int64_t* blocks) {
@@ -56,12 +66,7 @@ cudaError_t ResidentBlocks(Kernel kernel, size_t shared_bytes, int64_t* blocks) 
       error != cudaSuccess) {
     return error;
   }
-  // Beyond 48 KiB, which only ranks over 200 need, a kernel has to ask.
-  if (shared_bytes > 48 * 1024) {
-    const int bytes = static_cast<int>(shared_bytes);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (cudaError_t error = AskForShared(kernel, shared_bytes); error != cudaSuccess) return error;
   const cudaError_t error =
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, shared_bytes);
   *blocks = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
@@ -73,7 +78,7 @@ int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 // The launch of batch rows [first, first + rows), without its scratch. Fewer tiles than half of the blocks that the
 // device holds are cut into pieces of at least a chunk for each warp.
 template <class E>
-Status MakeWork(const CudaCall& call, int64_t first, int64_t rows, Work* work, int64_t* blocks, CudaFault* fault) {
+Status MakeWork(const CudaCall& call, int64_t first, int64_t rows, Work* work, CudaFault* fault) {
   const auto at = [](const void* data, int64_t elements) -> const void* {
     return data ? static_cast<const E*>(data) + elements : nullptr;
   };
@@ -94,10 +99,11 @@ Status MakeWork(const CudaCall& call, int64_t first, int64_t rows, Work* work, i
     work->slots[row] = call.adapter_ids ? static_cast<int32_t>(call.adapter_ids[first + row]) : 0;
   }
   work->pieces = 1;
-  LORATRF_CUDA_CHECK(ResidentBlocks(Split<E>, SharedBytes(*work), blocks));
+  int64_t blocks = 0;
+  LORATRF_CUDA_CHECK(ResidentBlocks(Split<E>, SharedBytes(*work), &blocks));
   const int64_t width = kWarps * kChunk<E>;
   const int64_t most = CeilDiv(call.K > call.N && call.R ? call.K : call.N, width);
-  const int64_t share = *blocks / work->tiles;
+  const int64_t share = blocks / work->tiles;
   if (work->steps != kApply && share > 1 && most > 1) work->pieces = static_cast<int>(share < most ? share : most);
   work->k_piece = RoundUp(CeilDiv(call.K, work->pieces), kChunk<E>);
   work->n_piece = RoundUp(CeilDiv(call.N, work->pieces), kChunk<E>);
@@ -110,20 +116,16 @@ size_t ScratchBytes(const Work& work) {
 }
 
 template <class E>
-Status Launch(Work work, int64_t blocks, cudaStream_t stream, CudaFault* fault) {
+Status Launch(Work work, cudaStream_t stream, CudaFault* fault) {
   void* arguments[] = {&work};
   const size_t shared = SharedBytes(work);
-  const auto grid = [](int64_t items, int64_t most) {
-    return dim3(static_cast<unsigned>(items < most ? items : most));
-  };
+  const dim3 grid(static_cast<unsigned>(work.tiles * work.pieces));
   if (work.pieces == 1) {
-    LORATRF_CUDA_CHECK(ResidentBlocks(Tiles<E>, shared, &blocks));
-    LORATRF_CUDA_CHECK(
-        cudaLaunchKernel(Tiles<E>, grid(work.tiles, INT_MAX), dim3(kThreads), arguments, shared, stream));
+    LORATRF_CUDA_CHECK(AskForShared(Tiles<E>, shared));
+    LORATRF_CUDA_CHECK(cudaLaunchKernel(Tiles<E>, grid, dim3(kThreads), arguments, shared, stream));
     return Status::kOk;
   }
-  const dim3 resident = grid(work.tiles * work.pieces, blocks);
-  const cudaError_t error = cudaLaunchCooperativeKernel(Split<E>, resident, dim3(kThreads), arguments, shared, stream);
+  const cudaError_t error = cudaLaunchCooperativeKernel(Split<E>, grid, dim3(kThreads), arguments, shared, stream);
   if (error == cudaSuccess) return Status::kOk;
   if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return Failed(error, fault);
   // Part of the device is taken (by MPS, say): the barriers become the ends of launches.
@@ -132,7 +134,7 @@ Status Launch(Work work, int64_t blocks, cudaStream_t stream, CudaFault* fault) 
   for (int step = kReduce; step <= kApply; step *= 2) {
     work.steps = steps & step;
     if (!work.steps) continue;
-    LORATRF_CUDA_CHECK(cudaLaunchKernel(Split<E>, resident, dim3(kThreads), arguments, shared, stream));
+    LORATRF_CUDA_CHECK(cudaLaunchKernel(Split<E>, grid, dim3(kThreads), arguments, shared, stream));
   }
   return Status::kOk;
 }
@@ -145,8 +147,7 @@ Status ScratchSizeOf(const CudaCall& call, size_t* bytes, CudaFault* fault) {
   const int64_t last = (call.batch - 1) / kRows * kRows;
   for (int64_t first : {int64_t{0}, last}) {
     Work work;
-    int64_t blocks;
-    const Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, &blocks, fault);
+    const Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, fault);
     if (status != Status::kOk) return status;
     if (ScratchBytes(work) > *bytes) *bytes = ScratchBytes(work);
   }
@@ -158,12 +159,11 @@ Status RunTyped(const CudaCall& call, void* scratch, cudaStream_t stream, CudaFa
   LORATRF_CUDA_CHECK(cudaPeekAtLastError());
   for (int64_t first = 0; first < call.batch; first += kRows) {
     Work work;
-    int64_t blocks;
-    Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, &blocks, fault);
+    Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, fault);
     if (status != Status::kOk) return status;
     if (ScratchBytes(work) && !scratch) return Status::kNullPointer;
     work.scratch = static_cast<float*>(scratch);
-    status = Launch<E>(work, blocks, stream, fault);
+    status = Launch<E>(work, stream, fault);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
