@@ -115,6 +115,6 @@ def test_public_names() -> None:
         "read_adapter",
     ]
     assert loratrf_deploy.__version__ == metadata.version("loratrf-deploy")
-    assert sorted(loratrf_deploy.export.__all__) == ["ExportResult", "export_adapter"]
+    assert sorted(loratrf_deploy.export.__all__) == ["ExportResult", "export_adapter", "export_grouped"]
     for module in (loratrf_deploy, loratrf_deploy.export):
         assert all(hasattr(module, name) for name in module.__all__)

@@ -302,6 +302,7 @@ def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tm
     assert inspect_path(folder)["swappable"] == {
         "default": "base",
         "weights": 22,
+        "slots": {},
         "files": [adapter_file(exported).name],
         "other_files": ["foreign.onnx_adapter"],
     }
