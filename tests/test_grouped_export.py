@@ -249,7 +249,10 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
     for more, problem in (
         (["--adapter", str(a)], "holds several adapters (mixed rows, b)"),
         (["--adapters", f"b={b}"], "holds the adapters mixed rows, b, and was to be compared with b"),
-        (["--adapters", f"b={b}", f"mixed rows={a}", "--inputs", str(out)], "--inputs goes with --adapter"),
+        (
+            ["--adapters", f"b={b}", f"mixed rows={a}", "--inputs", str(out)],
+            "--inputs and --providers go with --adapter",
+        ),
     ):
         assert parity_cli.main(["--model", str(out), *more, "--base-model", str(base)]) == 2
         assert problem in capsys.readouterr().err
