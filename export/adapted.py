@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter import Adapter, LayerAdapter
 from ..runtime_weights import LAYER_PARTS
-from ..schemas import DOMAIN, FUNCTIONS, OPS, VERSION
+from ..schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPS, VERSION
 
 __all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of"]
 
@@ -41,7 +41,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.base_layer(x)
-        inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != "adapter_ids"]
+        inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != ADAPTER_IDS]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from .. import __version__
 from ..adapter import Adapter, LayerAdapter, read_adapter
 from ..adapter_file import adapter_facts, file_facts, write_adapter_file
@@ -108,34 +110,54 @@ def export_adapter(
             f"The adapter {adapter} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the operators take."
             + (" Export it merged: --mode merged." if mode == "separate" else "")
         )
-    with written_aside(out) as aside:
-        model = aside / out.name
-        clock = Clock(step)
-        with quiet():
-            options = _Options(mode, swappable, dtype, device, opset, quantize, bundle_library, check)
-            manifest = _write_model(loaded, base_model, model, clock, options)
-            write_manifest(aside, manifest)
-            report = None
-            if check:
-                from ..parity import check_parity
+    options = _Options(mode, swappable, dtype, device, opset, quantize, bundle_library, check)
 
+    def write(model: Path, clock: Clock) -> dict[str, Any]:
+        return _write_model(loaded, base_model, model, clock, options)
+
+    def prove(model: Path, manifest: dict[str, Any]) -> ParityReport:
+        from ..parity import check_parity
+        from .model import GENERATION
+
+        proven_on = "cpu" if manifest["task"] == GENERATION else device
+        return check_parity(model, Path(adapter), base_model, device=proven_on)
+
+    return write_proven(out, write, prove if check else None, step)
+
+
+def write_proven(
+    out: Path,
+    write: Callable[[Path, Clock], dict[str, Any]],
+    prove: Callable[[Path, dict[str, Any]], ParityReport] | None,
+    step: Callable[[str], None],
+) -> ExportResult:
+    """Writes a model aside, proves it, and moves it into place with its manifest.
+
+    `write` writes the model and what belongs to it beside the path that it is given, and returns the manifest; `prove`
+    is given both, None skips the proof. Raises ParityFailed where the proof fails, UserError where `out` can't be
+    written; then nothing is left behind.
+    """
+    with written_aside(out) as aside:
+        model, clock = aside / out.name, Clock(step)
+        report = None
+        with quiet():
+            manifest = write(model, clock)
+            _write_manifest(aside, manifest)
+            if prove:
                 gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
-                report = check_parity(
-                    model, Path(adapter), base_model, device="cpu" if "quantize" in manifest else device
-                )
+                report = prove(model, manifest)
                 if not report.passed:
                     raise ParityFailed(report)
                 manifest["parity"] = report.summary()
         clock("writing")
-        write_manifest(aside, manifest)
+        _write_manifest(aside, manifest)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes loratrf.json."""
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -167,20 +189,21 @@ def _write_model(
     clock("loading the base model")
     base = load_base(adapter, base_model)
     write = _write_generating if base.task == GENERATION else _write_encoder
-    manifest = write(adapter, base, out, clock, options)
+    manifest, values = write(adapter, base, out, clock, options)
     manifest["adapter"] = {
         **adapter_facts(adapter),
         "filter_input": adapter.filter_input,
         "parameters": sum(layer.parameters for layer in adapter.layers.values()),
     }
-    if swappable := manifest.get("swappable"):
-        values = swappable.pop("values")
-        write_adapter_file(out.with_name(swappable["file"]), values, file_facts(adapter, manifest))
+    if values:
+        write_adapter_file(out.with_name(manifest["swappable"]["file"]), values, file_facts(adapter, manifest))
     return manifest
 
 
-def _write_generating(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options) -> dict[str, Any]:
-    """Writes a causal language model; returns the manifest, without what it says of the adapter."""
+def _write_generating(
+    adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Writes a causal language model; returns the manifest without what it says of the adapter, and no weights."""
     import onnx_ir as ir
 
     from .genai import write_genai
@@ -211,11 +234,13 @@ def _write_generating(adapter: Adapter, base: BaseModel, out: Path, clock: Clock
     )
     manifest = common_facts(base, out, options.mode, options.dtype, ir.load(out).opset_imports[""])
     manifest["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
-    return manifest | {"quantize": options.quantize, "device": options.device, "layers": layers}
+    return manifest | {"quantize": options.quantize, "device": options.device, "layers": layers}, {}
 
 
-def _write_encoder(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options) -> dict[str, Any]:
-    """Writes any other model; returns the manifest, without what it says of the adapter."""
+def _write_encoder(
+    adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: _Options
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Writes any other model; returns the manifest without what it says of the adapter, and its run-time weights."""
     import onnx_ir as ir
     import torch
 
@@ -242,8 +267,8 @@ def _write_encoder(adapter: Adapter, base: BaseModel, out: Path, clock: Clock, o
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, adapter, out.parent)
-    manifest = common_facts(base, out, options.mode, dtype, opset)
-    return manifest | {"layers": layers} | ({"swappable": swap.facts | {"values": swap.values}} if swap else {})
+    manifest = common_facts(base, out, options.mode, dtype, opset) | {"layers": layers}
+    return (manifest | {"swappable": swap.facts}, swap.values) if swap else (manifest, {})
 
 
 def check_dtype(dtype: str, device: str = "cpu") -> None:

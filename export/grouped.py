@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,33 +12,31 @@ import numpy as np
 from .._adapter_files import some
 from ..adapter import Adapter, LayerAdapter, check_fits, read_adapter
 from ..adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
-from ..cli import quiet
 from ..errors import UserError
 from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
-from ..schemas import DOMAIN, MAX_RANK
+from ..schemas import ADAPTER_IDS, DOMAIN, MAX_RANK
 from ..slots import Slots
 from .exporter import (
     Clock,
     ExportResult,
-    ParityFailed,
     check_opset,
     collector_off,
     common_facts,
     traced_inputs,
     write_companions,
-    write_manifest,
+    write_proven,
 )
-from .files import check_writable, written_aside
+from .files import check_writable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from ..parity import ParityReport
     from .model import BaseModel
 
 __all__ = ["export_grouped"]
 
-ADAPTER_IDS = "adapter_ids"
 _DTYPES = ("float32", "float16")
 
 
@@ -73,29 +70,17 @@ def export_grouped(
             )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     _check_together(loaded, base_model)
-    with written_aside(out) as aside:
-        model = aside / out.name
-        clock = Clock(step)
-        with quiet():
-            with collector_off():
-                manifest = _write_model(loaded, base_model, model, dtype, check_opset(opset), clock)
-            write_manifest(aside, manifest)
-            report = None
-            if check:
-                from ..parity_grouped import check_grouped_parity
+    opset = check_opset(opset)
 
-                gc.collect()  # as in export_adapter
-                clock("checking parity with PyTorch")
-                paths = {name: adapter.path for name, adapter in loaded.items()}
-                report = check_grouped_parity(model, paths, base_model)
-                if not report.passed:
-                    raise ParityFailed(report)
-                manifest["parity"] = report.summary()
-        clock("writing")
-        write_manifest(aside, manifest)
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    clock("done")
-    return ExportResult(out, manifest, report, sizes, clock.seconds)
+    def write(model: Path, clock: Clock) -> dict[str, Any]:
+        return _write_model(loaded, base_model, model, dtype, opset, clock)
+
+    def prove(model: Path, _: dict[str, Any]) -> ParityReport:
+        from ..parity_grouped import check_grouped_parity
+
+        return check_grouped_parity(model, {name: adapter.path for name, adapter in loaded.items()}, base_model)
+
+    return write_proven(out, write, prove if check else None, step)
 
 
 def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | None) -> None:
@@ -157,9 +142,10 @@ def _write_model(
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
     clock("tracing")
-    program = trace(base.model, inputs, opset)
-    _add_adapter_ids(program.graph)
-    finish(program, opset)
+    with collector_off():
+        program = trace(base.model, inputs, opset)
+        _add_adapter_ids(program.graph)
+        finish(program, opset)
     _check_batch_rows(program.graph)
     weights_to_inputs(program.graph, {weight.name: ("slots", *weight.shape) for weight in weights}, slots.values)
     clock("writing")

@@ -18,6 +18,7 @@ from ._resident import BoundWeights, Slot, SlotBank
 from .adapter_file import AdapterFile, read_adapter_file
 from .errors import UserError
 from .runtime_weights import check_matches, read_swappable
+from .schemas import ADAPTER_IDS
 from .session import create_session
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ __all__ = ["AdapterInfo", "AdapterSession"]
 
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where an execution provider keeps its weights; the others work in host memory."""
-ADAPTER_IDS = "adapter_ids"
-"""The graph input that says which slot each row uses."""
 
 
 @dataclass(frozen=True)

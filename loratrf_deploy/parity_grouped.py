@@ -27,6 +27,7 @@ from .parity import (
     versions,
 )
 from .runtime_weights import read_swappable
+from .schemas import ADAPTER_IDS
 
 if TYPE_CHECKING:
     from .export.model import BaseModel
@@ -83,7 +84,7 @@ def check_grouped_parity(
     slots = [*range(len(adapters)), -1]
     names = [*adapters, "id -1", "mixed rows"]
     plans = [_ids(batches, plan) for plan in (*([slot] for slot in slots), slots)]
-    fed = [batch | {"adapter_ids": rows} for ids in plans for batch, rows in zip(batches, ids, strict=True)]
+    fed = [batch | {ADAPTER_IDS: rows} for ids in plans for batch, rows in zip(batches, ids, strict=True)]
     runs: dict[str, list[Outputs] | UserError] = {}
     for library, variant in ((True, VARIANTS[0]), (False, VARIANTS[1])):
         step(f"running ONNX Runtime {variant}")

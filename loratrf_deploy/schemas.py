@@ -14,12 +14,25 @@ from .reference import EPSILON
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DOMAIN", "FILTER_INPUTS", "FUNCTIONS", "MAX_RANK", "OPS", "TYPES", "VERSION", "OpSchema", "function_body"]
+__all__ = [
+    "ADAPTER_IDS",
+    "DOMAIN",
+    "FILTER_INPUTS",
+    "FUNCTIONS",
+    "MAX_RANK",
+    "OPS",
+    "TYPES",
+    "VERSION",
+    "OpSchema",
+    "function_body",
+]
 
 DOMAIN = "com.loratrf"
 VERSION = 1
 TYPES = ("float32", "float16", "bfloat16")
 FILTER_INPUTS = ("adapted", "base")
+ADAPTER_IDS = "adapter_ids"
+"""The input that says which slot each batch row uses: of the grouped operators, and of a grouped model's graph."""
 MAX_RANK = 1024
 """Highest rank and filter rank that the kernels take."""
 
@@ -51,7 +64,7 @@ OPS: dict[str, OpSchema] = {
         # Weights have a leading S. A layer without a low-rank half has R = 0, one without a filter F = 0.
         OpSchema(
             "GroupedLoraTrf",
-            ("base", "x", "A", "B", "tau", "C", "D", "adapter_ids"),
+            ("base", "x", "A", "B", "tau", "C", "D", ADAPTER_IDS),
             {"filter_input": "adapted"},
             "y[row] = LoraTrf with the weights of slot adapter_ids[row]; base[row] for id -1",
         ),
@@ -62,7 +75,7 @@ OPS: dict[str, OpSchema] = {
 FUNCTIONS: dict[str, OpSchema] = OPS | {
     "GroupedLinear": OpSchema(
         "GroupedLinear",
-        ("base", "x", "W", "b", "adapter_ids"),
+        ("base", "x", "W", "b", ADAPTER_IDS),
         {},
         "y[row] = x W[id]ᵀ + b[id] with id = adapter_ids[row]; base[row] for id -1",
     )
@@ -84,7 +97,7 @@ def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Func
         raise ValueError(f"filter_input is {filter_input!r}, expected one of {FILTER_INPUTS}")
     body = _Body()
     inputs = {name: ir.Value(name=name) for name in schema.inputs}
-    if "adapter_ids" in inputs:
+    if ADAPTER_IDS in inputs:
         output = body.by_row(inputs, filter_input)
     else:
         result = body.adapted({name: body.wide(value) for name, value in inputs.items()}, filter_input)
@@ -140,7 +153,7 @@ class _Body:
         """The rows that have an adapter, each with its own slot's weights, put in the place of theirs in base."""
         batch = self.op("Slice", self.op("Shape", inputs["base"]), self.constant([0]), self.constant([1]))
         # Fails where there isn't one id per row: rows without any would pass for the base's.
-        ids = self.op("Reshape", inputs["adapter_ids"], batch, allowzero=1)
+        ids = self.op("Reshape", inputs[ADAPTER_IDS], batch, allowzero=1)
         named = self.op("Not", self.op("Equal", ids, self.constant(-1)))
         rows = self.op("Squeeze", self.op("NonZero", named), self.constant([0]))
         chosen = self.op("Gather", ids, rows)
