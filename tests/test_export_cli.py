@@ -244,3 +244,17 @@ def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -
     assert "not checked" in again.stdout
     assert json.loads((out.parent / "loratrf.json").read_text())["mode"] == "separate"
     assert not list(out.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["adapter", "adapters"])
+def test_a_failed_proof_writes_nothing(several, capsys, adapter, tmp_path, monkeypatch) -> None:
+    from loratrf_deploy import parity
+
+    monkeypatch.setitem(parity.TOLERANCES, "float32", 1e-12)
+    base, folder = adapter
+    which = ["--adapters", f"a={folder}"] if several else ["--adapter", str(folder)]
+    out = tmp_path / "out" / "model.onnx"
+    assert main([*which, "--base-model", str(base), "--out", str(out)]) == 1
+    assert "nothing was written" in capsys.readouterr().err
+    assert not out.parent.exists()
+    assert not list(tmp_path.glob(".loratrf-export-*"))
