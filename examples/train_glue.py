@@ -31,7 +31,7 @@ METHODS = ("loratrf", "lora", "dora", "head")
 TARGETS = "query,value,attention.output.dense,output.dense"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=glue.TASKS, default="sst2")
     parser.add_argument("--method", choices=METHODS, default="loratrf")
@@ -39,20 +39,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=glue.DATA)
     parser.add_argument("--base", type=Path, help="base model folder (default: all-MiniLM-L6-v2 from its package)")
     parser.add_argument("--base-name", default=minilm.BASE_NAME, help="the base's name in the adapter's config")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="at most")
+    parser.add_argument("--patience", type=int, default=2, help="epochs without a better held-out score to stop at")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=8)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--targets", default=TARGETS, help="names of modules, by commas")
+    parser.add_argument("--filter-targets", help="names of modules that get a filter (default: those of --targets)")
     parser.add_argument("--filter-rank", type=int, default=4)
     parser.add_argument("--filter-gamma", type=float, default=1.0)
     parser.add_argument("--filter-input", choices=("adapted", "base"), default="adapted")
     parser.add_argument("--filter-start", choices=("data", "bias", "random"), default="data", help="tau at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="training rows to use (default: all)")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def adapter_config(options: argparse.Namespace) -> Any:
@@ -71,6 +73,7 @@ def adapter_config(options: argparse.Namespace) -> Any:
     if options.method == "loratrf":
         return LoraTrfConfig(
             **shared,
+            filter_target_modules=options.filter_targets.split(",") if options.filter_targets else None,
             filter_rank=options.filter_rank,
             filter_gamma=options.filter_gamma,
             filter_input=options.filter_input,
@@ -137,6 +140,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             eval_dataset=held_out,  # type: ignore[arg-type]
             data_collator=collate,
             compute_metrics=lambda output: glue.scores(output.predictions.argmax(-1), output.label_ids),
+            callbacks=[transformers.EarlyStoppingCallback(options.patience)],
         )
         started = time.perf_counter()
         trainer.train()
@@ -148,7 +152,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         config.base_model_name_or_path = options.base_name
         # The vocabulary is the base's own; without the word PEFT would go looking for the base on the hub.
         model.save_pretrained(options.out, save_embedding_layers=False)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = {name: part.numel() for name, part in model.named_parameters() if part.requires_grad}
+    head = sum(count for name, count in trained.items() if "classifier" in name)
     hidden = {"out", "data", "base", "base_name", "task", "method"}
     if options.method != "loratrf":
         hidden |= {name for name in vars(options) if name.startswith("filter_")}
@@ -161,7 +166,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "held_out_by_epoch": [round(value, 4) for value in history],
         "chosen_epoch": int(np.argmax(history)) + 1,
         "rows": {"training": len(training), "held_out": len(held_out)},
-        "trained_parameters": trained,
+        "trained_parameters": {"adapter": sum(trained.values()) - head, "head": head},
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "settings": {name: value for name, value in vars(options).items() if name not in hidden},
@@ -179,6 +184,7 @@ def model_card(results: dict[str, Any]) -> str:
     settings = " ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in results["settings"].items() if value is not None
     )
+    trained = results["trained_parameters"]
     scores = ", ".join(f"{name} {value}" for name, value in results["dev"].items())
     rows = sum(results["rows"].values())
     return f"""---
@@ -190,7 +196,8 @@ library_name: peft
 
 Dev set, looked at once after training: {scores}.
 Epoch {results["chosen_epoch"]} of {len(results["held_out_by_epoch"])}, chosen on a held-out tenth of {rows} training
-rows; {results["trained_parameters"]} trained parameters, {results["seconds"]} s on {results["threads"]} CPU threads.
+rows; {trained["adapter"]} trained parameters and the head's {trained["head"]}; {results["seconds"]} s on
+{results["threads"]} CPU threads.
 
 Made with
 
