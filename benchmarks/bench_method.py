@@ -1,12 +1,12 @@
 """The method's own claim: does LoRATRF, with a third fewer parameters than LoRA, score as well or better?
 
     python benchmarks/bench_method.py --train [CONFIG ...] [--processes 2]    # trains what has no record yet
-    python benchmarks/bench_method.py                                         # tables and pictures from the records
+    python benchmarks/bench_method.py [--figures docs]                        # tables (and pictures) from the records
 
-MiniLM on RTE, MRPC, CoLA and SST-2 with examples/train_glue.py. Configurations are chosen by the held-out tenth of
-train on CHOICE_TASKS with a seed of its own, and their dev scores are never recorded; those compared are trained on
-every task with three seeds. One run after another is appended to method.jsonl, so a stopped --train goes on where it
-was. Each process has one thread.
+MiniLM on RTE, MRPC, CoLA and SST-2 with examples/train_glue.py, one thread a process. One run after another is appended
+to method.jsonl, so that a stopped --train goes on where it was; its adapters are kept in build/method. CHOICES were
+chosen from by the held-out tenth of CoLA's train, with a seed of their own; their dev scores are not recorded. COMPARED
+are trained on every task with three seeds, ABLATIONS on CoLA.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ ADAPTERS = ROOT / "build" / "method"
 sys.path.insert(0, str(ROOT / "examples"))
 
 EPOCHS = {"rte": 5, "mrpc": 4, "cola": 4, "sst2": 3}
-METRICS = {"rte": "accuracy", "mrpc": "accuracy", "cola": "matthews", "sst2": "accuracy"}
 SEEDS = (0, 1, 2)
-CHOICE_TASKS = ("cola", "mrpc")
 CHOICE_SEED = 100
 
 
@@ -44,32 +42,73 @@ class Config:
     fixed_s: bool = False
 
 
-TARGETS = "query,value,attention.output.dense,output.dense,pooler.dense"
-SHARED = f"--dropout 0 --batch 16 --learning-rate 5e-4 --targets {TARGETS}"
-LORA = f"{SHARED} --method lora"
-TRF = f"{SHARED} --method loratrf"
+BLOCKS = "--dropout 0 --targets query,value,attention.output.dense,output.dense"
+SHARED = f"{BLOCKS},pooler.dense"
+BATCH = "--batch 16 --learning-rate"
+LORA = f"{SHARED} --method lora --rank 8 --alpha 16"
+TRF = f"{SHARED} --method loratrf {BATCH} 5e-4"
+HALVES = f"{TRF} --rank 4 --alpha 8"
 
-REFERENCE = "LoRA R=8"
-BEST = "LoRATRF"
-COMPARED: dict[str, Config] = {
-    REFERENCE: Config(f"{LORA} --rank 8 --alpha 16"),
-    BEST: Config(f"{TRF} --rank 4 --alpha 8 --filter-rank 1 --filter-gamma 8"),
-    "LoRA R=4": Config(f"{LORA} --rank 4 --alpha 8"),
+REFERENCE, BEST = "LoRA R=8", "LoRATRF"
+COMPARED = {
+    REFERENCE: Config(f"{LORA} {BATCH} 5e-4"),
+    BEST: Config(f"{HALVES} --filter-rank 1 --filter-gamma 8"),
+    "LoRA R=4": Config(f"{SHARED} --method lora {BATCH} 5e-4 --rank 4 --alpha 8"),
+    "LoRA R=2": Config(f"{SHARED} --method lora {BATCH} 5e-4 --rank 2 --alpha 4"),
+    "DoRA R=4": Config(f"{SHARED} --method dora {BATCH} 5e-4 --rank 4 --alpha 8"),
+    "head alone": Config(f"--method head {BATCH} 5e-4"),
 }
-CHOICES: dict[str, Config] = {}
+ABLATIONS = {
+    "s = 1": Config(COMPARED[BEST].arguments, fixed_s=True),
+    "τ random": Config(f"{COMPARED[BEST].arguments} --filter-start random"),
+    "τ along the bias": Config(f"{COMPARED[BEST].arguments} --filter-start bias"),
+    "filter_input base": Config(f"{COMPARED[BEST].arguments} --filter-input base"),
+    "γ = 1": Config(f"{HALVES} --filter-rank 1 --filter-gamma 1"),
+}
+OUTPUTS = "--filter-targets attention.output.dense,output.dense,pooler.dense"
+CHOICES = {
+    "LoRA R=8, no pooler, batch 32, 1e-3": Config(f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 1e-3"),
+    "LoRA R=8, no pooler, batch 32, 3e-3": Config(f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 3e-3"),
+    "LoRA R=8, batch 32, 2e-3": Config(f"{LORA} --learning-rate 2e-3"),
+    "LoRA R=8, batch 32, 4e-3": Config(f"{LORA} --learning-rate 4e-3"),
+    "LoRA R=8, 1e-3": Config(f"{LORA} {BATCH} 1e-3"),
+    "LoRA R=8, 5e-4": Config(f"{LORA} {BATCH} 5e-4"),
+    "LoRA R=8, 2.5e-4": Config(f"{LORA} {BATCH} 2.5e-4"),
+    "R=4, F=2 on outputs, γ=1": Config(f"{HALVES} {OUTPUTS} --filter-rank 2"),
+    "R=4, F=2 on outputs, γ=8": Config(f"{HALVES} {OUTPUTS} --filter-rank 2 --filter-gamma 8"),
+    "R=4, F=1 everywhere, γ=1": Config(f"{HALVES} --filter-rank 1"),
+    "R=4, F=1 everywhere, γ=8": Config(f"{HALVES} --filter-rank 1 --filter-gamma 8"),
+    "R=3, F=2 everywhere, γ=8": Config(f"{TRF} --rank 3 --alpha 6 --filter-rank 2 --filter-gamma 8"),
+}
 
 
-def adapter_folder(name: str, task: str, seed: int) -> Path:
-    return ADAPTERS / name.replace(" ", "-") / f"{task}-{seed}"
+@dataclass(frozen=True)
+class Run:
+    name: str
+    config: Config
+    task: str
+    seed: int
+
+    @property
+    def arguments(self) -> str:
+        """What decides the run, and what its record is found by."""
+        return f"{self.config.arguments} --task {self.task} --seed {self.seed} --epochs {EPOCHS[self.task]}"
+
+    @property
+    def folder(self) -> Path:
+        return ADAPTERS / self.name.replace(" ", "-") / f"{self.task}-{self.seed}"
 
 
-def settings(config: Config, task: str, seed: int) -> list[str]:
-    """What decides a run, and what its record is found by."""
-    return [*config.arguments.split(), "--task", task, "--seed", str(seed), "--epochs", str(EPOCHS[task])]
+def runs() -> list[Run]:
+    return [
+        *(Run(name, config, "cola", CHOICE_SEED) for name, config in CHOICES.items()),
+        *(Run(name, config, task, seed) for seed in SEEDS for name, config in COMPARED.items() for task in EPOCHS),
+        *(Run(name, config, "cola", seed) for seed in SEEDS for name, config in ABLATIONS.items()),
+    ]
 
 
-def train(name: str, config: Config, task: str, seed: int, arguments: list[str]) -> dict[str, Any]:
-    """One run in a process of its own; returns its record."""
+def train(run: Run) -> dict[str, Any]:
+    """Trains one adapter in this process; returns its record."""
     import torch
     import train_glue
 
@@ -77,55 +116,51 @@ def train(name: str, config: Config, task: str, seed: int, arguments: list[str])
 
     torch.set_num_threads(1)
     score = _peft_layer.filter_score
-    if config.fixed_s:
+    if run.config.fixed_s:
         _peft_layer.filter_score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)
     try:
-        out = adapter_folder(name, task, seed)
-        results = train_glue.train(train_glue.arguments([*arguments, "--out", str(out)]))
+        results = train_glue.run(train_glue.arguments([*run.arguments.split(), "--out", str(run.folder)]))
     finally:
         _peft_layer.filter_score = score
-    metric = METRICS[task]
     record = {
-        "config": name,
-        "task": task,
-        "seed": seed,
-        "arguments": " ".join(arguments),
+        "config": run.name,
+        "task": run.task,
+        "seed": run.seed,
+        "arguments": run.arguments,
         "parameters": results["trained_parameters"]["adapter"],
         "held_out": results["held_out_by_epoch"],
         "seconds": results["seconds"],
     }
-    if name in COMPARED:
-        record["dev"] = results["dev"][metric]
-    return record
+    return record if run.seed == CHOICE_SEED else record | {"dev": results["dev"][results["metric"]]}
 
 
-def records() -> dict[tuple[str, str], dict[str, Any]]:
-    """(configuration, arguments) -> record."""
+def records() -> list[dict[str, Any]]:
     lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    return {(record["config"], record["arguments"]): record for record in map(json.loads, lines)}
-
-
-def runs() -> list[tuple[str, Config, str, int]]:
-    compared = [(name, config, task, seed) for seed in SEEDS for name, config in COMPARED.items() for task in EPOCHS]
-    choices = [(name, config, task, CHOICE_SEED) for task in CHOICE_TASKS for name, config in CHOICES.items()]
-    return [*choices, *compared]
+    return [json.loads(line) for line in lines]
 
 
 def train_missing(names: list[str], processes: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    done = records()
-    wanted = []
-    for name, config, task, seed in runs():
-        arguments = settings(config, task, seed)
-        if (name, " ".join(arguments)) not in done and (not names or name in names):
-            wanted.append((name, config, task, seed, arguments))
+    done = {(record["config"], record["arguments"]) for record in records()}
+    wanted = [run for run in runs() if (run.name, run.arguments) not in done and (not names or run.name in names)]
     print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for run in as_completed([pool.submit(train, *run) for run in wanted]):
-            record = run.result()
+        for finished in as_completed([pool.submit(train, run) for run in wanted]):
             with RECORDS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
+                file.write(json.dumps(finished.result(), ensure_ascii=False) + "\n")
+            print(json.dumps(finished.result(), ensure_ascii=False), flush=True)
+
+
+def table(rows: list[dict[str, Any]], name: str, tasks: tuple[str, ...] = tuple(EPOCHS)) -> NDArray[np.float64] | None:
+    """Dev scores in percent of a configuration, (seeds, tasks); None while a run is missing."""
+    scores = {(row["seed"], row["task"]): 100 * row["dev"] for row in rows if row["config"] == name and "dev" in row}
+    if any((seed, task) not in scores for seed in SEEDS for task in tasks):
+        return None
+    return np.array([[scores[seed, task] for task in tasks] for seed in SEEDS])
+
+
+def size(rows: list[dict[str, Any]], name: str) -> int:
+    return next(row["parameters"] for row in rows if row["config"] == name)
 
 
 def compared(rows: list[dict[str, Any]]) -> str:
@@ -136,35 +171,46 @@ def compared(rows: list[dict[str, Any]]) -> str:
     ]
     for name in COMPARED:
         scores = table(rows, name)
-        if scores is None:
-            continue
-        parameters = next(row["parameters"] for row in rows if row["config"] == name)
-        reference = next(row["parameters"] for row in rows if row["config"] == REFERENCE)
-        cells = [f"{column.mean():.1f} ± {column.std(ddof=1):.1f}" for column in (*scores.T, scores.mean(1))]
-        lines.append(f"| {name} | {parameters} | {parameters / reference:.1%} | {' | '.join(cells)} |")
+        if scores is not None:
+            share = size(rows, name) / size(rows, REFERENCE)
+            cells = " | ".join(mean_and_deviation(column) for column in (*scores.T, scores.mean(1)))
+            lines.append(f"| {name} | {size(rows, name)} | {share:.1%} | {cells} |")
+    pair = table(rows, BEST), table(rows, REFERENCE)
+    if pair[0] is not None and pair[1] is not None:
+        difference = (pair[0] - pair[1]).mean(1)
+        error = difference.std(ddof=1) / len(SEEDS) ** 0.5
+        lines += [
+            "",
+            f"{BEST} - {REFERENCE}, mean of the four tasks: {difference.mean():+.2f} ± {error:.2f} (standard error)",
+        ]
     return "\n".join(lines)
 
 
-def table(rows: list[dict[str, Any]], name: str) -> NDArray[np.float64] | None:
-    """Dev scores in percent of a configuration, (seeds, tasks); None while a run is missing."""
-    scores = {(row["seed"], row["task"]): 100 * row["dev"] for row in rows if row["config"] == name}
-    if any((seed, task) not in scores for seed in SEEDS for task in EPOCHS):
-        return None
-    return np.array([[scores[seed, task] for task in EPOCHS] for seed in SEEDS])
+def mean_and_deviation(values: NDArray[np.float64]) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+
+
+def ablated(rows: list[dict[str, Any]]) -> str:
+    """Markdown: CoLA with one thing changed. Held-out is the best epoch's, as the choice of defaults sees it."""
+    lines = ["| configuration | trained | held out | dev |", "| --- | ---: | ---: | ---: |"]
+    for name in (BEST, "LoRA R=4", *ABLATIONS):
+        scores = table(rows, name, ("cola",))
+        if scores is not None:
+            held_out = [100 * max(row["held_out"]) for row in rows if (row["config"], row["task"]) == (name, "cola")]
+            cells = f"{mean_and_deviation(np.array(held_out))} | {mean_and_deviation(scores[:, 0])}"
+            lines.append(f"| {name} | {size(rows, name)} | {cells} |")
+    return "\n".join(lines)
 
 
 def chosen(rows: list[dict[str, Any]]) -> str:
-    """Markdown: held-out scores in percent of the configurations that were chosen from."""
-    lines = [
-        f"| configuration | trained | {' | '.join(CHOICE_TASKS)} |",
-        f"| --- | ---: | {'---: | ' * len(CHOICE_TASKS)}",
-    ]
+    """Markdown: held-out score in percent after each epoch of the configurations that were chosen from."""
+    lines = ["| configuration | trained | held out, CoLA, by epoch |", "| --- | ---: | --- |"]
     for name in CHOICES:
-        scores = {row["task"]: row for row in rows if row["config"] == name}
-        if scores:
-            cells = [f"{100 * scores[task]['held_out']:.1f}" if task in scores else "" for task in CHOICE_TASKS]
-            parameters = next(iter(scores.values()))["parameters"]
-            lines.append(f"| {name} | {parameters} | {' | '.join(cells)} |")
+        for row in rows:
+            if row["config"] == name:
+                lines.append(
+                    f"| {name} | {row['parameters']} | {', '.join(f'{100 * x:.1f}' for x in row['held_out'])} |"
+                )
     return "\n".join(lines)
 
 
@@ -178,8 +224,7 @@ def draw_scores(rows: list[dict[str, Any]], file: Path) -> None:
         scores = table(rows, name)
         if scores is None:
             continue
-        parameters = next(row["parameters"] for row in rows if row["config"] == name)
-        means = scores.mean(1)
+        parameters, means = size(rows, name), scores.mean(1)
         colour = {"loratrf": "tab:red", "lora": "tab:blue", "dora": "tab:green"}.get(method(config), "tab:gray")
         axes.errorbar(parameters / 1000, means.mean(), means.std(ddof=1), fmt="o", capsize=3, color=colour)
         axes.annotate(name, (parameters / 1000, means.mean()), xytext=(6, 6), textcoords="offset points", fontsize=8)
@@ -233,7 +278,7 @@ def draw_filters(name: str, file: Path) -> None:
 
     figure = Figure(figsize=(10, 8), layout="constrained")
     for axes, task in zip(figure.subplots(2, 2, sharey=True).flat, EPOCHS, strict=True):
-        scores = filter_scores(adapter_folder(name, task, SEEDS[0]), task)
+        scores = filter_scores(Run(name, COMPARED[name], task, SEEDS[0]).folder, task)
         quantiles = np.array([np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]) for values in scores.values()]).T
         place = np.arange(len(scores))
         axes.vlines(place, quantiles[0], quantiles[4], color="tab:red", alpha=0.3, linewidth=6)
@@ -256,14 +301,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="*", metavar="CONFIG", help="train these configurations (none named: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--figures", type=Path, help="folder for the pictures (needs matplotlib)")
     options = parser.parse_args()
     if options.train is not None:
         train_missing(options.train, options.processes)
         return 0
-    rows = list(records().values())
-    print(compared(rows), chosen(rows), sep="\n\n")
-    draw_scores(rows, ROOT / "docs" / "method-scores.svg")
-    draw_filters(BEST, ROOT / "docs" / "method-filters.svg")
+    rows = records()
+    print(compared(rows), ablated(rows), chosen(rows), sep="\n\n")
+    if options.figures:
+        draw_scores(rows, options.figures / "method-scores.svg")
+        draw_filters(BEST, options.figures / "method-filters.svg")
     return 0
 
 

@@ -207,16 +207,22 @@ Made with
 """
 
 
-def main() -> int:
-    options = arguments()
-    try:
-        results = train(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains; writes results.json and the model card beside the adapter."""
+    results = train(options)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (options.out / "README.md").write_text(model_card(results))
+    return results
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        results = run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(results, indent=2))
     return 0
 
