@@ -248,7 +248,9 @@ def _adapter(base: Path, path: Path, kind: str, rank: int) -> None:
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": names, "task_type": "CAUSAL_LM"}
-    config = LoraTrfConfig(filter_rank=rank, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+    config = (
+        LoraTrfConfig(filter_rank=rank, filter_gamma=1, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+    )
     adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

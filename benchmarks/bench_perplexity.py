@@ -61,7 +61,9 @@ def main() -> None:
 def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text: Path, steps: int) -> list[Any]:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": names, "task_type": "CAUSAL_LM"}
-    config = LoraTrfConfig(filter_rank=8, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+    config = (
+        LoraTrfConfig(filter_rank=8, filter_gamma=1, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+    )
     with quiet():
         model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
         _train(model, torch.tensor(tokenizer(prose)["input_ids"]), steps // 2, 2e-3)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU, nvcc and PyTorch: builds for that GPU, runs every GPU test against float64, times the
-# operators, and prints a short table last. Under 8 minutes; needs no network.
+# operators and BERT-base, and prints short tables last. Under 8 minutes; needs no network.
 #
 #   benchmarks/gpu_check.sh [python] [folder for logs and figures]
 #
-# ONNX Runtime's part runs where onnxruntime-gpu is installed, and is counted as skipped elsewhere.
+# ONNX Runtime's part runs where onnxruntime-gpu is installed, BERT-base where the `export` extra is too; they are counted
+# as skipped, or named as left out, elsewhere.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -31,8 +32,12 @@ if ! { cmake -S . -B "$out/cmake" $generator -DCMAKE_CUDA_ARCHITECTURES="$archit
   exit 1
 fi
 
-# The package beside its sources; the exporter is not needed here.
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# The package beside its sources, and the exporter where an installation would put it.
+package=$(readlink -f "$out")/package
+mkdir -p "$package/loratrf_deploy"
+ln -sf "$PWD"/loratrf_deploy/*.py "$PWD"/loratrf_deploy/*.so "$package/loratrf_deploy/"
+ln -sfn "$PWD/export" "$package/loratrf_deploy/export"
+export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"
 # Without pyproject.toml's pytest options, which need plugins that this machine may lack.
 timeout 240 "$python" -m pytest -q -ra -c /dev/null --rootdir "$PWD" -p no:cacheprovider tests/test_cuda.py >"$out/tests.log" 2>&1
 tests=$?
@@ -40,9 +45,19 @@ tests=$?
 timeout 200 "$python" benchmarks/bench_cuda.py --out "$out/bench.json" >"$out/bench.log" 2>&1
 bench=$?
 
+encoder=0
+if "$python" -c 'import onnxruntime, peft, transformers.exporters, sys
+sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers())' 2>/dev/null; then
+  timeout 120 "$python" benchmarks/bench_encoder.py --device cuda --out "$out/encoder.json" >"$out/encoder.log" 2>&1
+  encoder=$?
+else
+  echo "BERT-base is left out: it needs onnxruntime-gpu and the export extra" >"$out/encoder.log"
+fi
+
 [ $tests -eq 0 ] || grep -E "^(FAILED|ERROR|E  )" "$out/tests.log" | head -40
 [ $bench -eq 0 ] || tail -20 "$out/bench.log"
+[ $encoder -eq 0 ] || tail -20 "$out/encoder.log"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 tail -1 "$out/tests.log"
-cat "$out/bench.log"
-exit $((tests | bench))
+cat "$out/bench.log" "$out/encoder.log"
+exit $((tests | bench | encoder))

@@ -102,7 +102,7 @@ def score(options: argparse.Namespace) -> None:
     inputs = list(batches(options.model.parent, rows))
     first: NDArray | None = None
     print(f"{options.task} dev, {len(rows)} rows")
-    print(f"{'':20}{'accuracy':>10}{'F1':>8}{'Matthews':>10}{'rows/s':>8}  worst logit difference")
+    print(f"{'':20}{'accuracy':>10}{'F1':>8}{'Matthews':>10}{'rows/s':>8}  answers changed, worst logit difference")
     for name, run in models.items():
         run(inputs[0][1])
         logits = np.empty((len(rows), 2), np.float32)
@@ -112,7 +112,8 @@ def score(options: argparse.Namespace) -> None:
         speed = len(rows) / (time.perf_counter() - started)
         got = glue.scores(logits.argmax(-1), labels)
         first = logits if first is None else first
-        difference = "" if first is logits else f"{np.abs(logits - first).max():.1e}"
+        changed = np.count_nonzero(logits.argmax(-1) != first.argmax(-1))
+        difference = "" if first is logits else f"{changed}, {np.abs(logits - first).max():.1e}"
         print(
             f"{name:20}{got['accuracy']:10.4f}{got['f1']:8.4f}{got['matthews']:10.4f}{speed:8.0f}  {difference}",
             flush=True,

@@ -138,7 +138,7 @@ def make_adapter(
     if kind == "loratrf":
         from loratrf_deploy.peft import LoraTrfConfig as Config
 
-        values |= {"filter_rank": filter_rank}
+        values |= {"filter_rank": filter_rank, "filter_gamma": 1.0}
     else:
         from peft import LoraConfig as Config
     model = getattr(transformers, auto).from_pretrained(base_path)

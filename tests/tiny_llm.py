@@ -84,7 +84,7 @@ def make_adapter(base: str | Path, path: str | Path, kind: str = "lora", seed: i
     if kind == "loratrf":
         from loratrf_deploy.peft import LoraTrfConfig as Config
 
-        values["filter_rank"] = 3
+        values |= {"filter_rank": 3, "filter_gamma": 1.0}
     else:
         from peft import LoraConfig as Config
     with warnings.catch_warnings():
