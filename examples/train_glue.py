@@ -28,7 +28,8 @@ import minilm
 from loratrf_deploy import UserError
 
 METHODS = ("loratrf", "lora", "dora", "head")
-TARGETS = "query,value,attention.output.dense,output.dense"
+# The pooler too: all-MiniLM's was never trained, and the classifier sees nothing else.
+TARGETS = "query,value,attention.output.dense,output.dense,pooler.dense"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -41,15 +42,15 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-name", default=minilm.BASE_NAME, help="the base's name in the adapter's config")
     parser.add_argument("--epochs", type=int, default=4, help="at most")
     parser.add_argument("--patience", type=int, default=2, help="epochs without a better held-out score to stop at")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=8)
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--targets", default=TARGETS, help="names of modules, by commas")
     parser.add_argument("--filter-targets", help="names of modules that get a filter (default: those of --targets)")
-    parser.add_argument("--filter-rank", type=int, default=4)
-    parser.add_argument("--filter-gamma", type=float, default=1.0)
+    parser.add_argument("--filter-rank", type=int, default=1)
+    parser.add_argument("--filter-gamma", type=float, default=8.0)
     parser.add_argument("--filter-input", choices=("adapted", "base"), default="adapted")
     parser.add_argument("--filter-start", choices=("data", "bias", "random"), default="data", help="tau at the start")
     parser.add_argument("--seed", type=int, default=0)

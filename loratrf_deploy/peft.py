@@ -67,10 +67,11 @@ def _peft_type() -> PeftType:
 class LoraTrfConfig(PeftConfig):
     """Settings of a LoRATRF adapter; those shared with LoRA mean what they mean there.
 
+    The default ranks and scales are those of docs/method.md, at 64 % of the parameters of LoRA with R = 8.
     Raises UserError for values that no layer could be built from.
     """
 
-    r: int = field(default=8, metadata={"help": "R, the rank of the low-rank half."})
+    r: int = field(default=4, metadata={"help": "R, the rank of the low-rank half."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -95,8 +96,8 @@ class LoraTrfConfig(PeftConfig):
     init_lora_weights: bool = field(
         default=True, metadata={"help": "B = 0 and D = 0 at the start; False starts them random, for tests."}
     )
-    filter_rank: int = field(default=8, metadata={"help": "F, the rank of the filter's projection."})
-    filter_gamma: float = field(default=1.0, metadata={"help": "γ, the scale of the filtered representation."})
+    filter_rank: int = field(default=1, metadata={"help": "F, the rank of the filter's projection."})
+    filter_gamma: float = field(default=8.0, metadata={"help": "γ, the scale of the filtered representation."})
     filter_input: str = field(
         default="adapted", metadata={"help": "The filter reads the layer's 'adapted' or its 'base' output."}
     )

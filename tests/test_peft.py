@@ -467,3 +467,19 @@ def test_injection_from_a_state_dict_finds_both_halves(tmp_path: Path) -> None:
     model = peft.inject_adapter_in_model(settings, model, state_dict=weights)
     peft.set_peft_model_state_dict(model, weights)
     assert worst(logits(model), logits(source)) == 0.0
+
+
+def test_the_defaults_train_a_third_less_than_lora_of_rank_8() -> None:
+    """The budget that docs/method.md measures, on MiniLM's shapes; heads are the same and not counted."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    linears = ["query", "value", "attention.output.dense", "output.dense", "pooler.dense"]
+
+    def trained(settings: Any) -> int:
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+        adapted = get_peft_model(model, settings)
+        return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+    ours, lora = trained(LoraTrfConfig(target_modules=linears)), trained(peft.LoraConfig(r=8, target_modules=linears))
+    # R (K + N) for 24 layers of 384 -> 384 or 1536 -> 384 and the pooler; (1 + 2F) N for each filter.
+    assert (ours, lora) == (4 * 26112 + 25 * 3 * 384, 8 * 26112)
+    assert ours <= 0.6629 * lora
