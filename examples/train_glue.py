@@ -187,7 +187,8 @@ def model_card(results: dict[str, Any]) -> str:
     )
     trained = results["trained_parameters"]
     scores = ", ".join(f"{name} {value}" for name, value in results["dev"].items())
-    rows = sum(results["rows"].values())
+    epochs, rows = len(results["held_out_by_epoch"]), sum(results["rows"].values())
+    seconds, threads = results["seconds"], results["threads"]
     return f"""---
 base_model: {results["base"]}
 library_name: peft
@@ -196,9 +197,8 @@ library_name: peft
 # {results["method"]} adapter for {results["task"]} on all-MiniLM-L6-v2
 
 Dev set, looked at once after training: {scores}.
-Epoch {results["chosen_epoch"]} of {len(results["held_out_by_epoch"])}, chosen on a held-out tenth of {rows} training
-rows; {trained["adapter"]} trained parameters and the head's {trained["head"]}; {results["seconds"]} s on
-{results["threads"]} CPU threads.
+Epoch {results["chosen_epoch"]} of {epochs}, chosen on a held-out tenth of {rows} training rows.
+{trained["adapter"]} trained parameters and the head's {trained["head"]}; {seconds} s, {threads} CPU threads.
 
 Made with
 
