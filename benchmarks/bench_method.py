@@ -301,7 +301,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="*", metavar="CONFIG", help="train these configurations (none named: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--figures", type=Path, help="folder for the pictures (needs matplotlib)")
+    parser.add_argument("--figures", type=Path, help="folder for the pictures (needs the `figures` extra)")
     options = parser.parse_args()
     if options.train is not None:
         train_missing(options.train, options.processes)
