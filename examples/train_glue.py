@@ -28,7 +28,7 @@ import minilm
 from loratrf_deploy import UserError
 
 METHODS = ("loratrf", "lora", "dora", "head")
-# The pooler too: all-MiniLM's was never trained, and the classifier sees nothing else.
+# The pooler too: all-MiniLM's is small noise with a bias of 0, and the classifier sees nothing else.
 TARGETS = "query,value,attention.output.dense,output.dense,pooler.dense"
 
 
