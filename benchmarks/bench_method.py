@@ -318,6 +318,10 @@ def main() -> int:
     rows = records()
     print(compared(rows), ablated(rows), chosen(rows), sep="\n\n")
     if options.figures:
+        absent = [run.folder for run in runs() if (run.name, run.seed) == (BEST, SEEDS[0]) and not run.folder.is_dir()]
+        if absent:
+            print(f"error: no adapter in {absent[0]}; the picture of s needs those of {BEST}, seed 0", file=sys.stderr)
+            return 2
         draw_scores(rows, options.figures / "method-scores.svg")
         draw_filters(BEST, options.figures / "method-filters.svg")
     return 0

@@ -67,7 +67,7 @@ def _peft_type() -> PeftType:
 class LoraTrfConfig(PeftConfig):
     """Settings of a LoRATRF adapter; those shared with LoRA mean what they mean there.
 
-    The default ranks and scales are those of docs/method.md, at 64 % of the parameters of LoRA with R = 8.
+    The default ranks and scales are those of docs/method.md, on MiniLM 64 % of the parameters of LoRA with R = 8.
     Raises UserError for values that no layer could be built from.
     """
 

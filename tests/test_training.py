@@ -19,9 +19,7 @@ import tiny
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
 )
-HIDDEN, FFN, LAYERS = 32, 48, 2
-
-
+HIDDEN, LAYERS = 32, 2
 WORDS = ["rain", "boats", "home", "letters", "library", "old", "town", "evening", "film"]
 
 
