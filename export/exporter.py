@@ -22,7 +22,7 @@ from ..cli import quiet
 from ..errors import UserError
 from ..manifest import MANIFEST, file_sha256
 from ..runtime_weights import DEFAULTS, check_swappable
-from ..schemas import MAX_RANK
+from ..schemas import MAX_CUDA_RANK, MAX_RANK
 from ..session import PROVIDERS, check_providers
 from .files import base_sha256, check_writable, written_aside
 
@@ -97,6 +97,8 @@ def export_adapter(
             "an adapter that is folded into the weights can't be swapped."
         )
     check_dtype(dtype, device)
+    if swappable is not None and dtype == "bfloat16":
+        raise UserError("--swappable has no --dtype bfloat16: run-time weights are float32 or float16. Take float16.")
     check_writable(out)
     loaded = read_adapter(adapter)
     if mode == "separate" and loaded.not_separable:
@@ -105,10 +107,11 @@ def export_adapter(
         )
     if swappable is not None:
         check_swappable(loaded)
-    if high := [name for name, layer in loaded.layers.items() if max(_kept_ranks(layer, mode)) > MAX_RANK]:
+    most = MAX_CUDA_RANK if device == "cuda" else MAX_RANK
+    if high := [name for name, layer in loaded.layers.items() if max(_kept_ranks(layer, mode)) > most]:
         raise UserError(
-            f"The adapter {adapter} has ranks over {MAX_RANK} at {', '.join(high[:5])}, more than the operators take."
-            + (" Export it merged: --mode merged." if mode == "separate" else "")
+            f"The adapter {adapter} has ranks over {most} at {', '.join(high[:5])}, more than the operators take on "
+            f"{device}." + (" Export it merged: --mode merged." if mode == "separate" else "")
         )
     options = _Options(mode, swappable, dtype, device, opset, quantize, bundle_library, check)
 

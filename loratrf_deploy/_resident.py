@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,14 +26,26 @@ _FIRST_SLOTS = 8
 
 
 class BoundWeights:
-    """Run-time weights, bound: a run binds its few inputs and outputs beside them. Never changes."""
+    """Run-time weights, bound: a run binds its few inputs and outputs beside them. Never changes.
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: str, values: Mapping[str, NDArray[Any]]):
+    On a device, weights travel there here and never in a run; `there` holds those that already did.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        device: str,
+        values: Mapping[str, NDArray[Any]],
+        there: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
+    ):
         import onnxruntime
 
         self._session, self._device, self._arrays = session, device, values
         # In host memory an OrtValue is a view of its array.
-        self._values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value, device) for name, value in values.items()}
+        self._values = {
+            name: there[name] if name in there else onnxruntime.OrtValue.ortvalue_from_numpy(value, device)
+            for name, value in values.items()
+        }
         self._spare: list[onnxruntime.IOBinding] = []  # list's append and pop are atomic
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -65,9 +78,10 @@ class BoundWeights:
         return all(self._arrays[name] is value for name, value in values.items())
 
     def scaled(self, scale: float, names: Sequence[str]) -> BoundWeights:
-        """The same weights with `names` times `scale`, made for one run."""
+        """The same weights with `names` times `scale`, made for one run; the others are shared."""
         scaled = {name: self._arrays[name] * self._arrays[name].dtype.type(scale) for name in names}
-        return BoundWeights(self._session, self._device, {**self._arrays, **scaled})
+        rest = {name: value for name, value in self._values.items() if name not in scaled}
+        return BoundWeights(self._session, self._device, {**self._arrays, **scaled}, rest)
 
 
 class Slot:

@@ -19,6 +19,7 @@ __all__ = [
     "DOMAIN",
     "FILTER_INPUTS",
     "FUNCTIONS",
+    "MAX_CUDA_RANK",
     "MAX_RANK",
     "OPS",
     "TYPES",
@@ -35,6 +36,8 @@ ADAPTER_IDS = "adapter_ids"
 """The input that says which slot each batch row uses: of the grouped operators, and of a grouped model's graph."""
 MAX_RANK = 1024
 """Highest rank and filter rank that the kernels take."""
+MAX_CUDA_RANK = 256
+"""The same on CUDA, where a block's shared memory is the limit."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,26 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
     return make
 
 
+@pytest.fixture
+def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A device with memory of its own, as AdapterSession sees a GPU; the shapes of the arrays copied there."""
+    import onnxruntime
+
+    from loratrf_deploy import adapter_session
+
+    real, copied = onnxruntime.OrtValue.ortvalue_from_numpy, []
+
+    def ortvalue_from_numpy(array: Any, device: str = "cpu") -> Any:
+        if device != "cuda":
+            return real(array, device)
+        copied.append(array.shape)
+        return real(array.copy())  # what is written to the array later doesn't arrive
+
+    monkeypatch.setitem(adapter_session._DEVICES, "CPUExecutionProvider", "cuda")
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", ortvalue_from_numpy)
+    return copied
+
+
 @pytest.fixture(scope="session")
 def make_llm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """make_llm(family, kind, sizes=..., **adapter options) -> (base, adapter), folders to read only."""

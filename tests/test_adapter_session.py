@@ -243,6 +243,24 @@ def test_scale(zoo: Zoo, make_tiny: Callable, tmp_path: Path) -> None:
         session.run(IDS, adapter=None, scale=0.5)
 
 
+def test_on_a_device_weights_are_copied_when_loaded_and_never_in_a_run(zoo: Zoo, pretended_device: list) -> None:
+    session = opened(zoo)
+    weights = read_adapter_file(zoo.files["ours"]).values
+    assert len(pretended_device) == 2 * len(weights)
+    pretended_device.clear()
+    half = session.run(IDS, adapter="ours", scale=0.5)["logits"]
+    assert len(pretended_device) == sum(name.endswith(("lora_B.weight", "trf_D.weight")) for name in weights)
+    pretended_device.clear()
+    for name in ("ours", "small", None, "ours"):
+        assert_is(session, zoo, name)
+    assert pretended_device == []
+    session.load("ours", zoo.files["small"], replace=True)
+    assert np.abs(session.run(IDS, adapter="ours")["logits"] - zoo.expected["small"]).max() < 2e-6
+    session.unload("ours")
+    assert_is(session, zoo, "small")
+    assert np.abs(half - zoo.expected["ours"]).max() > 1e-3
+
+
 def test_adapters_over_the_limit_are_put_aside_and_read_again(zoo: Zoo, tmp_path: Path) -> None:
     files = {name: Path(shutil.copy(file, tmp_path / file.name)) for name, file in zoo.files.items()}
     sizes = {name: file.stat().st_size for name, file in files.items()}

@@ -6,11 +6,12 @@ and ONNX Runtime's CUDA provider.
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
-import test_ort_ops as onnx
-from loratrf_deploy import library_path, reference, schemas
+from loratrf_deploy import AdapterSession, library_path, reference, schemas
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
@@ -18,6 +19,8 @@ kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not
 from loratrf_deploy import torch_ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
+
+PROVIDER = "CUDAExecutionProvider"
 
 CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
 FUNCTIONS = {
@@ -153,36 +156,45 @@ def test_ranks_over_the_limit():
         torch_ops.low_rank(*tensors_of("LowRank", 3, 19, 99, 257, 1, "float32"))
 
 
-def cuda_session(model, **provider_options):
-    """A session in which an operator without a CUDA kernel is an error, not the CPU's."""
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+@pytest.fixture(scope="session")
+def ort():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if PROVIDER not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: install loratrf-deploy[gpu]")
+    return onnxruntime
+
+
+@pytest.fixture(scope="session")
+def models(ort):
+    """Models of one operator, as the CPU's tests make them."""
+    pytest.importorskip("onnx_ir")
+    return importlib.import_module("test_ort_ops")
+
+
+def cuda_session(ort, model, **provider_options):
+    """A session in which an operator without a CUDA kernel is an error, not the CPU's."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.register_custom_ops_library(str(library_path()))
-    return ort.InferenceSession(model, options, [("CUDAExecutionProvider", provider_options)])
+    return ort.InferenceSession(model, options, [(PROVIDER, provider_options)])
 
 
 @pytest.mark.parametrize("constant", [(), ("A", "B", "tau", "C", "D")], ids=["inputs", "constants"])
 @pytest.mark.parametrize("dtype", schemas.TYPES)
 @pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "adapted")])
-def test_onnx_runtime(op, filter_input, dtype, constant):
+def test_onnx_runtime(ort, models, op, filter_input, dtype, constant):
     for T in ((2, 1), (3, 70)):
-        values = onnx.values_of(op, T=T, K=264, N=520, R=19, F=8)
-        attributes = onnx.attributes_of(op, filter_input)
-        session = cuda_session(onnx.model_of(op, values, dtype, constant, attributes))
-        expected = onnx.expected_of(op, values, dtype, filter_input)
+        values = models.values_of(op, T=T, K=264, N=520, R=19, F=8)
+        attributes = models.attributes_of(op, filter_input)
+        session = cuda_session(ort, models.model_of(op, values, dtype, constant, attributes))
+        expected = models.expected_of(op, values, dtype, filter_input)
         for _ in range(3):  # scratch is lent and given back
-            assert_close(onnx.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
+            assert_close(models.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
 
 
-def test_onnx_runtime_cuda_graph():
-    import onnxruntime as ort
-
-    values = onnx.values_of("LoraTrf", T=(4, 1), K=264, N=520)
-    session = cuda_session(onnx.model_of("LoraTrf", values), enable_cuda_graph="1")
+def test_onnx_runtime_cuda_graph(ort, models):
+    values = models.values_of("LoraTrf", T=(4, 1), K=264, N=520)
+    session = cuda_session(ort, models.model_of("LoraTrf", values), enable_cuda_graph="1")
     held = {name: ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in values.items()}
     y = ort.OrtValue.ortvalue_from_numpy(np.full_like(values["base"], np.nan), "cuda", 0)
     binding = session.io_binding()
@@ -195,3 +207,93 @@ def test_onnx_runtime_cuda_graph():
         session.run_with_iobinding(binding)
         expected = reference.lora_trf(*(values | {"base": base}).values())
         assert_close(y.numpy(), expected, "float32", f"replay {scale}")
+
+
+IDS = {
+    "input_ids": np.arange(5, 47).reshape(6, 7),
+    "attention_mask": np.ones((6, 7), np.int64),
+    "token_type_ids": np.zeros((6, 7), np.int64),
+}
+
+
+@pytest.fixture(scope="session")
+def adapters(make_tiny):
+    """name -> adapter folder; "later" has a higher rank than the others."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("optimum.exporters.tasks")
+    pytest.importorskip("transformers", minversion="5.23")
+    return {
+        "ours": make_tiny(kind="loratrf")[1],
+        "small": make_tiny(kind="lora", r=2, seed=4, lora_alpha=9)[1],
+        "later": make_tiny(kind="loratrf", r=11, filter_rank=6, seed=8)[1],
+    }
+
+
+@pytest.fixture
+def both(ort, adapters, tmp_path, monkeypatch):
+    """both(model) -> sessions with all adapters on the CPU and the GPU, and the list of arrays copied to the GPU."""
+    from loratrf_deploy.export.onto import convert_adapter
+
+    real, copied = ort.OrtValue.ortvalue_from_numpy, []
+
+    def recorded(array, device="cpu"):
+        copied.extend([array.shape] if device == "cuda" else [])
+        return real(array, device)
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", recorded)
+
+    def open_both(model):
+        sessions = [AdapterSession(model), AdapterSession(model, providers=[PROVIDER])]
+        for name, adapter in adapters.items():
+            convert_adapter(adapter, model, tmp_path / f"{name}.onnx_adapter")
+            for session in sessions:
+                session.load(name, tmp_path / f"{name}.onnx_adapter")
+        return *sessions, copied
+
+    return open_both
+
+
+def assert_same(cpu, gpu, dtype, **chosen):
+    """The two sessions agree on IDS, the whole model's rounding counted; returns the logits."""
+    expected, got = (session.run(IDS, **chosen)["logits"].astype(np.float64) for session in (cpu, gpu))
+    error = np.abs(got - expected).max() / np.abs(expected).max()
+    assert error < {"float32": 1e-5, "float16": 1e-2}[dtype], f"{chosen}: {error:.1e}"
+    return expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_adapter_per_run(both, make_export, dtype, tmp_path):
+    cpu, gpu, copied = both(make_export(kind="loratrf", swappable="base", dtype=dtype).model)
+    for weights in (entry.weights for entry in gpu._entries.values()):
+        assert {value.device_name() for value in weights._values.values()} == {"cuda"}
+    copied.clear()
+    answers = [assert_same(cpu, gpu, dtype, adapter=name) for name in ("ours", "small", None, "later", "ours", "small")]
+    assert all(np.abs(answers[0] - answer).max() > 0.03 for answer in answers[1:4])
+    assert copied == []
+    assert_same(cpu, gpu, dtype, adapter="ours", scale=0.5)
+    for session in (cpu, gpu):
+        session.load("ours", tmp_path / "later.onnx_adapter", replace=True)
+        session.unload("later")
+    assert_same(cpu, gpu, dtype, adapter="ours")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_one_adapter_per_row(both, adapters, make_tiny, dtype, tmp_path):
+    from loratrf_deploy.export import export_grouped
+
+    model = tmp_path / "model.onnx"
+    export_grouped({"ours": adapters["ours"]}, model, base_model=make_tiny()[0], dtype=dtype, check=False)
+    cpu, gpu, copied = both(model)
+    rows = [["ours", "small", "later"] * 2, [None] * 6, ["later", None, None, "ours", "ours", "small"], ["small"] * 6]
+    assert_same(cpu, gpu, dtype, adapters=rows[0])
+    bound = gpu._slots.weights()
+    assert {value.device_name() for value in bound._values.values()} == {"cuda"}
+    copied.clear()
+    for names in rows:
+        assert_same(cpu, gpu, dtype, adapters=names)
+    assert gpu._slots.weights() is bound
+    assert copied == []
+    for session in (cpu, gpu):
+        session.unload("small")
+        session.load("small", tmp_path / "ours.onnx_adapter")
+    assert_same(cpu, gpu, dtype, adapters=rows[2])

@@ -39,6 +39,20 @@ def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, monkeypatc
         create_session(make_export().model, providers=[CUDA])
 
 
+def test_float32_on_a_gpu_is_not_rounded_to_tf32(make_export, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    real, asked = onnxruntime.InferenceSession, []
+
+    def session(model, options, providers):
+        asked.extend(providers)
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(UserError):
+        create_session(make_export().model, providers=[CUDA, "CPUExecutionProvider"])
+    assert asked == [(CUDA, {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+
+
 def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, capsys):
     from loratrf_deploy.export.cli import main as export
     from loratrf_deploy.parity_cli import main as parity
@@ -53,6 +67,20 @@ def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, 
     assert "--dtype bfloat16 is for --device cuda" in capsys.readouterr().err
     assert parity([*arguments, "--model", str(model), "--providers", "cuda"]) == 2
     assert "pip install 'loratrf-deploy[gpu]'" in capsys.readouterr().err
+
+
+def test_what_cuda_has_no_kernels_for_is_refused_before_it_is_written(make_tiny, tmp_path):
+    from loratrf_deploy.export import export_adapter
+
+    base, adapter = make_tiny()
+    _, high = make_tiny(r=257)
+    out = tmp_path / "out" / "model.onnx"
+    options = {"base_model": base, "mode": "separate", "device": "cuda", "check": False}
+    with pytest.raises(UserError, match=r"ranks over 256 at .*operators take on cuda.*--mode merged"):
+        export_adapter(high, out, **options)
+    with pytest.raises(UserError, match=r"--swappable has no --dtype bfloat16: .*Take float16"):
+        export_adapter(adapter, out, dtype="bfloat16", swappable="base", **options)
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -323,6 +323,7 @@ def test_many_threads_at_once():
 
 def test_tables_agree():
     assert kernels.MAX_RANK == schemas.MAX_RANK
+    assert getattr(kernels, "MAX_CUDA_RANK", schemas.MAX_CUDA_RANK) == schemas.MAX_CUDA_RANK
     assert {name: tuple(inputs) for name, inputs in kernels.OPS.items()} == {
         name: schema.inputs for name, schema in schemas.OPS.items()
     }

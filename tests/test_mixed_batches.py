@@ -96,6 +96,23 @@ def test_slots_are_used_again_and_grow(team: Team) -> None:
     assert_rows(session, team, [str(number) for number in range(ROWS)], dict.fromkeys(known, "later"))
 
 
+def test_on_a_device_slots_are_copied_after_a_load_and_never_in_a_run(team: Team, pretended_device: list) -> None:
+    session = AdapterSession(team.model)
+    session.load("first", team.files["first"])
+    session.load("lora", team.files["lora"])
+    assert_rows(session, team, ["first", "lora", None] * 4)
+    assert len(pretended_device) == len(read_adapter_file(team.files["first"]).values)  # both adapters in one go
+    pretended_device.clear()
+    for names in (["lora"] * 12, [None, "first"] * 6, ["first", "lora", None] * 4):
+        assert_rows(session, team, names)
+    session.unload("lora")
+    assert_rows(session, team, ["first", None] * 6)
+    assert pretended_device == []
+    for name in ("first", "later"):  # into the slot that became free, in arrays as they are and in larger ones
+        session.load("lora", team.files[name], replace=True)
+        assert_rows(session, team, ["first", "lora", None] * 4, {"lora": name})
+
+
 def test_what_is_not_one_adapter_per_row(team: Team, make_export: Callable, tmp_path: Path) -> None:
     session = AdapterSession(team.model)
     session.load("first", team.files["first"])
