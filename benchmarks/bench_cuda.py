@@ -76,7 +76,7 @@ def elapsed(body: Callable[[], object]) -> float:
 
 def function_body(T: int, features: int, rank: int, dtype: str, library: bool) -> Callable[[], float] | None:
     """ONNX Runtime's CUDA provider on one node, as a function body or with the library; None where there is none."""
-    if not importlib.util.find_spec("onnxruntime"):
+    if not all(map(importlib.util.find_spec, ("onnxruntime", "onnx_ir"))):
         return None
     import numpy as np
     import onnx_ir as ir
@@ -95,6 +95,8 @@ def function_body(T: int, features: int, rank: int, dtype: str, library: bool) -
     values = values_of(shapes_of("LoraTrf", T, features, features, rank), dtype)
     model = ir.to_proto(op_model("LoraTrf", values, dtype, constant=True)).SerializeToString()
     session = ort.InferenceSession(model, options, ["CUDAExecutionProvider"])
+    if "CUDAExecutionProvider" not in session.get_providers():  # which is only a warning to ONNX Runtime
+        raise RuntimeError("ONNX Runtime can't start its CUDA provider: it lacks a library, such as cuDNN")
     binding = session.io_binding()
     for name in ("base", "x"):
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values[name], "cuda", 0))
@@ -176,14 +178,15 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}, K = N = {args.features}, ", end="")
     print(f"R = F = {args.rank}; microseconds of one call, and times our operator's")
-    results = {T: bench(T, args.features, args.rank, args.dtype) for T in args.tokens}
     names = ["ours", "ours, out of place", "floor", "gemm", "eager", "compile", "ort body", "ort library"]
     print("| T | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
-    for T, result in results.items():
+    results = {}
+    for T in args.tokens:
+        result = results[T] = bench(T, args.features, args.rank, args.dtype)
         cells = [
             f"{result[name]:.1f} ({result[f'{name}/ours']:.2f}x)" if name in result else "not here" for name in names
         ]
-        print(f"| {T} | " + " | ".join(cells) + " |")
+        print(f"| {T} | " + " | ".join(cells) + " |", flush=True)
     if args.out:
         args.out.write_text(
             json.dumps(
