@@ -3,16 +3,16 @@
     python benchmarks/bench_llm_cuda.py [--layers 4] [--vocabulary 32064] [--rank 8] [--prefill 512] [--decode 64]
                                         [--rounds 15] [--device cuda|cpu] [--out bench.json]
 
-LLaMA-3.2-1B's layers in float16 with random weights; a quarter of its layers and of its tokens, so that the head has the
-share that it has in the whole model. R = F = `--rank` on all linear layers, batch 1. onnxruntime-genai's builder makes
-the graphs (its CPU build will do); they run in plain ONNX Runtime sessions: keys and values stay in buffers on the
-device, past and present in one, as GroupQueryAttention wants them, and the logits stay there too. The tokens are given,
-not chosen. A time is the host's, from the ids in host memory to the end of the run.
+LLaMA-3.2-1B's layers in float16 with random weights; a quarter of its layers and of its tokens, so that the head has
+its share of the whole model. R = F = `--rank` on all linear layers, batch 1. onnxruntime-genai's builder makes the
+graphs (its CPU build will do); they run in plain ONNX Runtime sessions: keys and values stay in buffers on the
+device, past and present in one, as GroupQueryAttention wants them, and the logits stay there too. The tokens are
+given, not chosen. A time is the host's, from the ids in host memory to the end of the run.
 
 In a round the deployments run one after the other, in a random order; a figure is the median over rounds of the ratio
-to "merged LoRA" in the same round. The last column is max|a-b| / max|b| of the last logits: merged against a run of all
-tokens at once, LoRA against merged, LoRATRF against its definition in standard ops; more than rounding explains ends the
-script with an error. `--device cpu` runs all of it in float32 on a CPU, to try the script out.
+to "merged LoRA" in the same round. The last column is max|a-b| / max|b| of the last logits: merged against a run of
+all tokens at once, LoRA against merged, LoRATRF against its definition in standard ops; more than rounding explains
+is an error. `--device cpu` runs all of it in float32 on a CPU, to try the script out.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def main() -> None:
     result = {"machine": machine, "onnxruntime": ort.__version__, **vars(args), "rows": rows}
     if args.out:
         args.out.write_text(json.dumps(result, default=str, indent=1) + "\n")
-    print(f"LLaMA-3.2-1B's layers x {args.layers}, {args.vocabulary} tokens, {DTYPES[args.device]}, R = F = {args.rank}", end=" ")
-    print(f"on all linear layers; {machine}, ONNX Runtime {ort.__version__}; {args.rounds} rounds\n")
+    print(f"{args.layers} of LLaMA-3.2-1B's layers, {args.vocabulary} tokens, {DTYPES[args.device]}, ", end="")
+    print(f"R = F = {args.rank}; {machine}, ONNX Runtime {ort.__version__}; {args.rounds} rounds\n")
     print(f"| deployment | prefill {args.prefill}, ms | ratio | decode, ms per token | ratio | error |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in rows.items():

@@ -90,7 +90,7 @@ part operators 200 "$python" benchmarks/bench_cuda.py --out "$out/operators.json
 export_needs=(onnxruntime onnx_ir transformers transformers.exporters peft onnxscript optimum.exporters.tasks)
 lacking=$(missing "${export_needs[@]}")
 if [ -z "$lacking" ]; then
-  part encoder 120 "$python" benchmarks/bench_encoder.py --device cuda --out "$out/encoder.json"
+  part encoder 150 "$python" benchmarks/bench_encoder.py --device cuda --out "$out/encoder.json"
 else
   echo "BERT-base is left out: there is no $lacking" >"$out/encoder.log"
 fi

@@ -1,6 +1,7 @@
 // The operators for Python: loratrf_deploy._kernels. Takes whatever lends its memory through the buffer protocol
 // (numpy) or DLPack (torch); needs the headers of neither. Used through loratrf_deploy.torch_ops and the tests.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +25,7 @@ struct Borrowed {
   void* data;
   Shape shape;
   Type type;  // of one that isn't int64
+  int32_t device_id = 0;
 };
 
 [[noreturn]] void TypeFault(const char* name, const std::string& got, const std::string& expected) {
@@ -95,6 +97,7 @@ Borrowed FromDlpack(const py::object& source, const char* name, int32_t device) 
     }
   }
   tensor.data = static_cast<char*>(lent.data) + lent.byte_offset;
+  tensor.device_id = lent.device.id;
   tensor.capsule = capsule;  // its destructor gives the tensor back
   return tensor;
 }
@@ -134,6 +137,12 @@ Arguments Take(Op op, const std::vector<py::object>& inputs, const py::object& o
                int32_t device, int64_t max_rank) {
   const OpInfo& info = InfoOf(op);
   Arguments call;
+  const auto check_place = [&](const Borrowed& tensor, const char* name) {
+    const int32_t place = call.tensors[0].device_id;
+    if (tensor.device_id == place) return;
+    TypeFault(name, "on device " + std::to_string(tensor.device_id),
+              "all tensors on device " + std::to_string(place) + ", where " + info.inputs[0] + " is");
+  };
   for (size_t i = 0; i < inputs.size(); ++i) {
     call.tensors.push_back(
         Borrow(inputs[i], info.inputs[i], false, IsAdapterIds(info.inputs[i]) ? dlpack::kCpu : device));
@@ -142,8 +151,10 @@ Arguments Take(Op op, const std::vector<py::object>& inputs, const py::object& o
     if (!IsAdapterIds(info.inputs[i]) && call.tensors[i].type != call.type()) {
       TypeFault(info.inputs[i], "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
     }
+    if (!IsAdapterIds(info.inputs[i])) check_place(call.tensors[i], info.inputs[i]);
   }
   call.y = Borrow(out, "out", true, device);
+  check_place(call.y, "out");
   if (call.y.type != call.type()) TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
   std::string error = CheckShapes(op, call.shapes, &call.dims, max_rank);
   if (error.empty() && call.y.shape != call.shapes[0]) {

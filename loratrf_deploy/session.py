@@ -17,8 +17,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by the device names of the command lines."""
 
 _OPTIONS = {PROVIDERS["cuda"]: {"use_tf32": "0"}}
-"""By provider. float32 stays float32, as in PyTorch: ONNX Runtime's own choice rounds products' factors to 10 bits, which
-no float32 export's parity survives."""
+"""By provider. float32 stays float32, as in PyTorch: ONNX Runtime's own choice rounds products' factors to 10 bits,
+and no float32 export's parity survives that."""
 
 
 def library_path() -> Path:
