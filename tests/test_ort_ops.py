@@ -376,6 +376,15 @@ def test_reuses_the_buffer_of_base(tmp_path):
     assert 0.9 < buffers < 1.5, f"{buffers:.2f} buffers of base's size at the peak"
 
 
+def test_stays_loaded_when_the_last_session_goes():
+    if not Path("/proc/self/maps").is_file():
+        pytest.skip("no /proc to see what is loaded")
+    code = "import onnxruntime, sys; onnxruntime.SessionOptions().register_custom_ops_library(sys.argv[1]); "
+    code += "print(sys.argv[1] in open('/proc/self/maps').read())"
+    command = [sys.executable, "-c", code, str(LIBRARY.resolve())]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "True\n"
+
+
 def test_declared_abi_is_the_official_one(tmp_path):
     folders = [Path(root) / sub for root in ("/usr/include", "/usr/local/include") for sub in ("", "onnxruntime")]
     header = next((folder for folder in folders if (folder / "onnxruntime_c_api.h").is_file()), None)
