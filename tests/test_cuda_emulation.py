@@ -1,11 +1,13 @@
 """The CUDA kernels on a CPU, a fiber for each thread (tests/cuda_on_cpu.h), against the float64 reference.
 
-Proves indices, masks, reductions, barriers and launch plans; what only a GPU shows is in test_cuda.py.
+Proves indices, masks, reductions, barriers and launch plans, and what the custom-op library does with its scratch and
+errors in ONNX Runtime; what only a GPU shows is in test_cuda.py.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
 import subprocess
 from pathlib import Path
@@ -18,6 +20,7 @@ from loratrf_deploy import reference, schemas
 from tolerances import assert_close
 
 TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "csrc"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FILTERS = {"adapted": 0, "base": 1}
 OK, BAD_SIZE, RANK_TOO_HIGH, NULL_POINTER, _, BAD_ADAPTER_ID, DEVICE = range(7)  # Status in csrc/kernels/loratrf.h
@@ -27,10 +30,11 @@ class Emulator:
     """One build of the kernels for the CPU, on a pretended GPU."""
 
     def __init__(self, path: Path, *flags: str) -> None:
-        source = TESTS / "cuda_emulation.cc"
         warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        build = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", *warnings, *flags]
-        subprocess.run([*build, "-include", TESTS / "cuda_on_cpu.h", source, "-o", path], check=True)
+        build = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", *warnings, "-o", path]
+        # The pretended GPU's state is the process's, and ONNX Runtime closes libraries.
+        build += ["-Wl,-z,nodelete", "-include", TESTS / "cuda_on_cpu.h", TESTS / "cuda_emulation.cc", *flags]
+        subprocess.run(build, check=True)
         self.library = ctypes.CDLL(str(path))
         self.fault = ""
         self.bad_row = -1
@@ -313,3 +317,72 @@ def test_norms_below_epsilon(emulator):
     for name in ("base", "tau"):
         zero = tensors | {name: np.zeros_like(tensors[name])}
         np.testing.assert_array_equal(emulator.run(zero, sizes, "float32")[1], zero["base"])
+
+
+@pytest.fixture(scope="module")
+def in_onnx_runtime(tmp_path_factory):
+    """(emulator, session) of the custom-op library with the CUDA operators alone, registered for ONNX Runtime's CPU."""
+    ort = pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("ort")
+    text = (SOURCES / "ort_library.cc").read_text()
+    for old, new in [
+        ('Device::kCuda ? "CUDAExecutionProvider" : nullptr', "Device::kCpu ? nullptr : nullptr"),
+        ("{Device::kCpu, Device::kCuda}", "{Device::kCuda}"),
+    ]:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "library.cc").write_text(text)
+    # The CPU's own kernels aren't called.
+    isas = ", ".join(f"{name}{{}}" for name in ("kIsaBaseline", "kIsaAvx2", "kIsaAvx512"))
+    (folder / "isas.cc").write_text(f'#include "kernels/isa.h"\nnamespace loratrf {{ extern const Isa {isas}; }}\n')
+    sources = [folder / "library.cc", folder / "isas.cc", SOURCES / "check.cc", SOURCES / "packed_memory.cc"]
+    sources += [SOURCES / "kernels" / name for name in ("loratrf.cc", "grouped.cc")]
+    flags = ["-DLORATRF_MMA_ON_CPU", "-DLORATRF_WITH_CUDA", f"-I{SOURCES}", "-Wno-missing-field-initializers"]
+    made = Emulator(folder / "library.so", *flags, *map(str, sources))
+
+    def session(model):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(folder / "library.so"))
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    return made, session
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Models of one operator, as the CPU's tests make them."""
+    pytest.importorskip("onnx_ir")
+    return importlib.import_module("test_ort_ops")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "base")])
+def test_in_onnx_runtime(in_onnx_runtime, models, op, filter_input, dtype):
+    emulator, session_of = in_onnx_runtime
+    for constant, multiprocessors in itertools.product([(), ("A", "B", "tau", "C", "D")], [1, 6]):
+        values = models.values_of(op, T=(3, 5), K=264, N=520, R=19, F=8)
+        session = session_of(models.model_of(op, values, dtype, constant, models.attributes_of(op, filter_input)))
+        emulator.gpu(multiprocessors)  # 6 cut columns into pieces, which takes scratch
+        for _ in range(3):
+            expected = models.expected_of(op, values, dtype, filter_input)
+            assert_close(models.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
+        assert emulator.gpu() == 3
+
+
+def test_errors_in_onnx_runtime(in_onnx_runtime, models):
+    emulator, session_of = in_onnx_runtime
+    values = models.values_of("LoraTrf", K=264, N=520)
+    session = session_of(models.model_of("LoraTrf", values))
+    emulator.gpu(6, error=700)
+    with pytest.raises(Exception, match=r'LoraTrf: CUDA reports "an illegal access", of this launch or of work queued'):
+        models.run(session, values)
+    assert_close(models.run(session, values), models.expected_of("LoraTrf", values, "float32", "adapted"), "float32")
+    high = models.values_of("LoraTrf", K=264, N=520, R=257)
+    with pytest.raises(Exception, match=r"rank 257, the kernels take at most 256"):
+        models.run(session_of(models.model_of("LoraTrf", high)), high)
+    grouped = models.values_of("GroupedLoraTrf")
+    session = session_of(models.model_of("GroupedLoraTrf", grouped, attributes={"filter_input": "adapted"}))
+    grouped["adapter_ids"][1] = 9
+    with pytest.raises(Exception, match=r"GroupedLoraTrf: adapter_ids\[1\] is 9"):
+        models.run(session, grouped)
