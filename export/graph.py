@@ -69,10 +69,13 @@ def finish(model: ir.Model, opset: int = DEFAULT_OPSET) -> None:
     4. Initializers are named after modules: torch's own names stay; a weight that was transposed for MatMul is
        "<module>.MatMul.weight", siblings that were packed into one are "<parent>.<a>_<b>_<c>.MatMul.weight".
     5. Nodes are named "<module>/<op>", outputs of loratrf ops "<module>.output".
+    6. bfloat16 inputs and outputs of the graph become float32: numpy has no bfloat16, so ONNX Runtime's Python takes
+       and gives none.
     """
     _add_functions(model, opset)
     _name_axes(model.graph)
     _keep_modules_only(model)
+    _float32_at_the_ends(model.graph)
     _name_initializers(model.graph)
     _name_nodes(model.graph)
     model.ir_version = IR_VERSION
@@ -137,6 +140,29 @@ def _keep_modules_only(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
+
+
+def _float32_at_the_ends(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.BFLOAT16:
+            readers = tuple(value.uses())
+            inner = _cast(value, ir.DataType.BFLOAT16)
+            for reader, index in readers:
+                reader.replace_input_with(index, inner)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            graph.insert_before(graph[0], inner.producer())
+    for index, value in enumerate(graph.outputs):
+        if value.dtype == ir.DataType.BFLOAT16:
+            outer = _cast(value, ir.DataType.FLOAT)
+            value.name, outer.name = f"{value.name}.bfloat16", value.name
+            graph.append(outer.producer())
+            graph.outputs[index] = outer
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    output = ir.node("Cast", [value], attributes={"to": dtype}).outputs[0]
+    output.shape, output.type = value.shape, ir.TensorType(dtype)
+    return output
 
 
 def _name_initializers(graph: ir.Graph) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ._parity_figures import relative_error, valid
 from ._parity_result import LayerError
-from .session import library_path
+from .session import PROVIDERS, library_path, with_options
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,19 +83,21 @@ def compare_layers(
     mask: NDArray[np.bool_] | None,
     tolerance: float,
     folded: Collection[str] = (),
+    device: str = "cpu",
 ) -> tuple[list[LayerError], int]:
     """Error of every module that both sides compute, in the graph's order, then of the outputs; and the number skipped.
 
     `graph` is what onnx_ir loaded from `model`, unchanged on return. A module is compared where it is a leaf or an
     adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
-    of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too.
+    of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too. ONNX
+    Runtime computes on `device`.
     """
     nodes = _nodes_by_module(graph)
     for name in folded:
         nodes.pop(f"{name}.base_layer", None)
     with _recorded(base.model, set(nodes)) as seen:
         expected = run_torch(base, batch)
-    session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library)
+    session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library, device)
     got = run_onnx(session, batch, weights=weights)
 
     layers, skipped = [], 0
@@ -225,8 +227,10 @@ def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None
             layer.get_base_layer().weight.data.copy_(weight)
 
 
-def session_in_memory(graph: ir.Model, model: Path, *, library: bool) -> onnxruntime.InferenceSession:
-    """A session of `graph`, whose weights lie in the folder of `model`.
+def session_in_memory(
+    graph: ir.Model, model: Path, *, library: bool, device: str = "cpu"
+) -> onnxruntime.InferenceSession:
+    """A session of `graph` on `device`; its weights lie in the folder of `model`.
 
     The graph goes to ONNX Runtime in memory, so nothing is written: the model's folder may be read-only.
     """
@@ -239,11 +243,11 @@ def session_in_memory(graph: ir.Model, model: Path, *, library: bool) -> onnxrun
     if library:
         options.register_custom_ops_library(str(library_path()))
     content = ir.to_proto(graph).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=with_options([PROVIDERS[device]]))
 
 
 def _session_with_outputs(
-    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: str
 ) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
     """A session that also gives the first output of `nodes`, and module -> output name."""
     outputs = graph.graph.outputs
@@ -253,6 +257,6 @@ def _session_with_outputs(
         outputs.extend(
             {value.name: value for node in nodes.values() if (value := node.outputs[0]) not in outputs}.values()
         )
-        return session_in_memory(graph, model, library=library), names
+        return session_in_memory(graph, model, library=library, device=device), names
     finally:
         del outputs[before:]

@@ -184,6 +184,7 @@ def check_parity(
             batches[number],
             weights=weights,
             library=traced == VARIANTS[0],
+            device=device,
             mask=masks[number],
             tolerance=tolerance,
             # A bias of the low-rank half lies in the frozen layer's.

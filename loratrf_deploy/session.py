@@ -11,7 +11,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "check_providers", "create_session", "library_path"]
+__all__ = ["PROVIDERS", "check_providers", "create_session", "library_path", "with_options"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by the device names of the command lines."""
@@ -60,8 +60,7 @@ def create_session(
     if library:
         options.register_custom_ops_library(str(library_path()))
     try:
-        chosen = [(provider, _OPTIONS.get(provider, {})) for provider in providers]
-        session = onnxruntime.InferenceSession(str(model), options, providers=chosen)
+        session = onnxruntime.InferenceSession(str(model), options, providers=with_options(providers))
     except Exception as error:  # onnxruntime's exceptions share no public base class
         raise UserError(f"ONNX Runtime {onnxruntime.__version__} refuses {model}: {error}") from error
     # A provider that fails to start is only a warning to ONNX Runtime: the session would silently run on the CPU.
@@ -72,6 +71,11 @@ def create_session(
             "`nvidia-smi` shows the GPU and the driver."
         )
     return session
+
+
+def with_options(providers: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """The execution providers as sessions here open them."""
+    return [(provider, _OPTIONS.get(provider, {})) for provider in providers]
 
 
 def check_providers(providers: Sequence[str]) -> None:

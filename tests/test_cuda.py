@@ -297,3 +297,13 @@ def test_one_adapter_per_row(both, adapters, make_tiny, dtype, tmp_path):
         session.unload("small")
         session.load("small", tmp_path / "ours.onnx_adapter")
     assert_same(cpu, gpu, dtype, adapters=rows[2])
+
+
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+@pytest.mark.parametrize("dtype", schemas.TYPES)
+def test_an_export_is_proven_on_the_gpu(ort, adapters, make_tiny, dtype, mode, tmp_path):
+    from loratrf_deploy.export import export_adapter
+
+    options = {"base_model": make_tiny()[0], "mode": mode, "dtype": dtype, "device": "cuda"}
+    result = export_adapter(adapters["ours"], tmp_path / "model.onnx", **options)
+    assert result.parity.passed

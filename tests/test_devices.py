@@ -71,6 +71,28 @@ def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, 
     assert "pip install 'loratrf-deploy[gpu]'" in capsys.readouterr().err
 
 
+def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, monkeypatch):
+    from loratrf_deploy.parity import check_parity
+
+    asked = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, model, options, providers):
+            asked.append(providers[0][0])
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return asked[-1:]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    base, adapter, model = make_export()
+    report = check_parity(model, adapter, base, device="cuda")
+    assert report.passed
+    assert report.layers
+    assert asked == [CUDA] * 3  # with the library, without, and with the layers as outputs
+
+
 def test_what_cuda_has_no_kernels_for_is_refused_before_it_is_written(make_tiny, tmp_path):
     from loratrf_deploy.export import export_adapter
 
@@ -94,9 +116,34 @@ def test_export_for_a_gpu_needs_none_without_the_check(make_tiny, tmp_path, dtyp
     base, adapter = make_tiny()
     out = tmp_path / "model.onnx"
     export_adapter(adapter, out, base_model=base, mode="separate", dtype=dtype, device="cuda", check=False)
-    nodes = [node for node in ir.load(out).graph if node.op_type == "LoraTrf"]
+    graph = ir.load(out).graph
+    nodes = [node for node in graph if node.op_type == "LoraTrf"]
     expected = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
     assert {value.const_value.dtype for node in nodes for value in node.inputs[2:]} == {expected}
+    # numpy has no bfloat16 that ONNX Runtime would give.
+    (logits,) = graph.outputs
+    assert (logits.name, logits.dtype) == (
+        "logits",
+        ir.DataType.FLOAT if dtype == "bfloat16" else ir.DataType.FLOAT16,
+    )
+
+
+def test_bfloat16_pixels_are_given_as_float32(make_tiny, tmp_path):
+    import onnx_ir as ir
+
+    from loratrf_deploy.export import export_adapter
+
+    base, adapter = make_tiny("vit", "image-classification")
+    out = tmp_path / "model.onnx"
+    export_adapter(adapter, out, base_model=base, dtype="bfloat16", device="cuda", check=False)
+    graph = ir.load(out).graph
+    (pixels,), (logits,) = graph.inputs, graph.outputs
+    assert (pixels.dtype, logits.dtype) == (ir.DataType.FLOAT, ir.DataType.FLOAT)
+    (cast,) = pixels.consumers()
+    assert (cast.op_type, cast.outputs[0].dtype) == ("Cast", ir.DataType.BFLOAT16)
+    # Of the right types all through: what ONNX Runtime's CPU lacks is the kernels.
+    with pytest.raises(UserError, match="NOT_IMPLEMENTED"):
+        create_session(out)
 
 
 class Lent(ctypes.Structure):
