@@ -146,23 +146,23 @@ def _float32_at_the_ends(graph: ir.Graph) -> None:
     for value in graph.inputs:
         if value.dtype == ir.DataType.BFLOAT16:
             readers = tuple(value.uses())
-            inner = _cast(value, ir.DataType.BFLOAT16)
+            cast = _cast(value, ir.DataType.BFLOAT16)
             for reader, index in readers:
-                reader.replace_input_with(index, inner)
+                reader.replace_input_with(index, cast.outputs[0])
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            graph.insert_before(graph[0], inner.producer())
+            graph.insert_before(graph[0], cast)
     for index, value in enumerate(graph.outputs):
         if value.dtype == ir.DataType.BFLOAT16:
-            outer = _cast(value, ir.DataType.FLOAT)
-            value.name, outer.name = f"{value.name}.bfloat16", value.name
-            graph.append(outer.producer())
-            graph.outputs[index] = outer
+            cast = _cast(value, ir.DataType.FLOAT)
+            value.name, cast.outputs[0].name = f"{value.name}.bfloat16", value.name
+            graph.append(cast)
+            graph.outputs[index] = cast.outputs[0]
 
 
-def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    output = ir.node("Cast", [value], attributes={"to": dtype}).outputs[0]
-    output.shape, output.type = value.shape, ir.TensorType(dtype)
-    return output
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+    node = ir.node("Cast", [value], attributes={"to": dtype})
+    node.outputs[0].shape, node.outputs[0].type = value.shape, ir.TensorType(dtype)
+    return node
 
 
 def _name_initializers(graph: ir.Graph) -> None:

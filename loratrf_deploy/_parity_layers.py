@@ -247,7 +247,7 @@ def session_in_memory(
 
 
 def _session_with_outputs(
-    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: str
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: str = "cpu"
 ) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
     """A session that also gives the first output of `nodes`, and module -> output name."""
     outputs = graph.graph.outputs
