@@ -110,7 +110,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
     else:
-        model = get_peft_model(model, config)
+        try:
+            model = get_peft_model(model, config)
+        except UserError:
+            raise
+        except ValueError as error:  # PEFT's word for targets that match nothing
+            raise UserError(f"--targets {options.targets}: {error}") from error
         if options.method == "loratrf" and options.filter_start == "data":
             initialize_filters(model, [collate([dict(row) for row in training[:64]])])
 

@@ -152,6 +152,16 @@ class LoraTrfModel(BaseTuner):
             keys = kwargs["state_dict"].items()
             kwargs["state_dict"] = {key.replace(".lora_", ".trf_lora_"): value for key, value in keys}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT is content when any module matched: a misspelt half would be left out without a word.
+        layers = [part for part in model.modules() if isinstance(part, LoraTrfLinear)]
+        for name, weights in (("target_modules", "lora_A"), ("filter_target_modules", "trf_tau")):
+            wanted = getattr(self.peft_config[adapter_name], name)
+            if wanted and not any(adapter_name in getattr(layer, weights) for layer in layers):
+                shown = sorted(wanted) if isinstance(wanted, set) else wanted
+                raise UserError(
+                    f"{name} is {shown!r}, which matches no module of {type(model).__name__}. Expected names as "
+                    "model.named_modules() has them, or their last parts, such as 'query'; [] leaves that half out."
+                )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

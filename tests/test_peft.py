@@ -443,6 +443,14 @@ def test_bad_settings_are_named(fault: str) -> None:
         config(**fields)
 
 
+@pytest.mark.parametrize("half", ["target_modules", "filter_target_modules"])
+@pytest.mark.parametrize("names", [["querry"], "encoder.*querry"], ids=["names", "pattern"])
+def test_a_half_that_matches_no_module_is_named(half: str, names: Any) -> None:
+    fields = {"target_modules": ["query"], "filter_target_modules": ["query"], half: names}
+    with pytest.raises(UserError, match=rf"^{half} is .*querry.*matches no module of BertForSequenceClassification"):
+        adapted(**fields)
+
+
 def test_only_linear_layers_are_adapted() -> None:
     with pytest.raises(TypeError, match=r"word_embeddings is Embedding.*Narrow target_modules"):
         adapted(target_modules=["word_embeddings"])

@@ -14,6 +14,7 @@ import pytest
 import train_glue
 
 import tiny
+from loratrf_deploy import UserError
 
 # Raised by PEFT and by the renaming of gradient checkpointing in this transformers.
 pytestmark = pytest.mark.filterwarnings(
@@ -123,6 +124,15 @@ def test_training_stops_where_the_held_out_score_does(files: list[str], tmp_path
     results = train(files, tmp_path, "--learning-rate", "0", "--epochs", "9", "--patience", "2")
     assert len(results["held_out_by_epoch"]) == 3  # one that sets the mark, two that don't pass it
     assert results["chosen_epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--targets", "--targets querry: .*target"), ("--filter-targets", r"^filter_target_modules is \['querry'\]")],
+)
+def test_targets_that_match_nothing_are_named(option: str, words: str, files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        train(files, tmp_path, option, "querry")
 
 
 def test_tables_of_the_method_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
