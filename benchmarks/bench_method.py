@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,11 +144,13 @@ def train_missing(names: list[str], processes: int) -> None:
     done = {(record["config"], record["arguments"]) for record in records()}
     wanted = [run for run in runs() if (run.name, run.arguments) not in done and (not names or run.name in names)]
     print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for finished in as_completed([pool.submit(train, run) for run in wanted]):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain kill ends the trainings too, as Ctrl-C does
+    with get_context("spawn").Pool(processes) as pool:
+        for record in pool.imap_unordered(train, wanted):
+            line = json.dumps(record, ensure_ascii=False)
             with RECORDS.open("a") as file:
-                file.write(json.dumps(finished.result(), ensure_ascii=False) + "\n")
-            print(json.dumps(finished.result(), ensure_ascii=False), flush=True)
+                file.write(line + "\n")
+            print(line, flush=True)
 
 
 def table(rows: list[dict[str, Any]], name: str, tasks: tuple[str, ...] = tuple(EPOCHS)) -> NDArray[np.float64] | None:
