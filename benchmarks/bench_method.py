@@ -6,7 +6,8 @@
 MiniLM on RTE, MRPC, CoLA and SST-2 with examples/train_glue.py, one thread a process. One run after another is appended
 to method.jsonl, so that a stopped --train goes on where it was; its adapters are kept in build/method. CHOICES were
 chosen from by the held-out tenth of CoLA's train, with a seed of their own; their dev scores are not recorded. COMPARED
-are trained on every task with three seeds, ABLATIONS on CoLA.
+are trained on every task with three seeds, VARIANTS on CoLA. What each part of the method does is measured where noise
+is smaller, in bench_method_lm.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,14 +36,6 @@ SEEDS = (0, 1, 2)
 CHOICE_SEED = 100
 
 
-@dataclass(frozen=True)
-class Config:
-    """Arguments of train_glue.py; `fixed_s` puts s = 1 in every filter, which leaves τ without a part."""
-
-    arguments: str
-    fixed_s: bool = False
-
-
 BLOCKS = "--dropout 0 --targets query,value,attention.output.dense,output.dense"
 SHARED = f"{BLOCKS},pooler.dense"
 BATCH = "--batch 16 --learning-rate"
@@ -51,48 +45,48 @@ HALVES = f"{TRF} --rank 4 --alpha 8"
 
 REFERENCE, BEST = "LoRA R=8", "LoRATRF"
 COMPARED = {
-    REFERENCE: Config(f"{LORA} {BATCH} 5e-4"),
-    BEST: Config(f"{HALVES} --filter-rank 1 --filter-gamma 8"),
-    "LoRA R=4": Config(f"{SHARED} --method lora {BATCH} 5e-4 --rank 4 --alpha 8"),
-    "LoRA R=2": Config(f"{SHARED} --method lora {BATCH} 5e-4 --rank 2 --alpha 4"),
-    "DoRA R=4": Config(f"{SHARED} --method dora {BATCH} 5e-4 --rank 4 --alpha 8"),
-    "head alone": Config(f"--method head {BATCH} 5e-4"),
+    REFERENCE: f"{LORA} {BATCH} 5e-4",
+    BEST: f"{HALVES} --filter-rank 1 --filter-gamma 8",
+    "LoRA R=4": f"{SHARED} --method lora {BATCH} 5e-4 --rank 4 --alpha 8",
+    "LoRA R=2": f"{SHARED} --method lora {BATCH} 5e-4 --rank 2 --alpha 4",
+    "DoRA R=4": f"{SHARED} --method dora {BATCH} 5e-4 --rank 4 --alpha 8",
+    "head alone": f"--method head {BATCH} 5e-4",
 }
-ABLATIONS = {
-    "s = 1": Config(COMPARED[BEST].arguments, fixed_s=True),
-    "τ random": Config(f"{COMPARED[BEST].arguments} --filter-start random"),
-    "τ along the bias": Config(f"{COMPARED[BEST].arguments} --filter-start bias"),
-    "filter_input base": Config(f"{COMPARED[BEST].arguments} --filter-input base"),
-    "γ = 1": Config(f"{HALVES} --filter-rank 1 --filter-gamma 1"),
+FFN = ",".join(f"layer.{number}.output.dense" for number in range(6))
+VARIANTS = {
+    "LoRATRF, alpha = 16": f"{TRF} --rank 4 --alpha 16 --filter-rank 1 --filter-gamma 8",
+    "R=8, and F=4 in LoRA's place on the FFN outputs": "--dropout 0 --targets query,value,attention.output.dense,"
+    f"pooler.dense --method loratrf {BATCH} 5e-4 --rank 8 --alpha 16 --filter-targets {FFN} --filter-rank 4 "
+    "--filter-gamma 8",
 }
 OUTPUTS = "--filter-targets attention.output.dense,output.dense,pooler.dense"
 CHOICES = {
-    "LoRA R=8, no pooler, batch 32, 1e-3": Config(f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 1e-3"),
-    "LoRA R=8, no pooler, batch 32, 3e-3": Config(f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 3e-3"),
-    "LoRA R=8, batch 32, 2e-3": Config(f"{LORA} --learning-rate 2e-3"),
-    "LoRA R=8, batch 32, 4e-3": Config(f"{LORA} --learning-rate 4e-3"),
-    "LoRA R=8, 1e-3": Config(f"{LORA} {BATCH} 1e-3"),
-    "LoRA R=8, 5e-4": Config(f"{LORA} {BATCH} 5e-4"),
-    "LoRA R=8, 2.5e-4": Config(f"{LORA} {BATCH} 2.5e-4"),
-    "R=4, F=2 on outputs, γ=1": Config(f"{HALVES} {OUTPUTS} --filter-rank 2"),
-    "R=4, F=2 on outputs, γ=8": Config(f"{HALVES} {OUTPUTS} --filter-rank 2 --filter-gamma 8"),
-    "R=4, F=1 everywhere, γ=1": Config(f"{HALVES} --filter-rank 1"),
-    "R=4, F=1 everywhere, γ=8": Config(f"{HALVES} --filter-rank 1 --filter-gamma 8"),
-    "R=3, F=2 everywhere, γ=8": Config(f"{TRF} --rank 3 --alpha 6 --filter-rank 2 --filter-gamma 8"),
+    "LoRA R=8, no pooler, batch 32, 1e-3": f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 1e-3",
+    "LoRA R=8, no pooler, batch 32, 3e-3": f"{BLOCKS} --method lora --rank 8 --alpha 16 --learning-rate 3e-3",
+    "LoRA R=8, batch 32, 2e-3": f"{LORA} --learning-rate 2e-3",
+    "LoRA R=8, batch 32, 4e-3": f"{LORA} --learning-rate 4e-3",
+    "LoRA R=8, 1e-3": f"{LORA} {BATCH} 1e-3",
+    "LoRA R=8, 5e-4": f"{LORA} {BATCH} 5e-4",
+    "LoRA R=8, 2.5e-4": f"{LORA} {BATCH} 2.5e-4",
+    "R=4, F=2 on outputs, γ=1": f"{HALVES} {OUTPUTS} --filter-rank 2",
+    "R=4, F=2 on outputs, γ=8": f"{HALVES} {OUTPUTS} --filter-rank 2 --filter-gamma 8",
+    "R=4, F=1 everywhere, γ=1": f"{HALVES} --filter-rank 1",
+    "R=4, F=1 everywhere, γ=8": f"{HALVES} --filter-rank 1 --filter-gamma 8",
+    "R=3, F=2 everywhere, γ=8": f"{TRF} --rank 3 --alpha 6 --filter-rank 2 --filter-gamma 8",
 }
 
 
 @dataclass(frozen=True)
 class Run:
     name: str
-    config: Config
+    config: str  # arguments of train_glue.py
     task: str
     seed: int
 
     @property
     def arguments(self) -> str:
         """What decides the run, and what its record is found by."""
-        return f"{self.config.arguments} --task {self.task} --seed {self.seed} --epochs {EPOCHS[self.task]}"
+        return f"{self.config} --task {self.task} --seed {self.seed} --epochs {EPOCHS[self.task]}"
 
     @property
     def folder(self) -> Path:
@@ -103,7 +97,7 @@ def runs() -> list[Run]:
     return [
         *(Run(name, config, "cola", CHOICE_SEED) for name, config in CHOICES.items()),
         *(Run(name, config, task, seed) for seed in SEEDS for name, config in COMPARED.items() for task in EPOCHS),
-        *(Run(name, config, "cola", seed) for seed in SEEDS for name, config in ABLATIONS.items()),
+        *(Run(name, config, "cola", seed) for seed in SEEDS for name, config in VARIANTS.items()),
     ]
 
 
@@ -112,16 +106,8 @@ def train(run: Run) -> dict[str, Any]:
     import torch
     import train_glue
 
-    from loratrf_deploy import _peft_layer
-
     torch.set_num_threads(1)
-    score = _peft_layer.filter_score
-    if run.config.fixed_s:
-        _peft_layer.filter_score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)
-    try:
-        results = train_glue.run(train_glue.arguments([*run.arguments.split(), "--out", str(run.folder)]))
-    finally:
-        _peft_layer.filter_score = score
+    results = train_glue.run(train_glue.arguments([*run.arguments.split(), "--out", str(run.folder)]))
     record = {
         "config": run.name,
         "task": run.task,
@@ -129,6 +115,7 @@ def train(run: Run) -> dict[str, Any]:
         "arguments": run.arguments,
         "parameters": results["trained_parameters"]["adapter"],
         "held_out": results["held_out_by_epoch"],
+        "loss": results["loss_by_epoch"],
         "seconds": results["seconds"],
     }
     return record if run.seed == CHOICE_SEED else record | {"dev": results["dev"][results["metric"]]}
@@ -140,16 +127,21 @@ def records() -> list[dict[str, Any]]:
 
 
 def train_missing(names: list[str], processes: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     done = {(record["config"], record["arguments"]) for record in records()}
     wanted = [run for run in runs() if (run.name, run.arguments) not in done and (not names or run.name in names)]
     print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
+    append_records(train, wanted, RECORDS, processes)
+
+
+def append_records(train: Callable[[Any], dict[str, Any]], wanted: list[Any], file: Path, processes: int) -> None:
+    """Appends train(run) to `file` for every wanted run, each in a process of one thread, as they end."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain kill ends the trainings too, as Ctrl-C does
     with get_context("spawn").Pool(processes) as pool:
         for record in pool.imap_unordered(train, wanted):
             line = json.dumps(record, ensure_ascii=False)
-            with RECORDS.open("a") as file:
-                file.write(line + "\n")
+            with file.open("a") as lines:
+                lines.write(line + "\n")
             print(line, flush=True)
 
 
@@ -192,10 +184,10 @@ def mean_and_deviation(values: NDArray[np.float64]) -> str:
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
 
 
-def ablated(rows: list[dict[str, Any]]) -> str:
-    """Markdown: CoLA with one thing changed. Held-out is the best epoch's, as the choice of defaults sees it."""
+def varied(rows: list[dict[str, Any]]) -> str:
+    """Markdown: CoLA, in other placements and scales. Held-out is the best epoch's."""
     lines = ["| configuration | trained | held out | dev |", "| --- | ---: | ---: | ---: |"]
-    for name in (BEST, "LoRA R=4", *ABLATIONS):
+    for name in (REFERENCE, BEST, *VARIANTS):
         scores = table(rows, name, ("cola",))
         if scores is not None:
             held_out = [100 * max(row["held_out"]) for row in rows if (row["config"], row["task"]) == (name, "cola")]
@@ -303,8 +295,8 @@ def draw_filters(name: str, file: Path) -> None:
     save(figure, file)
 
 
-def method(config: Config) -> str:
-    words = config.arguments.split()
+def method(config: str) -> str:
+    words = config.split()
     return words[words.index("--method") + 1]
 
 
@@ -318,7 +310,7 @@ def main() -> int:
         train_missing(options.train, options.processes)
         return 0
     rows = records()
-    print(compared(rows), ablated(rows), chosen(rows), sep="\n\n")
+    print(compared(rows), varied(rows), chosen(rows), sep="\n\n")
     if options.figures:
         absent = [run.folder for run in runs() if (run.name, run.seed) == (BEST, SEEDS[0]) and not run.folder.is_dir()]
         if absent:

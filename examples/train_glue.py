@@ -28,6 +28,7 @@ import minilm
 from loratrf_deploy import UserError
 
 METHODS = ("loratrf", "lora", "dora", "head")
+LOSSES = {"training": "loss", "held_out": "eval_loss"}  # by Trainer's names
 # The pooler too: all-MiniLM's is small noise with a bias of 0, and the classifier sees nothing else.
 TARGETS = "query,value,attention.output.dense,output.dense,pooler.dense"
 
@@ -151,7 +152,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        history = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+        log = trainer.state.log_history
+        history = [entry[f"eval_{metric}"] for entry in log if f"eval_{metric}" in entry]
+        losses = {part: [float(e[key]) for e in log if key in e] for part, key in LOSSES.items()}
         dev = trainer.evaluate(tokens(glue.read(options.data, options.task, "dev")), metric_key_prefix="dev")
 
     if config is not None:
@@ -170,6 +173,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "metric": metric,
         "dev": {name: round(dev[f"dev_{name}"], 4) for name in ("accuracy", "f1", "matthews")},
         "held_out_by_epoch": [round(value, 4) for value in history],
+        "loss_by_epoch": {part: [round(value, 4) for value in values] for part, values in losses.items()},
         "chosen_epoch": int(np.argmax(history)) + 1,
         "rows": {"training": len(training), "held_out": len(held_out)},
         "trained_parameters": {"adapter": sum(trained.values()) - head, "head": head},

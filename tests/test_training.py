@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import bench_method
+import bench_method_lm
 import glue
 import numpy as np
 import pytest
+import torch
 import train_glue
 
 import tiny
+import tiny_llm
 from loratrf_deploy import UserError
 
 # Raised by PEFT and by the renaming of gradient checkpointing in this transformers.
@@ -71,6 +74,8 @@ def test_what_is_saved_scores_what_was_reported(method: str, files: list[str], t
     assert results["trained_parameters"] == {"adapter": SIZES[method], "head": 2 * HIDDEN + 2}
     assert results["rows"] == {"training": 144, "held_out": 16}
     assert results["chosen_epoch"] == 1 + int(np.argmax(results["held_out_by_epoch"]))
+    losses = results["loss_by_epoch"]
+    assert len(losses["training"]) == len(losses["held_out"]) == len(results["held_out_by_epoch"])
     if method == "head":
         assert not any(tmp_path.iterdir())
         return
@@ -79,7 +84,6 @@ def test_what_is_saved_scores_what_was_reported(method: str, files: list[str], t
 
 def accuracy(files: list[str], adapter: Path, split: str, rows: Any = slice(None)) -> float:
     """Of a saved adapter, row by row: nothing that padding or batching could hide."""
-    import torch
     import transformers
     from peft import PeftModel
 
@@ -136,7 +140,7 @@ def test_targets_that_match_nothing_are_named(option: str, words: str, files: li
 
 
 def test_tables_of_the_method_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = bench_method.Config("--method lora")
+    config = "--method lora"
     names = bench_method.REFERENCE, bench_method.BEST, "unfinished"
     monkeypatch.setattr(bench_method, "COMPARED", dict.fromkeys(names, config))
     rows = [
@@ -153,4 +157,62 @@ def test_tables_of_the_method_benchmark(monkeypatch: pytest.MonkeyPatch) -> None
         "",
         # 10, 11, 12 points over the seeds: 1 / √3
         "LoRATRF - LoRA R=8, mean of the four tasks: +11.00 ± 0.58 (standard error)",
+    ]
+
+
+# R (K + N) of the seven linear layers of a tiny LLaMA's two; a filter has 1 + 2F vectors of N.
+LLAMA_RANK = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+LLAMA_FILTERS = 2 * 2 * 64
+
+
+def test_training_of_the_language_model_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_method_lm, "BASE", tiny_llm.make_base(tmp_path / "base"))
+    monkeypatch.setattr(bench_method_lm, "STEPS", 3)
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randint(0, 200, (length,), generator=draw) for length in (64 * 128, 300, 300)]
+    monkeypatch.setattr(bench_method_lm, "texts", lambda: (None, *parts))
+    threads = torch.get_num_threads()
+    try:
+        rows = {name: bench_method_lm.train((name, 0)) for name in bench_method_lm.COMPARED}
+        again = bench_method_lm.train((bench_method_lm.BEST, 0))
+    finally:
+        torch.set_num_threads(threads)
+    assert again == rows[bench_method_lm.BEST]
+    assert [rows[name]["parameters"] for name in ("LoRA R=2", bench_method_lm.BEST, "s = 1")] == [
+        2 * LLAMA_RANK,
+        4 * LLAMA_RANK + 11 * LLAMA_FILTERS,
+        4 * LLAMA_RANK + 10 * LLAMA_FILTERS,
+    ]
+    # Every configuration is a training of its own.
+    assert len({row["test"] for row in rows.values()}) == len(rows)
+
+
+def test_loss_of_the_language_model_benchmark(tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llm.make_base(tmp_path / "base"))
+    tokens = torch.randint(0, 200, (70 * 128 + 5,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logs = model(tokens[: 70 * 128].view(70, 128)).logits.double().log_softmax(-1)
+    targets = tokens[: 70 * 128].view(70, 128)[:, 1:, None]
+    expected = -float(logs[:, :-1].gather(-1, targets).mean())
+    assert bench_method_lm.loss(model, tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tables_of_the_language_model_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = bench_method_lm.REFERENCE, bench_method_lm.SAME_SIZE, bench_method_lm.BEST, "unfinished"
+    monkeypatch.setattr(bench_method_lm, "COMPARED", {key: {} for key in names})
+    found = {
+        (name, seed): {"parameters": count, "test": start + step * seed}
+        for name, count, start, step in zip(
+            names, (200, 120, 100, 50), (3.0, 3.5, 3.2, 9), (0.1, 0.1, 0.2, 0), strict=True
+        )
+        for seed in (0, 1, 2)
+        if (name, seed) != ("unfinished", 1)
+    }
+    assert bench_method_lm.compared(found).splitlines()[2:] == [
+        "| LoRA R=8 | 200 | 100.0% | 3.1000 |  | -0.5000 ± 0.0000 |",
+        "| LoRA R=5 | 120 | 60.0% | 3.6000 | +0.5000 ± 0.0000 |  |",
+        # 0.2, 0.3, 0.4 over the seeds: 0.1 / √3
+        "| LoRATRF | 100 | 50.0% | 3.4000 | +0.3000 ± 0.0577 | -0.2000 ± 0.0577 |",
     ]

@@ -1,0 +1,218 @@
+"""The method where the number of parameters matters: a small LLaMA moves from code to prose.
+
+    python benchmarks/bench_method_lm.py --train [CONFIG ...] [--processes 2]     # trains what has no record yet
+    python benchmarks/bench_method_lm.py                                          # the tables, from the records
+
+The base of bench_perplexity.py (4 layers, 256 wide, trained on Python's standard library), then adapters on eight
+tenths of the prose of its help(): 300 steps of 8 x 128 tokens, AdamW. Loss in nats per token on the ninth tenth (held
+out, what configurations are chosen by) and on the last (test). Every seed draws its own weights, τ and batches;
+configurations of one seed share the batches, so their differences are paired. COMPARED are trained with three seeds,
+CHOICES with the first. Records are appended to method_lm.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pydoc_data.topics
+import sys
+import sysconfig
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+from bench_method import append_records
+
+RECORDS = Path(__file__).with_name("method_lm.jsonl")
+BASE = Path(__file__).parents[1] / "build" / "method_lm"
+SEEDS = (0, 1, 2)
+BASE_STEPS, STEPS = 600, 300
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OUTPUTS = ["o_proj", "down_proj"]
+
+
+def lora(rank: int, rate: float = 4e-3) -> dict[str, Any]:
+    return {"method": "lora", "r": rank, "lora_alpha": 2 * rank, "rate": rate}
+
+
+def loratrf(**others: Any) -> dict[str, Any]:
+    shared = {"method": "loratrf", "r": 4, "lora_alpha": 8, "filter_target_modules": OUTPUTS, "filter_rank": 5}
+    return shared | {"filter_gamma": 8.0, "rate": 4e-3} | others
+
+
+REFERENCE, SAME_SIZE, BEST = "LoRA R=8", "LoRA R=5", "LoRATRF"
+COMPARED: dict[str, dict[str, Any]] = {
+    REFERENCE: lora(8),
+    SAME_SIZE: lora(5),
+    "LoRA R=4": lora(4),
+    "LoRA R=2": lora(2),
+    BEST: loratrf(),
+    "s = 1": loratrf(fixed_s=True),
+    "τ random": loratrf(start="random"),
+    "filter_input base": loratrf(filter_input="base"),
+    "γ = 1": loratrf(filter_gamma=1.0),
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "LoRA R=8, 2e-3": lora(8, 2e-3),
+    "LoRA R=8, 8e-3": lora(8, 8e-3),
+    "LoRA R=8, 16e-3": lora(8, 16e-3),
+    "LoRA R=5, 8e-3": lora(5, 8e-3),
+    "LoRA R=5, 16e-3": lora(5, 16e-3),
+    "LoRATRF, 2e-3": loratrf(rate=2e-3),
+    "LoRATRF, 2e-3, alpha = 16": loratrf(rate=2e-3, lora_alpha=16),
+    "LoRATRF, 8e-3": loratrf(rate=8e-3),
+    "LoRATRF, 16e-3": loratrf(rate=16e-3),
+    "LoRATRF, γ = 32": loratrf(filter_gamma=32.0),
+    "R=4, F=10 on down": loratrf(filter_target_modules=["down_proj"], filter_rank=10),
+    "R=3, F=6 on k, v, o, down": loratrf(
+        r=3, lora_alpha=6, filter_target_modules=["k_proj", "v_proj", *OUTPUTS], filter_rank=6
+    ),
+    "R=2, F=7 on q, k, v, o, down": loratrf(
+        r=2, lora_alpha=4, filter_target_modules=["q_proj", "k_proj", "v_proj", *OUTPUTS], filter_rank=7
+    ),
+}
+CONFIGS = COMPARED | CHOICES
+
+
+@cache
+def texts() -> tuple[Any, Any, Any, Any]:
+    """Tokenizer; tokens of prose to train on, held out, and for the test."""
+    import bench_perplexity
+    import torch
+
+    tokenizer = bench_perplexity._tokenizer(code())
+    prose = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    cuts = [0, len(prose) * 8 // 10, len(prose) * 9 // 10, len(prose)]
+    parts = [prose[begin:end] for begin, end in pairwise(cuts)]
+    return tokenizer, *(torch.tensor(tokenizer(part)["input_ids"]) for part in parts)
+
+
+def code() -> str:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return "\n".join(path.read_text() for path in sorted(library.glob("*.py"))[:60])
+
+
+def make_base() -> None:
+    import bench_perplexity
+    import torch
+
+    torch.manual_seed(0)
+    tokenizer = texts()[0]
+    model = bench_perplexity._model(len(tokenizer))
+    bench_perplexity._train(model, torch.tensor(tokenizer(code())["input_ids"]), BASE_STEPS, 1e-3)
+    model.save_pretrained(BASE)
+
+
+def loss(model: Any, tokens: Any) -> float:
+    import torch
+
+    windows = tokens[: len(tokens) // 128 * 128].view(-1, 128)
+    with torch.inference_mode():
+        losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in windows.split(64)]
+    return sum(losses) / len(windows)
+
+
+def train(run: tuple[str, int]) -> dict[str, Any]:
+    """Trains one adapter in this process; returns its record."""
+    import bench_perplexity
+    import peft
+    import torch
+    import transformers
+
+    from loratrf_deploy import _peft_layer
+    from loratrf_deploy.peft import LoraTrfConfig, initialize_filters
+
+    torch.set_num_threads(1)
+    name, seed = run
+    options = dict(CONFIGS[name])
+    method, rate = options.pop("method"), options.pop("rate")
+    start, fixed_s = options.pop("start", "data"), options.pop("fixed_s", False)
+    torch.manual_seed(seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
+    kind = LoraTrfConfig if method == "loratrf" else peft.LoraConfig
+    model: Any = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
+    _, training, held_out, test = texts()
+    if method == "loratrf" and start == "data":
+        initialize_filters(model, [{"input_ids": training[: 64 * 128].view(64, 128)}])
+    score = _peft_layer.filter_score
+    if fixed_s:
+        _peft_layer.filter_score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)
+    torch.manual_seed(1000 + seed)
+    try:
+        bench_perplexity._train(model, training, STEPS, rate)
+        losses = {"held_out": round(loss(model, held_out), 5), "test": round(loss(model, test), 5)}
+    finally:
+        _peft_layer.filter_score = score
+    # τ has no part in s = 1.
+    trained = sum(
+        part.numel()
+        for key, part in model.named_parameters()
+        if part.requires_grad and not (fixed_s and "trf_tau" in key)
+    )
+    return {"config": name, "seed": seed, "options": CONFIGS[name], "parameters": trained} | losses
+
+
+def records() -> dict[tuple[str, int], dict[str, Any]]:
+    """By configuration and seed; those of the configurations as they are now."""
+    lines = map(json.loads, RECORDS.read_text().splitlines() if RECORDS.exists() else [])
+    return {(line["config"], line["seed"]): line for line in lines if CONFIGS.get(line["config"]) == line["options"]}
+
+
+def train_missing(names: list[str], processes: int) -> None:
+    if not BASE.exists():
+        make_base()
+    done = records()
+    runs = [(name, seed) for seed in SEEDS for name in (COMPARED if seed else CONFIGS)]
+    wanted = [run for run in runs if run not in done and (not names or run[0] in names)]
+    print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
+    append_records(train, wanted, RECORDS, processes)
+
+
+def compared(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Markdown: nats per token, mean over seeds, and differences seed by seed with their standard error."""
+    others = (REFERENCE, SAME_SIZE)
+    lines = [
+        f"| configuration | trained | of {REFERENCE} | test | {' | '.join(f'less {name}' for name in others)} |",
+        f"| --- | ---: | ---: | ---: |{' ---: |' * len(others)}",
+    ]
+    if any((name, seed) not in found for name in others for seed in SEEDS):
+        return ""
+    for name in COMPARED:
+        if all((name, seed) in found for seed in SEEDS):
+            test = np.array([found[name, seed]["test"] for seed in SEEDS])
+            less = [test - np.array([found[other, seed]["test"] for seed in SEEDS]) for other in others]
+            cells = [f"{d.mean():+.4f} ± {d.std(ddof=1) / len(SEEDS) ** 0.5:.4f}" if d.any() else "" for d in less]
+            size = found[name, SEEDS[0]]["parameters"]
+            share = size / found[REFERENCE, SEEDS[0]]["parameters"]
+            lines.append(f"| {name} | {size} | {share:.1%} | {test.mean():.4f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def chosen(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Markdown: held-out nats per token of the first seed."""
+    lines = ["| configuration | trained | held out |", "| --- | ---: | ---: |"]
+    for name in CONFIGS:
+        if row := found.get((name, SEEDS[0])):
+            lines.append(f"| {name} | {row['parameters']} | {row['held_out']:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", nargs="*", metavar="CONFIG", help="train these configurations (none named: all)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if options.train is not None:
+        train_missing(options.train, options.processes)
+    found = records()
+    print(compared(found), chosen(found), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
