@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..cli import command, named_paths, progress
 from ..errors import UserError
+from ..manifest import export_line
 from ..runtime_weights import DEFAULTS
 from ..session import PROVIDERS
 from .exporter import DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
@@ -180,10 +181,9 @@ def _print_summary(result: ExportResult) -> None:
         ops[layer["op"]] = ops.get(layer["op"], 0) + 1
     kinds = ", ".join(f"{count} {op}" for op, count in ops.items()) or "none"
     weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
-    quantized = "" if manifest.get("quantize", "none") == "none" else f"{manifest['quantize']} weights, "
     rows = {
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
-        "mode": f"{manifest['mode']}, {quantized}{manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}",
+        "mode": export_line(manifest),
         **_swappable_row(result),
         "layers": f"{len(manifest['layers'])} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import command
 from .inspection import inspect_path
+from .manifest import export_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +134,7 @@ def _show_model(console: Console, facts: dict[str, Any]) -> None:
     operators = ", ".join(f"{count} {op}" for op, count in facts["operators"].items())
     rows = {
         "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
-        "export": f"{facts['mode']}, {facts['dtype']}, opset {facts['opset']}, {facts['task']}",
+        "export": export_line(facts),
         "made by": ", ".join([f"loratrf-deploy {facts['loratrf_deploy']}", *_versions(facts["versions"])]),
         "adapter": _adapter_sentence(facts),
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",

@@ -150,7 +150,7 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         "path": str(model),
         "bytes": sum(files.values()),
         "files": files,
-        **{key: manifest.get(key) for key in MANIFEST_FIELDS},
+        **{key: manifest.get(key) for key in (*MANIFEST_FIELDS, "quantize")},
         "swappable": _swappable_facts(manifest, folder),
         "operators": operators,
         "standard_operators_only": all(op == "merged" for op in operators),

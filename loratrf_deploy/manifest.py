@@ -10,7 +10,7 @@ from typing import Any
 from .errors import UserError
 from .schemas import OPS
 
-__all__ = ["MANIFEST", "MANIFEST_FIELDS", "file_sha256", "read_manifest"]
+__all__ = ["MANIFEST", "MANIFEST_FIELDS", "export_line", "file_sha256", "read_manifest"]
 
 MANIFEST = "loratrf.json"
 MANIFEST_FIELDS = {
@@ -54,6 +54,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {', '.join(wrong)} missing or not what loratrf-export writes. Export the model again."
         )
     return manifest
+
+
+def export_line(manifest: dict[str, Any]) -> str:
+    """How a model was exported, on one line: mode, quantisation where there is one, type, opset, task."""
+    quantize = manifest.get("quantize") or "none"
+    quantized = "" if quantize == "none" else f"{quantize} weights, "
+    return f"{manifest['mode']}, {quantized}{manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}"
 
 
 def _is_op(value: Any) -> bool:

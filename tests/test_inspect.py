@@ -86,6 +86,16 @@ def test_model_by_file_and_by_folder(make_export):
     assert [warning[:22] for warning in facts["warnings"]] == ["parity was not checked"]
 
 
+def test_quantisation_is_shown(make_export, tmp_path, capsys):
+    folder = tmp_path / "export"
+    shutil.copytree(make_export().model.parent, folder)
+    for quantize, line in (("none", "separate, float32, opset"), ("int4", "separate, int4 weights, float32, opset")):
+        manifest = json.loads((folder / "loratrf.json").read_text())
+        (folder / "loratrf.json").write_text(json.dumps(manifest | {"quantize": quantize}))
+        assert inspect_cli.main([str(folder)]) == 0
+        assert line in capsys.readouterr().out
+
+
 def test_merged_lora_needs_nothing(make_export, capsys):
     model = make_export(kind="lora", mode="merged").model
     assert inspect_path(model)["standard_operators_only"] is True
