@@ -204,7 +204,19 @@ int Launch(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, si
 }
 
 // PTX's mma.m16n8k8 on tf32: from the lanes' fragments to the matrices, as the PTX manual lays them out. Operands with
-// more bits than a tensor core reads are a fault of the caller.
+// more bits than a tensor core reads are a fault of the caller. The sum is cut off towards zero, as on the A100, where
+// four products and the sum so far are lined up at the largest one's exponent, with one bit more than a float.
+inline float CutOffSum(const double (&terms)[5]) {
+  double largest = 0, sum = 0;
+  for (double term : terms) largest = fmax(largest, fabs(term)), sum += term;
+  if (!(largest > 0) || !(largest < INFINITY)) return static_cast<float>(sum);
+  const double unit = ldexp(1, ilogb(largest) - 24);
+  sum = 0;
+  for (double term : terms) sum += trunc(term / unit) * unit;
+  const float rounded = static_cast<float>(sum);
+  return fabs(static_cast<double>(rounded)) > fabs(sum) ? nextafterf(rounded, 0) : rounded;
+}
+
 inline void Mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   const float values[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   for (float value : values) {
@@ -216,12 +228,14 @@ inline void Mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   const int lane = static_cast<int>(g_thread->index % 32), group = lane >> 2, in_group = lane & 3;
   for (int i = 0; i < 4; ++i) {
     const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
-    float sum = c[i];
-    for (int k = 0; k < 8; ++k) {
-      const int a_register = (row >= 8 ? 1 : 0) + (k >= 4 ? 2 : 0), b_register = k >= 4 ? 5 : 4;
-      sum += lanes[(row % 8) * 4 + k % 4][a_register] * lanes[column * 4 + k % 4][b_register];
+    for (int high = 0; high < 2; ++high) {
+      const int a_register = (row >= 8 ? 1 : 0) + 2 * high, b_register = 4 + high;
+      double terms[5] = {c[i]};
+      for (int k = 0; k < 4; ++k) {
+        terms[k + 1] = static_cast<double>(lanes[(row % 8) * 4 + k][a_register]) * lanes[column * 4 + k][b_register];
+      }
+      c[i] = CutOffSum(terms);
     }
-    c[i] = sum;
   }
 }
 

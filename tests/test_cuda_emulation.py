@@ -126,6 +126,18 @@ def check(emulator, op, T, K, N, R, F, dtype, filter_input="adapted", **options)
     assert_close(y, expected_of(op, tensors, filter_input), dtype, what)
 
 
+def test_long_sums_of_float32_are_rounded_not_cut_off(emulator):
+    # All terms are positive: what a tensor core cuts off would add up.
+    T, K, N, R = 3, 65536, 16, 2
+    rng = np.random.default_rng(0)
+    shapes = {"x": (T, K), "A": (R, K), "B": (N, R)}
+    tensors = {name: rng.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {"base": np.zeros((T, N), np.float32), **tensors}
+    status, y = emulator.run(tensors, (1, T, K, N, R, 0, 1), "float32")
+    assert status == OK
+    assert np.abs(y / expected_of("LowRank", tensors) - 1).max() < 1e-6
+
+
 CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
 
 # (T, K, N, R, F): one tile to several, widths that are and aren't whole chunks and 16 bytes, every rank's remainder.

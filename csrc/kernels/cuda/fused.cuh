@@ -28,8 +28,10 @@ constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = 32 * kWarps;
 constexpr int kGroup = 32;   // columns of u or v that a warp sums up in one pass
 constexpr int kMoments = 4;  // <z,z>, <z,tau>, <tau,tau> and a blank, before each row of v
-constexpr int kPad = 8;      // floats between rows of u and v in shared memory: no bank conflicts
-constexpr int kRows = 256;   // batch rows of one launch
+// Floats between rows of u, and of v, in shared memory. r_size is 0 modulo 8 and v_size 4: so rows start 4 modulo 8
+// floats apart, and those that a warp reads together lie in different banks.
+constexpr int kPadU = 12, kPadV = 8;
+constexpr int kRows = 256;  // batch rows of one launch
 constexpr float kEps = 1e-8f;
 
 enum Step { kReduce = 1, kForward = 2, kApply = 4 };
@@ -51,7 +53,7 @@ struct Work {
 inline __host__ __device__ int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 inline __host__ __device__ int SharedFloats(int r_size, int v_size) {
-  return kTile * (r_size + kPad) + kTile * (v_size + kPad) + kWarps * kTile * (kMoments + kGroup);
+  return kTile * (r_size + kPadU) + kTile * (v_size + kPadV) + kWarps * kTile * (kMoments + kGroup);
 }
 
 // A block at work on one tile.
@@ -88,8 +90,8 @@ struct Block {
         C(Weight(w.C, F, w.N)),
         D(Weight(w.D, w.N, F)),
         y(const_cast<E*>(Tokens(w.y, w.N).data), base.rows, w.N),
-        u_stride(w.r_size + kPad),
-        v_stride(w.v_size + kPad),
+        u_stride(w.r_size + kPadU),
+        v_stride(w.v_size + kPadV),
         u(shared),
         v(u + kTile * u_stride),
         warps(v + kTile * v_stride) {}

@@ -50,11 +50,14 @@ Status CheckPointers(const CudaCall& call) {
 
 size_t SharedBytes(const Work& work) { return SharedFloats(work.r_size, work.v_size) * sizeof(float); }
 
-// Beyond 48 KiB, which only ranks over 200 need, a kernel has to ask.
+// Beyond 48 KiB, which only ranks over 200 need, a kernel has to ask. It asks for the most that it can need: what it
+// asked for is the function's, not the call's, and another thread must not take it back before this one's launch.
 template <class Kernel>
 cudaError_t AskForShared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const int rank = RoundUp(kMaxCudaRank, 8);
+  const int most = SharedFloats(rank, kMoments + rank) * static_cast<int>(sizeof(float));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 // The most blocks of `kernel` that the device holds at once.

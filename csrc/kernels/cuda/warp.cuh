@@ -147,7 +147,8 @@ __device__ inline void Mma(float (&c)[4], const float (&a)[4], const float (&b)[
 
 // c += a b for tensors of type E. Elements of half types fit a tensor core's operand exactly, and what was computed in
 // float32 (a, where kComputed) is rounded to it: no worse than E's own rounding. float32 is cut in two parts each, of
-// which the three products that matter are taken.
+// which the three products that matter are taken. A tensor core cuts off what its sum has no bits for, always towards
+// zero, which over a long sum of float32s would show: it is given short ones, and c is added to with a rounding.
 template <class E, bool kComputed>
 __device__ inline void Product(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   float high[4], low[4], b_high[2], b_low[2];
@@ -160,9 +161,18 @@ __device__ inline void Product(float (&c)[4], const float (&a)[4], const float (
     for (int i = 0; i < 4; ++i) high[i] = Tf32(a[i]), low[i] = Tf32(a[i] - high[i]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) b_high[i] = Tf32(b[i]), b_low[i] = Tf32(b[i] - b_high[i]);
+#if defined(LORATRF_MMA_ON_CPU) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+    float part[4] = {};
+    Mma(part, low, b_high);
+    Mma(part, high, b_low);
+    Mma(part, high, b_high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += part[i];
+#else
     Mma(c, low, b_high);
     Mma(c, high, b_low);
     Mma(c, high, b_high);
+#endif
   }
 }
 
