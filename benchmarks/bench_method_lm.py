@@ -175,7 +175,7 @@ def train_missing(names: list[str], processes: int) -> None:
 
 def compared(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Markdown: nats per token, mean over seeds, and differences seed by seed with their standard error."""
-    others = (REFERENCE, SAME_SIZE)
+    others = (REFERENCE, SAME_SIZE, BEST)
     lines = [
         f"| configuration | trained | of {REFERENCE} | test | {' | '.join(f'less {name}' for name in others)} |",
         f"| --- | ---: | ---: | ---: |{' ---: |' * len(others)}",
