@@ -7,7 +7,8 @@ The base of bench_perplexity.py (4 layers, 256 wide, trained on Python's standar
 tenths of the prose of its help(): 300 steps of 8 x 128 tokens, AdamW. Loss in nats per token on the ninth tenth (held
 out, what configurations are chosen by) and on the last (test). Every seed draws its own weights, τ and batches;
 configurations of one seed share the batches, so their differences are paired. COMPARED are trained with three seeds,
-CHOICES with the first. Records are appended to method_lm.jsonl.
+CHOICES with the first. Records are appended to method_lm.jsonl; those here are of Python 3.11.7, and another Python has
+other texts: to measure with it, start without the file.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pydoc_data.topics
 import sys
-import sysconfig
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -80,35 +79,32 @@ CONFIGS = COMPARED | CHOICES
 
 
 @cache
-def texts() -> tuple[Any, Any, Any, Any]:
-    """Tokenizer; tokens of prose to train on, held out, and for the test."""
+def corpus() -> tuple[Any, Any, Any, Any, Any]:
+    """Tokenizer; tokens of the code, of the prose to train on, held out, and for the test."""
     import bench_perplexity
     import torch
 
-    tokenizer = bench_perplexity._tokenizer(code())
-    prose = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    code, prose = bench_perplexity.texts()
+    tokenizer = bench_perplexity.make_tokenizer(code)
     cuts = [0, len(prose) * 8 // 10, len(prose) * 9 // 10, len(prose)]
-    parts = [prose[begin:end] for begin, end in pairwise(cuts)]
+    parts = [code, *(prose[begin:end] for begin, end in pairwise(cuts))]
     return tokenizer, *(torch.tensor(tokenizer(part)["input_ids"]) for part in parts)
-
-
-def code() -> str:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return "\n".join(path.read_text() for path in sorted(library.glob("*.py"))[:60])
 
 
 def make_base() -> None:
     import bench_perplexity
     import torch
 
+    torch.set_num_threads(1)  # the sums' order, and with it the base, is the same everywhere
     torch.manual_seed(0)
-    tokenizer = texts()[0]
-    model = bench_perplexity._model(len(tokenizer))
-    bench_perplexity._train(model, torch.tensor(tokenizer(code())["input_ids"]), BASE_STEPS, 1e-3)
+    tokenizer, code, *_ = corpus()
+    model = bench_perplexity.make_model(len(tokenizer))
+    bench_perplexity.train(model, code, BASE_STEPS, 1e-3)
     model.save_pretrained(BASE)
 
 
 def loss(model: Any, tokens: Any) -> float:
+    """Mean of -log p(token | those before it in its window of 128), in nats; each window's first token is left out."""
     import torch
 
     windows = tokens[: len(tokens) // 128 * 128].view(-1, 128)
@@ -136,7 +132,7 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
     kind = LoraTrfConfig if method == "loratrf" else peft.LoraConfig
     model: Any = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
-    _, training, held_out, test = texts()
+    _, _, training, held_out, test = corpus()
     if method == "loratrf" and start == "data":
         initialize_filters(model, [{"input_ids": training[: 64 * 128].view(64, 128)}])
     score = _peft_layer.filter_score
@@ -144,7 +140,7 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
         _peft_layer.filter_score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)
     torch.manual_seed(1000 + seed)
     try:
-        bench_perplexity._train(model, training, STEPS, rate)
+        bench_perplexity.train(model, training, STEPS, rate)
         losses = {"held_out": round(loss(model, held_out), 5), "test": round(loss(model, test), 5)}
     finally:
         _peft_layer.filter_score = score

@@ -37,17 +37,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of training the base; the adapters take half")
     args = parser.parse_args()
     torch.manual_seed(0)
-    library = Path(sysconfig.get_paths()["stdlib"])
-    code = "\n".join(path.read_text() for path in sorted(library.glob("*.py"))[:60])
-    prose = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    code, prose = texts()
     cut = len(prose) * 9 // 10
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, text = folder / "base", folder / "text.txt"
         text.write_text(prose[cut : cut + 20000])
-        tokenizer = _tokenizer(code)
-        model = _model(len(tokenizer))
-        _train(model, torch.tensor(tokenizer(code)["input_ids"]), args.steps, 1e-3)
+        tokenizer = make_tokenizer(code)
+        model = make_model(len(tokenizer))
+        train(model, torch.tensor(tokenizer(code)["input_ids"]), args.steps, 1e-3)
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
         print("| deployment | LoRATRF: perplexity | loss, nats | LoRA: perplexity | loss, nats |")
@@ -66,7 +64,7 @@ def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text:
     )
     with quiet():
         model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-        _train(model, torch.tensor(tokenizer(prose)["input_ids"]), steps // 2, 2e-3)
+        train(model, torch.tensor(tokenizer(prose)["input_ids"]), steps // 2, 2e-3)
         model.save_pretrained(str(folder / kind))
         models = []
         for mode, quantize in DEPLOYMENTS:
@@ -80,7 +78,15 @@ def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text:
 _TORCH = ("PyTorch", "PyTorch without the adapter")
 
 
-def _train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
+def texts() -> tuple[str, str]:
+    """Modules of Python's standard library, and the prose of its help()."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code = "\n".join(path.read_text() for path in sorted(library.glob("*.py"))[:60])
+    return code, "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+def train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
+    """AdamW on batches of 8 x 128 of `tokens`, drawn from torch's generator; one cycle of rates, `rate` at the peak."""
     model.train()
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -94,7 +100,7 @@ def _train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
     model.eval()
 
 
-def _model(vocabulary: int) -> Any:
+def make_model(vocabulary: int) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -110,7 +116,7 @@ def _model(vocabulary: int) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def _tokenizer(text: str) -> Any:
+def make_tokenizer(text: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,13 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def models() -> Any:
+    """test_ort_ops, whose models of one operator the CUDA tests use too; skipped where onnx_ir is missing."""
+    pytest.importorskip("onnx_ir")
+    return importlib.import_module("test_ort_ops")
 
 
 @pytest.fixture

@@ -203,9 +203,8 @@ int Launch(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, si
   return 0;
 }
 
-// PTX's mma.m16n8k8 on tf32: from the lanes' fragments to the matrices, as the PTX manual lays them out. Operands with
-// more bits than a tensor core reads are a fault of the caller. The sum is cut off towards zero, as on the A100, where
-// four products and the sum so far are lined up at the largest one's exponent, with one bit more than a float.
+// A tensor core's sum, cut off towards zero: as the A100 is taken to work, four products and the sum so far are lined
+// up at the largest one's exponent, with one bit more than a float has.
 inline float CutOffSum(const double (&terms)[5]) {
   double largest = 0, sum = 0;
   for (double term : terms) largest = fmax(largest, fabs(term)), sum += term;
@@ -217,6 +216,8 @@ inline float CutOffSum(const double (&terms)[5]) {
   return fabs(static_cast<double>(rounded)) > fabs(sum) ? nextafterf(rounded, 0) : rounded;
 }
 
+// PTX's mma.m16n8k8 on tf32: from the lanes' fragments to the matrices, as the PTX manual lays them out. Operands with
+// more bits than a tensor core reads are a fault of the caller.
 inline void Mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   const float values[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   for (float value : values) {

@@ -6,8 +6,6 @@ and ONNX Runtime's CUDA provider.
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 
@@ -162,13 +160,6 @@ def ort():
     if PROVIDER not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA provider: install loratrf-deploy[gpu]")
     return onnxruntime
-
-
-@pytest.fixture(scope="session")
-def models(ort):
-    """Models of one operator, as the CPU's tests make them."""
-    pytest.importorskip("onnx_ir")
-    return importlib.import_module("test_ort_ops")
 
 
 def cuda_session(ort, model, **provider_options):

@@ -7,7 +7,6 @@ errors in ONNX Runtime; what only a GPU shows is in test_cuda.py.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import itertools
 import subprocess
 from pathlib import Path
@@ -359,13 +358,6 @@ def in_onnx_runtime(tmp_path_factory):
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     return made, session
-
-
-@pytest.fixture(scope="module")
-def models():
-    """Models of one operator, as the CPU's tests make them."""
-    pytest.importorskip("onnx_ir")
-    return importlib.import_module("test_ort_ops")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -177,7 +177,7 @@ def test_training_of_the_language_model_benchmark(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench_method_lm, "STEPS", 3)
     draw = torch.Generator().manual_seed(0)
     parts = [torch.randint(0, 200, (length,), generator=draw) for length in (64 * 128, 300, 300)]
-    monkeypatch.setattr(bench_method_lm, "texts", lambda: (None, *parts))
+    monkeypatch.setattr(bench_method_lm, "corpus", lambda: (None, None, *parts))
     threads = torch.get_num_threads()
     try:
         rows = {name: bench_method_lm.train((name, 0)) for name in bench_method_lm.COMPARED}

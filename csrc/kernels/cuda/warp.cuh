@@ -168,7 +168,7 @@ __device__ inline void Product(float (&c)[4], const float (&a)[4], const float (
     Mma(part, high, b_high);
 #pragma unroll
     for (int i = 0; i < 4; ++i) c[i] += part[i];
-#else
+#else  // sums of rounded additions, and no registers to spare
     Mma(c, low, b_high);
     Mma(c, high, b_low);
     Mma(c, high, b_high);
