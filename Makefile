@@ -30,9 +30,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	@# mypy finds packages by folder: show it export/ where setuptools installs it.
+	rm -rf build/types
 	mkdir -p build/types/loratrf_deploy
-	ln -sf $(CURDIR)/loratrf_deploy/*.py build/types/loratrf_deploy/
-	ln -sfn $(CURDIR)/export build/types/loratrf_deploy/export
+	ln -s $(CURDIR)/loratrf_deploy/*[!o] build/types/loratrf_deploy/
+	ln -s $(CURDIR)/export build/types/loratrf_deploy/export
 	$(BIN)/mypy
 
 clean:

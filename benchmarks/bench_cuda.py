@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from loratrf_deploy import _kernels, torch_ops  # type: ignore[attr-defined]
+from loratrf_deploy import _kernels
+from loratrf_deploy.ops import torch_ops  # type: ignore[attr-defined]
 
 TOKENS = (1, 16, 256, 2048, 8192)
 ROTATED_BYTES = 256 << 20

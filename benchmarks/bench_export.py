@@ -35,7 +35,7 @@ config = OnnxConfig(
 )
 OnnxExporter().export(model, inputs, config=config).save_pretrained(sys.argv[2])
 """
-OURS = "import sys; from loratrf_deploy.export.cli import main; sys.exit(main(sys.argv[1:]))"
+OURS = "import sys; from loratrf_deploy.cli.export import main; sys.exit(main(sys.argv[1:]))"
 
 
 def main() -> None:

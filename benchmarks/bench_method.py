@@ -256,7 +256,7 @@ def filter_scores(adapter: Path, task: str) -> dict[str, NDArray[np.float32]]:
 
     import loratrf_deploy.peft
     import minilm
-    from loratrf_deploy import _peft_layer
+    from loratrf_deploy.peft import layer as _peft_layer
 
     base = minilm.base_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)

@@ -120,8 +120,8 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from loratrf_deploy import _peft_layer
     from loratrf_deploy.peft import LoraTrfConfig, initialize_filters
+    from loratrf_deploy.peft import layer as _peft_layer
 
     torch.set_num_threads(1)
     name, seed = run

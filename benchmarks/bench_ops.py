@@ -28,7 +28,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from loratrf_deploy import library_path
-from loratrf_deploy.schemas import DOMAIN, OPS, VERSION, function_body
+from loratrf_deploy.ops.schemas import DOMAIN, OPS, VERSION, function_body
 
 SINGLE = [op for op in OPS if op != "GroupedLoraTrf"]
 """The operators of one adapter; bench_grouped.py times the other."""

@@ -62,7 +62,7 @@ if ! { cmake -S . -B "$out/cmake" $generator -DCMAKE_CUDA_ARCHITECTURES="$archit
 fi
 
 # The package beside what was built, and the exporter where an installation would put it.
-ln -sf "$PWD"/loratrf_deploy/*.py "$package/loratrf_deploy/"
+ln -sf "$PWD"/loratrf_deploy/*[!o] "$package/loratrf_deploy/"  # all but *.so
 ln -sfn "$PWD/export" "$package/loratrf_deploy/export"
 export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"
 

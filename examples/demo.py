@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loratrf_deploy import create_session
-from loratrf_deploy.export.cli import main as export
+from loratrf_deploy.cli.export import main as export
 from minilm import base_path
 
 HERE = Path(__file__).parent

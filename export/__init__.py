@@ -1,6 +1,6 @@
 """From trained adapters to a proven ONNX model: `export_adapter` and `export_grouped`, behind loratrf-export."""
 
-from .exporter import ExportResult, export_adapter
 from .grouped import export_grouped
+from .single import ExportResult, export_adapter
 
 __all__ = ["ExportResult", "export_adapter", "export_grouped"]

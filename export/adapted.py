@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import Adapter, LayerAdapter
-from ..runtime_weights import LAYER_PARTS
-from ..schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPS, VERSION
+from ..adapters.adapter import Adapter, LayerAdapter
+from ..formats.swappable import LAYER_PARTS
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPS, VERSION
 
 __all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from ..manifest import file_sha256
+from ..formats.manifest import file_sha256
 
 __all__ = ["base_sha256", "written_aside"]
 

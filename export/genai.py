@@ -20,16 +20,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..adapter import Adapter
+from ..adapters.adapter import Adapter
 from ..errors import UserError
-from ..generation import CONFIG_FILE
-from ..runtime_weights import LAYER_PARTS
-from ..schemas import DOMAIN, OPS, VERSION, function_body
-from ..session import library_path
+from ..formats.swappable import LAYER_PARTS
+from ..genai.generate import CONFIG_FILE
+from ..ops.schemas import DOMAIN, OPS, VERSION, function_body
+from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
 
 if TYPE_CHECKING:
-    from .model import BaseModel
+    from ..pytorch.base import BaseModel
 
 __all__ = ["PRECISIONS", "build", "check_precision", "genai_name", "linear_nodes", "write_genai"]
 
@@ -119,7 +119,7 @@ def _linear_layers(model: Any) -> list[str]:
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
     """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
-    from .model import load_tokenizer
+    from ..pytorch.base import load_tokenizer
 
     own = (adapter.path / "tokenizer_config.json").is_file()
     source = str(adapter.path if own else base.path)

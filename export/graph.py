@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..errors import UserError
-from ..schemas import DOMAIN, FUNCTIONS, VERSION, function_body
-from .model import max_sequence
+from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
+from ..pytorch.base import max_sequence
 
 if TYPE_CHECKING:
     import torch

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._adapter_files import some
-from ..adapter import Adapter, LayerAdapter, check_fits, read_adapter
-from ..adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
+from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
+from ..adapters.weights_file import some
 from ..errors import UserError
-from ..runtime_weights import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
-from ..schemas import ADAPTER_IDS, DOMAIN, MAX_RANK
-from ..slots import Slots
-from .exporter import (
+from ..formats.adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
+from ..formats.swappable import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, MAX_RANK
+from ..runtime.slots import Slots
+from .files import check_writable
+from .single import (
     Clock,
     ExportResult,
     check_opset,
@@ -26,14 +27,13 @@ from .exporter import (
     write_companions,
     write_proven,
 )
-from .files import check_writable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ..parity import ParityReport
-    from .model import BaseModel
+    from ..parity.single import ParityReport
+    from ..pytorch.base import BaseModel
 
 __all__ = ["export_grouped"]
 
@@ -76,7 +76,7 @@ def export_grouped(
         return _write_model(loaded, base_model, model, dtype, opset, clock)
 
     def prove(model: Path, _: dict[str, Any]) -> ParityReport:
-        from ..parity_grouped import check_grouped_parity
+        from ..parity.grouped import check_grouped_parity
 
         return check_grouped_parity(model, {name: adapter.path for name, adapter in loaded.items()}, base_model)
 
@@ -115,8 +115,8 @@ def _write_model(
     import onnx_ir as ir
     import torch
 
+    from ..pytorch.base import GENERATION, load_base
     from .graph import finish, trace
-    from .model import GENERATION, load_base
     from .swappable import weights_to_inputs
 
     clock("loading the base model")

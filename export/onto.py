@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter import Adapter, read_adapter
-from ..adapter_file import SUFFIX, file_facts, write_adapter_file
+from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
-from ..runtime_weights import Swappable, fit, read_swappable
+from ..formats.adapter_file import SUFFIX, file_facts, write_adapter_file
+from ..formats.swappable import Swappable, fit, read_swappable
+from ..pytorch.base import TASKS
 from .files import base_sha256, check_writable, written_aside
-from .model import TASKS
 
 __all__ = ["Converted", "convert_adapter"]
 

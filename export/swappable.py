@@ -10,14 +10,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..adapter import Adapter
-from ..adapter_file import SUFFIX
+from ..adapters.adapter import Adapter
 from ..errors import UserError
-from ..runtime_weights import LAYER_PARTS, RuntimeWeight, fit, layer_weights, zeros
-from ..schemas import DOMAIN, OPS
+from ..formats.adapter_file import SUFFIX
+from ..formats.swappable import LAYER_PARTS, RuntimeWeight, fit, layer_weights, zeros
+from ..ops.schemas import DOMAIN, OPS
 
 if TYPE_CHECKING:
-    from .model import BaseModel
+    from ..pytorch.base import BaseModel
 
 __all__ = ["Swap", "find_weights", "placeholders", "weights_to_inputs"]
 

@@ -5,10 +5,10 @@ adapters swap at run time. Making one is `loratrf_deploy.export`, training an ad
 the `export` extra and are imported only when asked for.
 """
 
-from .adapter import Adapter, LayerAdapter, read_adapter
-from .adapter_session import AdapterInfo, AdapterSession
+from .adapters.adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
-from .session import create_session, library_path
+from .runtime.adapter_session import AdapterInfo, AdapterSession
+from .runtime.session import create_session, library_path
 
 __all__ = [
     "Adapter",

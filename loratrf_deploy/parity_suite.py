@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ._parity_result import NO_ADAPTER, VARIANTS
 from .errors import UserError
+from .parity.result import NO_ADAPTER, VARIANTS
 
 if TYPE_CHECKING:
-    from .parity import ParityReport
+    from .parity.single import ParityReport
 
 __all__: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of loratrf-parity."""
-    from .parity_cli import positive
+    from .cli.parity import positive
 
     group = parser.getgroup("loratrf-parity", "parity of an exported model with PyTorch")
     group.addoption("--model", type=Path, help="exported model, such as model.onnx")
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses to start without a model and its adapter."""
-    from .report import check_report_path
+    from .reports.formats import check_report_path
 
     if config.getoption("--model") is None or config.getoption("--adapter") is None:
         raise pytest.UsageError("loratrf_deploy.parity_suite needs --model model.onnx and --adapter PATH.")
@@ -55,8 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def parity(pytestconfig: pytest.Config) -> ParityReport:
     """The comparison, made once."""
-    from .parity_cli import run
-    from .report import write_report
+    from .cli.parity import run
+    from .reports.formats import write_report
 
     names = ("--model", "--adapter", "--base-model", "--inputs", "--tolerance")
     try:
@@ -72,7 +72,7 @@ def parity(pytestconfig: pytest.Config) -> ParityReport:
 def test_parity(parity: ParityReport, variant: str) -> None:
     """with and without library: max|onnx - torch| / max|torch| <= tolerance; base-off: the adapter has an effect;
     no adapter: a swappable model's default is what its manifest says."""
-    from .report import reasons
+    from .reports.formats import reasons
 
     checks = [check for check in parity.checks if check.variant == variant]
     if not checks:

@@ -80,7 +80,7 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A device with memory of its own, as AdapterSession sees a GPU; the shapes of the arrays copied there."""
     import onnxruntime
 
-    from loratrf_deploy import adapter_session
+    from loratrf_deploy.runtime import adapter_session
 
     real, copied = onnxruntime.OrtValue.ortvalue_from_numpy, []
 

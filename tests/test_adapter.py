@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loratrf_deploy import _adapter_config
-from loratrf_deploy.adapter import Adapter, check_fits, matches_target, read_adapter
+from loratrf_deploy.adapters import config as _adapter_config
+from loratrf_deploy.adapters.adapter import Adapter, check_fits, matches_target, read_adapter
 from loratrf_deploy.errors import UserError
 
 K, N, R, F = 6, 5, 2, 3
@@ -410,7 +410,7 @@ def test_reading_needs_no_framework(tmp_path: Path) -> None:
 
 
 def test_public_names() -> None:
-    import loratrf_deploy.adapter as module
+    import loratrf_deploy.adapters.adapter as module
 
     assert set(module.__all__) == {"Adapter", "LayerAdapter", "check_fits", "matches_target", "read_adapter"}
     assert re.match("An adapter folder", Adapter.__doc__ or "")

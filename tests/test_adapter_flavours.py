@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig
 from peft.tuners.lora.config import MontecloraConfig
 
-from loratrf_deploy.adapter import check_fits, read_adapter
+from loratrf_deploy.adapters.adapter import check_fits, read_adapter
 from loratrf_deploy.errors import UserError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

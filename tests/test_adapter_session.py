@@ -17,9 +17,9 @@ import pytest
 
 from conftest import Exported
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.adapter_file import read_adapter_file, write_adapter_file
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.onto import convert_adapter
+from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
 
 IDS = {
     "input_ids": np.arange(5, 17).reshape(2, 6),

@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratrf_deploy import AdapterSession, library_path, reference, schemas
+from loratrf_deploy import AdapterSession, library_path
+from loratrf_deploy.ops import reference, schemas
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
-from loratrf_deploy import torch_ops  # noqa: E402
+from loratrf_deploy.ops import torch_ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loratrf_deploy import reference, schemas
+from loratrf_deploy.ops import reference, schemas
 from tolerances import assert_close
 
 TESTS = Path(__file__).parent

@@ -56,8 +56,8 @@ def test_float32_on_a_gpu_is_not_rounded_to_tf32(make_export, monkeypatch):
 
 
 def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, capsys):
-    from loratrf_deploy.export.cli import main as export
-    from loratrf_deploy.parity_cli import main as parity
+    from loratrf_deploy.cli.export import main as export
+    from loratrf_deploy.cli.parity import main as parity
 
     base, adapter, model = make_export()
     out = tmp_path / "out" / "model.onnx"
@@ -72,7 +72,7 @@ def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, 
 
 
 def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, monkeypatch):
-    from loratrf_deploy.parity import check_parity
+    from loratrf_deploy.parity.single import check_parity
 
     asked = []
 

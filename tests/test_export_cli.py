@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratrf_deploy.export.cli import main
+from loratrf_deploy.cli.export import main
 
-EXPORT = [sys.executable, "-c", "import sys; from loratrf_deploy.export.cli import main; sys.exit(main())"]
+EXPORT = [sys.executable, "-c", "import sys; from loratrf_deploy.cli.export import main; sys.exit(main())"]
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -
 
 @pytest.mark.parametrize("several", [False, True], ids=["adapter", "adapters"])
 def test_a_failed_proof_writes_nothing(several, capsys, adapter, tmp_path, monkeypatch) -> None:
-    from loratrf_deploy import parity
+    from loratrf_deploy.parity import single as parity
 
     monkeypatch.setitem(parity.TOLERANCES, "float32", 1e-12)
     base, folder = adapter

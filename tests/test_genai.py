@@ -18,13 +18,13 @@ import transformers
 
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
+from loratrf_deploy.cli.export import main
 from loratrf_deploy.export import export_adapter
-from loratrf_deploy.export.cli import main
 from loratrf_deploy.export.genai import _insert, check_precision
-from loratrf_deploy.export.model import load_reference
-from loratrf_deploy.generation import CONFIG_FILE, generate_tokens, load_model
-from loratrf_deploy.parity import check_parity
-from loratrf_deploy.schemas import DOMAIN
+from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
+from loratrf_deploy.ops.schemas import DOMAIN
+from loratrf_deploy.parity.single import check_parity
+from loratrf_deploy.pytorch.base import load_reference
 
 Make = Callable[..., tuple[Path, Path]]
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from loratrf_deploy import UserError, read_adapter
-from loratrf_deploy.export.model import load_reference, load_tokenizer
-from loratrf_deploy.generate_cli import main
-from loratrf_deploy.generation import CONFIG_FILE, generate_tokens, load_model
-from loratrf_deploy.perplexity import main as perplexity_main
-from loratrf_deploy.perplexity import perplexities
+from loratrf_deploy.cli.generate import main
+from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
+from loratrf_deploy.parity.perplexity import main as perplexity_main
+from loratrf_deploy.parity.perplexity import perplexities
+from loratrf_deploy.pytorch.base import load_reference, load_tokenizer
 from tiny import SENTENCES
 
 PROMPT = "where is the library ?"
@@ -67,7 +67,7 @@ def test_generating_needs_no_torch(exported: Callable[..., Path]) -> None:
 import sys
 for name in ("torch", "transformers", "peft", "onnx", "onnx_ir"):
     sys.modules[name] = None
-from loratrf_deploy.generate_cli import main
+from loratrf_deploy.cli.generate import main
 sys.exit(main(["--model", sys.argv[1], "--prompt", "rain", "--max-new-tokens", "3"]))
 """
     model = exported(mode="separate", bundle_library=True)
@@ -89,7 +89,7 @@ def test_a_damaged_folder(damage, expected, exported, tmp_path) -> None:
     folder = shutil.copytree(exported(mode="separate", bundle_library=True).parent, tmp_path / "copy")
     damage(folder)
     # In a process of its own: a library that another test has loaded would stand in for the one that is missing.
-    code = "import sys; from loratrf_deploy.generate_cli import main; sys.exit(main())"
+    code = "import sys; from loratrf_deploy.cli.generate import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "--model", str(folder), "--prompt", PROMPT]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr

@@ -13,14 +13,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from loratrf_deploy import create_session, inspect_cli, parity_cli, read_adapter
-from loratrf_deploy.adapter_file import read_adapter_file
+from loratrf_deploy import create_session, read_adapter
+from loratrf_deploy.cli import inspect as inspect_cli
+from loratrf_deploy.cli import parity as parity_cli
+from loratrf_deploy.cli.export import main
 from loratrf_deploy.export import export_grouped
-from loratrf_deploy.export.cli import main
-from loratrf_deploy.export.model import load_base, load_reference, sample_inputs
-from loratrf_deploy.parity_grouped import check_grouped_parity
-from loratrf_deploy.runtime_weights import fit, read_swappable
-from loratrf_deploy.slots import Slots
+from loratrf_deploy.formats.adapter_file import read_adapter_file
+from loratrf_deploy.formats.swappable import fit, read_swappable
+from loratrf_deploy.parity.grouped import check_grouped_parity
+from loratrf_deploy.pytorch.base import load_base, load_reference, sample_inputs
+from loratrf_deploy.runtime.slots import Slots
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 QUERY = "bert.encoder.layer.0.attention.self.query"

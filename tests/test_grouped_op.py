@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratrf_deploy import reference, schemas
+from loratrf_deploy.ops import reference, schemas
 from test_ort_ops import expected_of, model_of, run, session_of, values_of
 from tolerances import assert_close, assert_rounded_once
 

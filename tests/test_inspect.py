@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from loratrf_deploy import UserError, inspect_cli
-from loratrf_deploy.inspection import inspect_path
+from loratrf_deploy import UserError
+from loratrf_deploy.cli import inspect as inspect_cli
+from loratrf_deploy.formats.inspection import inspect_path
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 VALUE = "bert.encoder.layer.0.attention.self.value"
@@ -207,7 +208,7 @@ class Absent:
         if name.partition(".")[0] in {"torch", "transformers", "peft", "onnx", "onnx_ir", "onnxruntime", "optimum"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-from loratrf_deploy.inspect_cli import main
+from loratrf_deploy.cli.inspect import main
 raise SystemExit(main(sys.argv[1:]))
 """
 

@@ -24,7 +24,7 @@ for name in ("torch", "transformers", "peft", "onnx"):
     sys.exit(f"{name} is importable: the test's environment is not the cpu extra alone")
 import numpy as np
 from loratrf_deploy import create_session
-from loratrf_deploy.inspect_cli import main
+from loratrf_deploy.cli.inspect import main
 ids = np.arange(10, dtype=np.int64).reshape(2, 5)
 feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 with_library = create_session(sys.argv[1]).run(None, feeds)[0]
@@ -67,7 +67,7 @@ def cpu_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = folder / "loratrf_deploy"
     package.mkdir()
     for path in (ROOT / "loratrf_deploy").iterdir():
-        if path.suffix in (".py", ".so"):
+        if path.suffix in (".py", ".so") or (path / "__init__.py").is_file():
             (package / path.name).symlink_to(path)
     return folder
 

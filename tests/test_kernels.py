@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratrf_deploy import reference, schemas
+from loratrf_deploy.ops import reference, schemas
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.adapter_file import read_adapter_file
 from loratrf_deploy.export import export_adapter, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
+from loratrf_deploy.formats.adapter_file import read_adapter_file
 
 ROWS = 12
 IDS = {

@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loratrf_deploy import UserError, library_path, reference, schemas
+from loratrf_deploy import UserError, library_path
+from loratrf_deploy.ops import reference, schemas
 from tolerances import assert_close, assert_rounded_once
 
 ir = pytest.importorskip("onnx_ir")

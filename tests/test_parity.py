@@ -13,11 +13,13 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loratrf_deploy import UserError, parity, parity_cli
-from loratrf_deploy._parity_figures import Figures, compare, worst
-from loratrf_deploy._parity_inputs import complete, read_inputs
-from loratrf_deploy.parity import Check, check_parity
-from loratrf_deploy.report import to_markdown
+from loratrf_deploy import UserError
+from loratrf_deploy.cli import parity as parity_cli
+from loratrf_deploy.parity import single as parity
+from loratrf_deploy.parity.figures import Figures, compare, worst
+from loratrf_deploy.parity.inputs import complete, read_inputs
+from loratrf_deploy.parity.single import Check, check_parity
+from loratrf_deploy.reports.formats import to_markdown
 
 ROW = {"input_ids": [2, 5, 9, 3], "attention_mask": [1, 1, 1, 1], "token_type_ids": [0, 0, 1, 1]}
 
@@ -316,8 +318,8 @@ def test_batches_share_one_scale():
 
 @pytest.fixture(scope="module")
 def reference(make_tiny):
-    from loratrf_deploy.adapter import read_adapter
-    from loratrf_deploy.export.model import load_reference
+    from loratrf_deploy.adapters.adapter import read_adapter
+    from loratrf_deploy.pytorch.base import load_reference
 
     base, adapter = make_tiny()
     return load_reference(read_adapter(adapter), base)

@@ -17,11 +17,11 @@ import transformers
 from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loratrf_deploy import reference
-from loratrf_deploy._peft_layer import filter_score
-from loratrf_deploy.adapter import check_fits, read_adapter
+from loratrf_deploy.adapters.adapter import check_fits, read_adapter
 from loratrf_deploy.errors import UserError
+from loratrf_deploy.ops import reference
 from loratrf_deploy.peft import FilteredLinear, LoraTrfConfig, LoraTrfLinear, LoraTrfModel, initialize_filters
+from loratrf_deploy.peft.layer import filter_score
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 # Raised by PEFT and by the renaming of gradient checkpointing in this transformers.

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from loratrf_deploy import UserError
-from loratrf_deploy._parity_figures import Figures
-from loratrf_deploy.parity import Check, LayerError, ParityReport
-from loratrf_deploy.report import FORMATS, print_report, to_html, to_json, to_junit, to_markdown, write_report
+from loratrf_deploy.parity.figures import Figures
+from loratrf_deploy.parity.single import Check, LayerError, ParityReport
+from loratrf_deploy.reports.formats import FORMATS, print_report, to_html, to_json, to_junit, to_markdown, write_report
 
 TOLERANCE = 1e-5
 
@@ -203,7 +203,7 @@ def test_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
 
     path = tmp_path / "parity.md"
     path.write_text("old")
-    monkeypatch.setattr("loratrf_deploy.report.os.replace", full)
+    monkeypatch.setattr("loratrf_deploy.reports.formats.os.replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_report(report(), path)
     assert path.read_text() == "old"

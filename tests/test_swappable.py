@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 import tiny
 from conftest import Exported
 from loratrf_deploy import UserError, create_session, read_adapter
-from loratrf_deploy.adapter_file import read_adapter_file
+from loratrf_deploy.cli.export import main
 from loratrf_deploy.export import export_adapter
-from loratrf_deploy.export.cli import main
 from loratrf_deploy.export.onto import convert_adapter
-from loratrf_deploy.inspection import inspect_path
-from loratrf_deploy.parity import check_parity
+from loratrf_deploy.formats.adapter_file import read_adapter_file
+from loratrf_deploy.formats.inspection import inspect_path
+from loratrf_deploy.parity.single import check_parity
 
 IDS = {
     "input_ids": np.arange(5, 17).reshape(2, 6),
@@ -269,7 +269,7 @@ def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path:
 
 
 def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) -> None:
-    from loratrf_deploy.runtime_weights import fit, read_swappable
+    from loratrf_deploy.formats.swappable import fit, read_swappable
 
     exported = make_export("roberta", "text-classification", "loratrf", swappable="base", dtype="float16")
     adapter, swappable = read_adapter(exported.adapter), read_swappable(exported.model)
@@ -283,7 +283,7 @@ def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path
     exported = make_export("bert", "text-classification", "loratrf", swappable="base")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx', 'onnx_ir']));"
-        "from loratrf_deploy.export.cli import main; sys.exit(main())"
+        "from loratrf_deploy.cli.export import main; sys.exit(main())"
     )
     out = tmp_path / "again.onnx_adapter"
     arguments = ["--adapter", exported.adapter, "--onto", exported.model, "--out", out]
@@ -314,7 +314,7 @@ def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tm
     assert ranks.pop("bert.encoder.layer.1.attention.self.query") == (5, 0)
     assert set(ranks.values()) == {(0, 0)}
     assert facts["saved"] == {"classifier.weight": 96, "classifier.bias": 3}
-    from loratrf_deploy.inspect_cli import main as inspect_main
+    from loratrf_deploy.cli.inspect import main as inspect_main
 
     assert inspect_main([str(folder)]) == 0
     assert inspect_main([str(folder / "lora.onnx_adapter")]) == 0

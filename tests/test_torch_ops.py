@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from loratrf_deploy import reference, schemas
+from loratrf_deploy.ops import reference, schemas
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
-from loratrf_deploy import torch_ops  # noqa: E402
+from loratrf_deploy.ops import torch_ops  # noqa: E402
 
 SHAPES = {"base": (2, 5, 99), "z": (2, 5, 99), "x": (2, 5, 19), "A": (4, 19), "B": (99, 4), "tau": (99,), "C": (3, 99)}
 SHAPES["D"] = (99, 3)

@@ -1,0 +1,1 @@
+"""A PEFT folder becomes checked values, with numpy alone."""

@@ -1,0 +1,360 @@
+"""Reading LoRA and LoRATRF adapters as PEFT saves them, with numpy alone: no torch, no transformers, no PEFT.
+
+An adapter comes from a stranger. Its JSON, its safetensors header, its names, shapes and numbers are all checked
+before anything uses them, and pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
+from .weights_file import CONFIG_FILE, check_finite, decode, find_weights, some
+
+__all__ = ["Adapter", "LayerAdapter", "check_fits", "matches_target", "read_adapter"]
+
+Array = NDArray[np.float32]
+
+_PREFIX = "base_model.model."
+
+# Suffix of a key -> which matrix of LayerAdapter it is.
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "lora_bias",
+    ".trf_tau": "tau",
+    ".trf_C.weight": "C",
+    ".trf_D.weight": "D",
+}
+_SHAPES = {"A": "RK", "B": "NR", "lora_bias": "N", "tau": "N", "C": "FN", "D": "NF"}
+# Parts of a key that give away an adapter that is more than low-rank products, whatever its config says.
+_NOT_SEPARABLE_KEYS = {
+    ".lora_embedding_": "low-rank adaptation of embeddings",
+    ".lora_magnitude_vector": "DoRA magnitude vectors",
+    ".lora_diag": "KaSA diagonals",
+    ".token_adapter.": "trainable token embeddings",
+}
+# Saved, but read by the backward pass alone.
+_TRAINING_ONLY = (".lora_velora_embed",)
+# Modules whose weights PEFT saves beside the adapter when the vocabulary was resized or embeddings were targeted.
+_EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out", "shared", "tok_embeddings")
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """y = h + scale·(x Aᵀ)Bᵀ, out = y + gamma·((s·z) Cᵀ)Dᵀ with z = y or h: one adapted linear layer.
+
+    A (R,K), B (N,R), tau (N), C (F,N), D (N,F), lora_bias (N): float32, C-contiguous, None for an absent half. Scales
+    are not folded in.
+    """
+
+    name: str
+    A: Array | None
+    B: Array | None
+    tau: Array | None
+    C: Array | None
+    D: Array | None
+    lora_bias: Array | None
+    scale: float
+    gamma: float
+
+    @property
+    def rank(self) -> int:
+        """R, or 0 without a low-rank half."""
+        return 0 if self.A is None else self.A.shape[0]
+
+    @property
+    def filter_rank(self) -> int:
+        """F, or 0 without a filter."""
+        return 0 if self.C is None else self.C.shape[0]
+
+    @property
+    def in_features(self) -> int | None:
+        """K, or None where there is a filter alone: a filter doesn't see the layer's input."""
+        return None if self.A is None else self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        part = self.B if self.B is not None else self.D
+        assert part is not None  # read_adapter makes no layer without either half
+        return part.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(part.size for part in (self.A, self.B, self.tau, self.C, self.D, self.lora_bias) if part is not None)
+
+    def scaled_B(self) -> Array:
+        """scale·B (N,R) float32: what an operator without a scale takes. ValueError without a low-rank half."""
+        return _scaled(self.name, "B", self.B, self.scale)
+
+    def scaled_D(self) -> Array:
+        """gamma·D (N,F) float32: what an operator without a scale takes. ValueError without a filter."""
+        return _scaled(self.name, "D", self.D, self.gamma)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder, read and checked. `layers` is empty where `not_separable` says why."""
+
+    path: Path
+    config: dict[str, Any]
+    peft_type: str
+    task_type: str | None
+    filter_input: str
+    layers: dict[str, LayerAdapter]
+    biases: dict[str, NDArray]
+    modules_to_save: dict[str, dict[str, NDArray]]
+    not_separable: str | None
+    base_model: str | None
+    sha256: str
+    dtype: str
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter in the folder `path`: adapter_config.json and adapter_model.safetensors, in PEFT's layout.
+
+    Weights come back as float32 from float64, float32, float16 or bfloat16. Raises UserError with what is wrong, what
+    was expected and what to do.
+    """
+    path = Path(path)
+    weights = find_weights(path)
+    config = read_config(path / CONFIG_FILE)
+    try:
+        raw = weights.read_bytes()
+    except OSError as error:
+        raise UserError(f"Can't read {weights}: {error.strerror or error}.") from error
+    tensors, dtypes = decode(weights, raw)
+    check_finite(weights, tensors)
+
+    parts = _Parts(weights, config, tensors)
+    return Adapter(
+        path=path,
+        config=config,
+        peft_type=config["peft_type"],
+        task_type=config.get("task_type"),
+        filter_input=config.get("filter_input", "adapted"),
+        layers=parts.layers,
+        biases=parts.biases,
+        modules_to_save=parts.modules_to_save,
+        not_separable=parts.not_separable,
+        base_model=config.get("base_model_name_or_path"),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        # Files of several types are rare; float32 holds what they say.
+        dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+    )
+
+
+def check_fits(
+    adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]], *, conv1d: Collection[str] = ()
+) -> None:
+    """Whether the adapter belongs to this base model: UserError naming everything that doesn't fit, or nothing.
+
+    `base_parameters` maps parameter names of the base to shapes: weight (N,K), or (K,N) for the module paths in
+    `conv1d` (GPT-2's Conv1D). Checked: adapted modules exist and have the adapter's sizes; modules that the config
+    targets have weights in the file; trained biases and saved modules exist, fit and are complete.
+    """
+    problems = []
+    for name, layer in adapter.layers.items():
+        shape = base_parameters.get(f"{name}.weight")
+        if shape is None:
+            problems.append(f"the base model has no layer {name}")
+            continue
+        outs, ins = (*shape, 0, 0)[:2] if name not in conv1d else (*shape, 0, 0)[1::-1]
+        if layer.out_features != outs or layer.in_features not in (None, ins):
+            expected = f"{layer.in_features or 'any'} -> {layer.out_features}"
+            problems.append(f"{name} maps {ins} -> {outs} features in the base model, {expected} in the adapter")
+    problems += _missing_targets(adapter, base_parameters)
+    for name, bias in adapter.biases.items():
+        problems += _misfit(name, bias, base_parameters)
+    for module, parameters in adapter.modules_to_save.items():
+        for name, value in parameters.items():
+            problems += _misfit(f"{module}.{name}", value, base_parameters)
+    if problems:
+        base = f" (trained on {adapter.base_model})" if adapter.base_model else ""
+        raise UserError(
+            f"The adapter {adapter.path}{base} does not fit this base model: {some(problems, '; ')}. Load the base "
+            "model that the adapter was trained on, with the same number of labels and vocabulary, or save "
+            "the adapter again."
+        )
+
+
+def _missing_targets(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Modules that the config says are adapted or saved, of which the file holds nothing: a partial adapter."""
+    problems = []
+    saved = adapter.config.get("modules_to_save") or ()
+    for parameter, shape in base_parameters.items():
+        module, _, kind = parameter.rpartition(".")
+        if adapter.not_separable is None and kind == "weight" and len(shape) == 2:
+            layer = adapter.layers.get(module)
+            for config_field, part in (("target_modules", "A"), ("filter_target_modules", "tau")):
+                if part == "tau" and adapter.peft_type != "LORATRF":
+                    continue
+                # "all-linear" leaves out the output head, and which one that is only the model knows.
+                everywhere = str(adapter.config.get(config_field)).lower() == "all-linear"
+                wanted = not everywhere and matches_target(adapter.config, module, config_field)
+                if wanted and (layer is None or getattr(layer, part) is None):
+                    what = "low-rank" if part == "A" else "filter"
+                    problems.append(f"{config_field} covers {module}, but the file holds no {what} weights for it")
+        owner = _owner(parameter, saved)
+        if owner and parameter[len(owner) + 1 :] not in adapter.modules_to_save.get(owner, {}):
+            problems.append(f"modules_to_save covers {parameter}, but the file doesn't hold it")
+    return problems
+
+
+def _misfit(name: str, value: NDArray, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if name not in base_parameters:
+        return [f"the base model has no {name}"]
+    if tuple(base_parameters[name]) != value.shape:
+        return [f"{name} is {tuple(base_parameters[name])} in the base model, {value.shape} in the adapter"]
+    return []
+
+
+@dataclass
+class _Parts:
+    """Sorts the tensors of a file: layers, biases, saved modules; what is left over is an error."""
+
+    file: Path
+    config: dict[str, Any]
+    tensors: dict[str, NDArray]
+    layers: dict[str, LayerAdapter] = field(default_factory=dict)
+    biases: dict[str, NDArray] = field(default_factory=dict)
+    modules_to_save: dict[str, dict[str, NDArray]] = field(default_factory=dict)
+    not_separable: str | None = None
+
+    def __post_init__(self) -> None:
+        self.not_separable = not_separable_reason(self.config)
+        if self.config["peft_type"] in ADAPTED_TYPES:
+            self.not_separable = self.not_separable or self._telltale()
+        layers: dict[str, dict[str, NDArray]] = {}
+        unused = []
+        for key, value in self.tensors.items():
+            name = key.removeprefix(_PREFIX)
+            suffix = next((suffix for suffix in _PARTS if name.endswith(suffix)), None)
+            if name == key:
+                unused.append(key)
+            elif suffix:
+                layers.setdefault(name.removesuffix(suffix), {})[_PARTS[suffix]] = value
+            elif not name.endswith(_TRAINING_ONLY) and not self._keep(name, value):
+                unused.append(key)
+        if self.not_separable:
+            return
+        if unused:
+            raise UserError(
+                f"{self.file} holds tensors that no rule uses: {some(unused)}. Expected keys such as "
+                f"{_PREFIX}<module>.lora_A.weight; save the adapter with PEFT's save_pretrained."
+            )
+        if not layers:
+            raise UserError(
+                f"{self.file} holds no adapter weights (no ...lora_A.weight or ...trf_tau among its "
+                f"{len(self.tensors)} tensors). Save the adapter again with PEFT's save_pretrained."
+            )
+        for name, parts in sorted(layers.items()):
+            self.layers[name] = self._layer(name, parts)
+
+    def _telltale(self) -> str | None:
+        for key, value in self.tensors.items():
+            for part, why in _NOT_SEPARABLE_KEYS.items():
+                if part in key:
+                    return f"{why} ({key})"
+            if key.endswith(".lora_A.weight"):
+                if value.ndim > 2:
+                    return f"low-rank adaptation of a convolution ({key})"
+                if ".base_layer." in key:
+                    return f"nested adapted layers, as in MultiheadAttention ({key})"
+        return None
+
+    def _keep(self, name: str, value: NDArray) -> bool:
+        """Files a bias or a saved module's parameter; False where the tensor is neither."""
+        if self.config.get("bias") == "all" and (".original_module." in name or ".modules_to_save." in name):
+            # PEFT saves a wrapped head's bias under these names too; the plain name holds the value.
+            return True
+        owner = _owner(name, self.config.get("modules_to_save") or ())
+        if owner is None:
+            # Below an adapted head, PEFT saves the frozen layer's weight too.
+            module, _, parameter = name.replace(".base_layer.weight", ".weight").rpartition(".")
+            owner = module if parameter == "weight" and module.rpartition(".")[2] in _EMBEDDINGS else None
+            if owner is not None:
+                self.modules_to_save.setdefault(owner, {})["weight"] = value
+                return True
+        if owner is not None:
+            self.modules_to_save.setdefault(owner, {})[name[len(owner) + 1 :]] = value
+            return True
+        if name.endswith(".bias") and self.config.get("bias") in ("all", "lora_only"):
+            self.biases[name.replace(".base_layer.bias", ".bias")] = value
+            return True
+        return False
+
+    def _layer(self, name: str, parts: dict[str, NDArray]) -> LayerAdapter:
+        for half, members in (("low-rank half", ("A", "B")), ("filter", ("tau", "C", "D"))):
+            absent = [member for member in members if member not in parts]
+            if absent and len(absent) < len(members):
+                self._fail(name, f"its {half} is incomplete: {', '.join(absent)} missing")
+        if "lora_bias" in parts and "A" not in parts:
+            self._fail(name, "it has lora_B.bias but no lora_A and lora_B")
+        if "tau" in parts and self.config["peft_type"] != "LORATRF":
+            self._fail(name, f'it has a filter, but peft_type is "{self.config["peft_type"]}" instead of "LORATRF"')
+
+        rank, scale = rank_and_scale(self.config, name)
+        filter_rank = self.config.get("filter_rank", 0)
+        # N and K are the layer's own: taken from one matrix each, they must hold for the others.
+        outs = next(parts[part].shape for part in ("B", "tau") if part in parts)[:1]
+        ins = parts["A"].shape[1:] if "A" in parts else ()
+        expected = {
+            "A": (rank, *ins[:1]),
+            "B": (*outs, rank),
+            "lora_bias": outs,
+            "tau": outs,
+            "C": (filter_rank, *outs),
+            "D": (*outs, filter_rank),
+        }
+        for part in (part for part in _SHAPES if part in parts):
+            value = parts[part]
+            if value.shape != expected[part] or 0 in value.shape or value.ndim != len(_SHAPES[part]):
+                sizes = f"R = {rank}, F = {filter_rank} from the config"
+                self._fail(
+                    name,
+                    f"{part} has shape {value.shape}, expected ({', '.join(_SHAPES[part])}) with {sizes}, "
+                    f"N from {'B' if 'B' in parts else 'tau'}: {expected[part]}",
+                )
+        return LayerAdapter(
+            name=name,
+            **{part: parts.get(part) for part in ("A", "B", "tau", "C", "D", "lora_bias")},
+            scale=scale,
+            gamma=float(self.config.get("filter_gamma", 1.0)),
+        )
+
+    def _fail(self, name: str, problem: str) -> None:
+        raise UserError(f"{self.file}, layer {name}: {problem}. Save the adapter again with PEFT's save_pretrained.")
+
+
+def _owner(name: str, saved: Iterable[str]) -> str | None:
+    """The outermost module on the way to parameter `name` that modules_to_save covers (PEFT compares endings)."""
+    steps = name.split(".")[:-1]
+    for depth in range(1, len(steps) + 1):
+        module = ".".join(steps[:depth])
+        if any(module.endswith(ending) for ending in saved):
+            return module
+    return None
+
+
+def _scaled(name: str, part: str, value: Array | None, factor: float) -> Array:
+    if value is None:
+        raise ValueError(f"layer {name} has no {part}")
+    with np.errstate(over="ignore"):
+        scaled = np.ascontiguousarray(value * np.float32(factor), dtype=np.float32)
+    if not (math.isfinite(factor) and np.isfinite(scaled).all()):
+        raise UserError(
+            f"Layer {name}: {part} times its scale {factor} exceeds float32. Check lora_alpha and filter_gamma."
+        )
+    return scaled

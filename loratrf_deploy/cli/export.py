@@ -1,0 +1,198 @@
+"""loratrf-export: the command line around `export_adapter`, `export_grouped` and `convert_adapter`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..export.grouped import export_grouped
+from ..export.onto import Converted, convert_adapter
+from ..export.single import DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
+from ..formats.manifest import export_line
+from ..formats.swappable import DEFAULTS
+from ..runtime.session import PROVIDERS
+from .shared import command, named_paths, progress
+
+__all__ = ["main"]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """loratrf-export --adapter PATH --out model.onnx: exit 0 exported and proven, 1 parity failed, 2 input at fault."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    # A terminated export cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _check_combination(parser, args)
+    if args.onto is not None:
+        converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
+        _print_converted(converted, args.adapter, args.onto)
+        return 0
+    try:
+        with progress() as step:
+            common = {"base_model": args.base_model, "dtype": args.dtype, "opset": args.opset, "check": args.check}
+            if args.adapters is not None:
+                result = export_grouped(named_paths(args.adapters), args.out, **common, step=step)
+            else:
+                result = export_adapter(
+                    args.adapter,
+                    args.out,
+                    mode=args.mode or ("separate" if args.swappable else "merged"),
+                    swappable=args.swappable,
+                    quantize=args.quantize,
+                    device=args.device,
+                    bundle_library=args.bundle_library,
+                    **common,
+                    step=step,
+                )
+    except ParityFailed as failure:
+        from ..reports.formats import print_report
+
+        print_report(failure.report)
+        print(
+            f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.",
+            file=sys.stderr,
+        )
+        return 1
+    _print_summary(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loratrf-export",
+        description="Export a LoRA or LoRATRF adapter with its base model to ONNX, and prove that it computes what "
+        "PyTorch computed.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", type=Path, help="adapter directory (PEFT's layout)")
+    which.add_argument(
+        "--adapters",
+        metavar="NAME=PATH",
+        nargs="+",
+        help="several adapters of one base in one model, in which every row of a batch names its own (grouped)",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the file to write; a model's folder gets others")
+    parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="merged folds the adapter into the weights (task-aware filters stay operators); separate keeps it beside "
+        "them (default: merged)",
+    )
+    parser.add_argument(
+        "--swappable",
+        choices=DEFAULTS,
+        help="make the adapter's weights inputs of a separate model, so that adapters swap at run time; without one, "
+        "the model computes what the base does, or what this adapter does",
+    )
+    parser.add_argument(
+        "--onto",
+        metavar="MODEL",
+        type=Path,
+        help="convert the adapter for this swappable model, which exists already: --out NAME.onnx_adapter",
+    )
+    parser.add_argument(
+        "--grouped", action="store_true", help="what --adapters makes, in so many words: it can be left out"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where the model is to run: its fused operators are that device's, and parity is checked there (default: "
+        "cpu); bfloat16 is for cuda",
+    )
+    parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
+    generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
+    generating.add_argument(
+        "--quantize", choices=QUANTIZATIONS, default="none", help="of the base weights; adapters stay in full precision"
+    )
+    generating.add_argument(
+        "--bundle-library",
+        action="store_true",
+        help="copy the custom-op library into the folder and register it in genai_config.json",
+    )
+    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
+    return parser
+
+
+def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """UserError for options that would be ignored beside --adapters or --onto."""
+    of_one = ("mode", "swappable", "quantize", "device", "bundle_library")
+
+    def given(names: Sequence[str]) -> str | None:
+        changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        return None if not changed else "--no-check" if changed[0] == "check" else f"--{changed[0].replace('_', '-')}"
+
+    if args.adapters is None and args.grouped:
+        raise UserError("--grouped makes one model of several adapters: name them with --adapters NAME=PATH ...")
+    if args.adapters is not None and (flag := given((*of_one, "onto"))):
+        raise UserError(
+            f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
+            f"can be refilled at run time: drop {flag}."
+        )
+    if args.onto is not None and (flag := given((*of_one, "dtype", "opset", "check"))):
+        raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
+
+
+def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    rows = {
+        "adapter": f"{converted.file} ({converted.bytes / 1e6:.1f} MB)",
+        "model": f"{model}",
+        "layers": f"{converted.layers} adapted of the model's {converted.model_layers}",
+        "base": "the model's, by the hash of its weights"
+        if converted.base_by == "hash"
+        else "the model's by its name: its weights are not here to be compared",
+        "parity": f"not checked here: loratrf-parity --model {model} --adapter {adapter}",
+    }
+    for name, text in rows.items():
+        console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
+
+
+def _swappable_row(result: ExportResult) -> dict[str, str]:
+    facts = result.manifest.get("swappable")
+    if facts is None:
+        return {}
+    if names := facts.get("slots"):
+        return {"slots": ", ".join(f"{slot} {name}" for name, slot in names.items()) + "; -1 is the base"}
+    own = any(weight["default"] == "adapter" for weight in facts["weights"]) and facts["default"] == "base"
+    default = f"the {facts['default']}'s" + (", with the adapter's head: the base has none" if own else "")
+    return {"swaps": f"{result.model.with_name(facts['file'])}; without an adapter the output is {default}"}
+
+
+def _print_summary(result: ExportResult) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    manifest, console = result.manifest, Console(highlight=False, soft_wrap=True)
+    ops: dict[str, int] = {}
+    for layer in manifest["layers"]:
+        ops[layer["op"]] = ops.get(layer["op"], 0) + 1
+    kinds = ", ".join(f"{count} {op}" for op, count in ops.items()) or "none"
+    weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
+    rows = {
+        "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
+        "mode": export_line(manifest),
+        **_swappable_row(result),
+        "layers": f"{len(manifest['layers'])} adapted ({kinds})",
+        "time": f"{sum(result.seconds.values()):.1f} s",
+    }
+    for name, text in rows.items():
+        console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
+    if result.parity is None:
+        console.print(f"[bold]{'parity':<8}[/bold] not checked (--no-check)")
+    else:
+        from ..reports.formats import print_report
+
+        print_report(result.parity)

@@ -1,0 +1,227 @@
+"""loratrf-inspect: what is in an adapter or an exported model, as tables or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..formats.inspection import inspect_path
+from ..formats.manifest import export_line
+from .shared import command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """loratrf-inspect PATH [--json]: exit 0 shown, 2 PATH is no adapter and no exported model, or is damaged."""
+    args = _parser().parse_args(argv)
+    facts = inspect_path(args.path)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    from rich.console import Console
+
+    # A pipe has no width of its own, and a cut table can't be read by a script.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    show = {"adapter": _show_adapter, "adapter file": _show_adapter_file, "model": _show_model}
+    show[facts["kind"]](console, facts)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loratrf-inspect",
+        description="Show what is in an adapter or an exported model: layers, ranks, filters, parameters, size, and "
+        "what a merged export would fold.",
+    )
+    parser.add_argument(
+        "path", type=Path, help="adapter folder or .onnx_adapter, or an exported model.onnx or its folder"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    return parser
+
+
+def _show_adapter(console: Console, facts: dict[str, Any]) -> None:
+    saved, biases = facts["modules_to_save"], facts["biases"]
+    rows = {
+        "adapter": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
+        "type": ", ".join(filter(None, (facts["peft_type"], facts["task_type"]))),
+        "base": facts["base_model"] or "not named",
+        "layers": f"{len(facts['layers'])} adapted, {facts['parameters']:,} parameters",
+        "filter": facts["filter_input"] and f"reads the {_READS[facts['filter_input']]} output",
+        "saved": ", ".join(f"{name} ({count:,})" for name, count in saved.items()),
+        "biases": f"{len(biases)} trained ({sum(biases.values()):,})" if biases else None,
+        "merged": _merge_sentence(facts),
+    }
+    _rows(console, rows)
+    if facts["layers"]:
+        head = ("layer", "rank", "filter rank", "in -> out", "parameters", "merged export")
+        _table(
+            console,
+            head,
+            (
+                (
+                    layer["module"],
+                    _or_dash(layer["rank"]),
+                    _or_dash(layer["filter_rank"]),
+                    f"{layer['in_features'] or 'any'} -> {layer['out_features']}",
+                    f"{layer['parameters']:,}",
+                    layer["merged"],
+                )
+                for layer in facts["layers"]
+            ),
+        )
+
+
+def _show_adapter_file(console: Console, facts: dict[str, Any]) -> None:
+    adapter = facts["adapter"]
+    rows = {
+        "file": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
+        "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
+        "base": f"sha256 {str(facts['base_sha256'])[:12]}",
+        "made for": f"the export whose model.onnx has sha256 {facts['model_sha256'][:12]}",
+        "layers": f"{len(facts['layers'])} in the model, {facts['parameters']:,} values; ranks 0 are zeros",
+        "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
+    }
+    _rows(console, rows)
+    rows_of_layers = (
+        (layer["module"], _or_dash(layer["rank"]), _or_dash(layer["filter_rank"])) for layer in facts["layers"]
+    )
+    _table(console, ("layer", "rank", "filter rank"), rows_of_layers)
+
+
+def _adapter_sentence(facts: dict[str, Any]) -> str:
+    adapter, slots = facts["adapter"], (facts["swappable"] or {}).get("slots")
+    if slots:
+        return "one per batch row, by slot: " + ", ".join(f"{slot} {name}" for name, slot in slots.items())
+    return f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})"
+
+
+def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
+    if facts is None:
+        return None
+    if facts["slots"]:
+        return f"{facts['weights']} run-time weights with a dimension of slots, whose defaults are these adapters'"
+    names = ", ".join(facts["files"]) or "none"
+    others = f"; not made for it: {', '.join(facts['other_files'])}" if facts["other_files"] else ""
+    return f"{facts['weights']} run-time weights, default {facts['default']}; adapters beside it: {names}{others}"
+
+
+_READS = {"adapted": "adapted", "base": "base layer's"}
+
+
+def _merge_sentence(facts: dict[str, Any]) -> str:
+    if facts["not_separable"]:
+        return f"only merged, through PEFT's own merge: {facts['not_separable']}"
+    words = {
+        "folds": "fold exactly",
+        "keeps TaskFilter": "keep a TaskFilter (a filter depends on the token and never folds)",
+        "keeps LoraTrf": "keep all of LoraTrf (the filter reads the base layer's output)",
+    }
+    return "; ".join(f"{count} {words[outcome]}" for outcome, count in facts["merge"].items())
+
+
+def _show_model(console: Console, facts: dict[str, Any]) -> None:
+    base, parity = facts["base"], facts["parity"]
+    operators = ", ".join(f"{count} {op}" for op, count in facts["operators"].items())
+    rows = {
+        "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
+        "export": export_line(facts),
+        "made by": ", ".join([f"loratrf-deploy {facts['loratrf_deploy']}", *_versions(facts["versions"])]),
+        "adapter": _adapter_sentence(facts),
+        "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
+        "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
+        "swaps": _swappable_sentence(facts["swappable"]),
+        "runs": "anywhere: standard ONNX operators alone"
+        if facts["standard_operators_only"]
+        else "with the custom-op library or without it, on the definitions in the file",
+        "parity": _parity_sentence(parity),
+    }
+    _rows(console, rows)
+    head = ("layer", "operator", "rank", "filter rank", "in -> out")
+    _table(
+        console,
+        head,
+        (
+            (
+                layer["module"],
+                layer["op"],
+                _or_dash(layer.get("rank")),
+                _or_dash(layer.get("filter_rank")),
+                f"{layer.get('in_features') or 'any'} -> {layer.get('out_features') or 'any'}",
+            )
+            for layer in facts["layers"]
+        ),
+        left=2,
+    )
+    for warning in facts["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def _parity_sentence(parity: dict[str, Any] | None) -> str:
+    if parity is None:
+        return "not checked"
+    errors = [
+        check["relative"]
+        for check in parity.get("checks", [])
+        if isinstance(check.get("relative"), int | float) and check.get("variant") != "base-off"
+    ]
+    largest = f", largest relative error {max(errors):.2e} (tolerance {parity.get('tolerance')})" if errors else ""
+    return ("holds" if parity.get("passed") else "failed") + largest
+
+
+def _versions(versions: dict[str, Any]) -> list[str]:
+    return [f"{name} {value}" for name, value in versions.items()]
+
+
+def _rows(console: Console, rows: Mapping[str, str | None]) -> None:
+    for name, text in rows.items():
+        if text:
+            console.print(f"[bold]{name:<8}[/bold] {_plain(text)}")
+
+
+def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """`left` columns of text; numbers, aligned right, follow."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(head):
+        text = number < left or name == "merged export"
+        table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    console.print(table)
+
+
+def _plain(text: str) -> str:
+    """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
+    from rich.markup import escape
+
+    from ..reports.formats import printable
+
+    return escape(printable(text))
+
+
+def _or_dash(value: int | None) -> str:
+    return str(value) if value else "-"
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

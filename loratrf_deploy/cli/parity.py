@@ -1,0 +1,125 @@
+"""loratrf-parity: the command line around `check_parity` and `check_grouped_parity`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..runtime.session import PROVIDERS
+from .shared import command, named_paths, progress, quiet
+
+if TYPE_CHECKING:
+    from ..parity.single import ParityReport
+
+__all__ = ["main", "run"]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """loratrf-parity --model model.onnx --adapter PATH: exit 0 parity holds, 1 it doesn't, 2 the input is at fault."""
+    from ..reports.formats import check_report_path, print_report, write_report
+
+    args = _parser().parse_args(argv)
+    for path in args.report:
+        check_report_path(path)
+    with progress() as step:
+        adapter = args.adapter if args.adapters is None else named_paths(args.adapters)
+        report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, args.device, step)
+    for path in args.report:
+        write_report(report, path)
+    print_report(report)
+    return 0 if report.passed else 1
+
+
+def run(
+    model: Path,
+    adapter: Path | Mapping[str, Path],
+    base_model: str | None = None,
+    inputs: Path | None = None,
+    tolerance: float | None = None,
+    device: str = "cpu",
+    step: Callable[[str], None] = lambda text: None,
+) -> ParityReport:
+    """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
+
+    Raises UserError, also where the `export` extra is not installed.
+    """
+    needed = ("torch", "transformers", "peft", "onnx_ir", "optimum")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"Parity is measured against PyTorch, and {', '.join(missing)} is not installed here. Install the extra "
+            "that models are made with: `pip install 'loratrf-deploy[cpu,export]'`."
+        )
+    for what, path in (("model", model), ("inputs file", inputs)):
+        if path is not None and not path.is_file():
+            raise UserError(f"No {what} at {path}.")
+    with quiet():
+        step("importing torch and transformers")
+        from ..parity.grouped import check_grouped_parity
+        from ..parity.single import check_parity
+
+        if isinstance(adapter, Mapping):
+            if inputs is not None or device != "cpu":
+                raise UserError(
+                    "--inputs and --providers go with --adapter: several adapters are compared on random batches, on "
+                    "the CPU. Leave them out."
+                )
+            return check_grouped_parity(model, adapter, base_model, tolerance=tolerance, step=step)
+        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from ..reports.formats import FORMATS
+
+    parser = argparse.ArgumentParser(
+        prog="loratrf-parity",
+        description="Prove that an exported model computes what PyTorch computes, with the custom-op library and "
+        "without it, and that the adapter has an effect. On failure names the first layer that drifts.",
+    )
+    parser.add_argument("--model", required=True, type=Path, help="exported model, such as model.onnx")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--adapter", type=Path, help="adapter directory that it was exported from")
+    which.add_argument(
+        "--adapters", metavar="NAME=PATH", nargs="+", help="those that a grouped model was exported from, by its names"
+    )
+    parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help='JSON lines: texts ({"text": ...}, {"sentence1": ..., "sentence2": ...}, {"question": ..., "context": '
+        '...}) or arrays by input name ({"input_ids": [...]}); default: random batches of several sizes',
+    )
+    parser.add_argument(
+        "--report", action="append", default=[], type=Path, help=f"write a report ({', '.join(FORMATS)}); repeatable"
+    )
+    parser.add_argument(
+        "--providers",
+        dest="device",
+        choices=PROVIDERS,
+        default="cpu",
+        help="where ONNX Runtime computes; PyTorch stays on the CPU (default: cpu)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=positive,
+        help="largest relative error, max|a-b| / max|b| (default: 1e-5 for float32 weights, 1e-4 in language models, "
+        "2e-3 for float16)",
+    )
+    return parser
+
+
+def positive(text: str) -> float:
+    """A tolerance: a finite number over zero."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number over zero")
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""Files of run-time adapters, .onnx_adapter: ONNX Runtime's own format, and behind it a block that says what it fits.
+
+    flatbuffer of onnxruntime/lora/adapter_format   names, shapes, values: all that ONNX Runtime's loader reads
+    JSON                                            the adapter, hashes of base and graph
+    uint64 length of the JSON | uint32 crc32 of all before this line | b"LORATRF1", little-endian
+
+The reader takes nothing of a file on trust and needs numpy alone; the writer is ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters.adapter import Adapter
+from ..errors import UserError
+
+__all__ = ["SUFFIX", "AdapterFile", "adapter_facts", "file_facts", "read_adapter_file", "write_adapter_file"]
+
+SUFFIX = ".onnx_adapter"
+_MAGIC = b"LORATRF1"
+_END = struct.Struct("<QI8s")
+_TYPES: dict[int, Any] = {1: np.float32, 10: np.float16}
+"""ONNX's element types that run-time weights have."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What is in an .onnx_adapter. `values` by graph input are read-only views of one block of `bytes` bytes."""
+
+    path: Path
+    values: dict[str, NDArray[Any]]
+    facts: dict[str, Any]
+    bytes: int
+    crc32: int
+
+
+def adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    """What identifies an adapter, in a manifest and in an .onnx_adapter."""
+    return {"name": adapter.path.resolve().name, "sha256": adapter.sha256, "peft_type": adapter.peft_type}
+
+
+def file_facts(adapter: Adapter, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an .onnx_adapter says of itself: which adapter it is, of which base, for which export."""
+    return {
+        "adapter": adapter_facts(adapter),
+        "base_sha256": manifest["base"]["sha256"],
+        "model_sha256": manifest["model"]["sha256"],
+    }
+
+
+def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    """Writes `values` (graph input -> float32 or float16) and `facts` (JSON-ready) to `path`, then reads them back.
+
+    `facts` are those of `file_facts`.
+    """
+    import onnxruntime
+
+    content = onnxruntime.AdapterFormat()
+    content.set_adapter_version(1)
+    content.set_model_version(1)
+    content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    content.export_adapter(str(path))
+    text = json.dumps({**facts, "format": 1}).encode()
+    with path.open("r+b") as file:
+        checksum = zlib.crc32(text, zlib.crc32(file.read()))
+        file.write(text + _END.pack(len(text), checksum, _MAGIC))
+    again = read_adapter_file(path).values
+    if again.keys() != values.keys() or any(not np.array_equal(again[name], values[name]) for name in values):
+        raise RuntimeError(f"{path} doesn't hold what ONNX Runtime was given to write")
+
+
+def read_adapter_file(path: str | Path) -> AdapterFile:
+    """The adapter in the file `path`, every offset, size and the checksum checked. Raises UserError."""
+    path = Path(path)
+    try:
+        block = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"Can't read the adapter file {path}: {error.strerror or error}.") from error
+    block.flags.writeable = False
+    raw = block.data
+    try:
+        length, checksum, magic = _END.unpack_from(raw, len(raw) - _END.size)
+        end = len(raw) - _END.size - length
+    except struct.error:
+        magic, checksum, end = b"", 0, -1
+    if magic != _MAGIC or end < 0:
+        foreign = bytes(raw[4:8]) == b"TORT"
+        raise UserError(
+            f"{path} "
+            + ("has no block at its end that says which model it fits" if foreign else "is not an adapter file")
+            + ": it was truncated, or loratrf-export didn't write it. Expected a file of loratrf-export --adapter PATH "
+            f"--onto model.onnx --out NAME{SUFFIX}."
+        )
+    try:
+        if zlib.crc32(raw[: -_END.size]) != checksum:
+            raise ValueError("its checksum is wrong")
+        facts = json.loads(bytes(raw[end : -_END.size]))
+        if not _are_facts(facts):
+            raise ValueError("its description is not what loratrf-export writes")
+        if facts["format"] != 1:
+            raise ValueError(f"its format is {facts['format']!r}, this version of loratrf-deploy reads 1")
+        values = _Reader(block[:end]).parameters()
+    except (ValueError, RecursionError, struct.error) as error:
+        raise UserError(f"{path} is damaged ({error}). Convert or copy the adapter again.") from error
+    return AdapterFile(path, values, facts, len(raw), checksum)
+
+
+def _are_facts(facts: Any) -> bool:
+    return (
+        isinstance(facts, dict)
+        and isinstance(facts.get("adapter"), dict)
+        and isinstance(facts.get("base_sha256"), str | None)
+        and isinstance(facts.get("model_sha256"), str)
+        and "format" in facts
+    )
+
+
+class _Reader:
+    """Reads the flatbuffer. struct and the slices below raise where an offset leaves the block; none is negative."""
+
+    def __init__(self, block: NDArray[np.uint8]):
+        self._block, self._raw = block, block.data
+
+    def parameters(self) -> dict[str, NDArray[Any]]:
+        """Table Adapter {format_version, adapter_version, model_version: int32; parameters: [Parameter]}."""
+        if bytes(self._raw[4:8]) != b"TORT":
+            raise ValueError("it is not in ONNX Runtime's adapter format")
+        root = self._unsigned(0)
+        version = self._field(root, 0)
+        if version is None or self._int("<i", version) != 1:
+            raise ValueError("its format of ONNX Runtime's is not version 1")
+        values: dict[str, NDArray[Any]] = {}
+        start, count = self._vector(self._field(root, 3), 4)
+        for position in range(start, start + 4 * count, 4):
+            name, value = self._parameter(position + self._unsigned(position))
+            if name in values:
+                raise ValueError(f"it holds {name} twice")
+            values[name] = value
+        return values
+
+    def _parameter(self, table: int) -> tuple[str, NDArray[Any]]:
+        """Table Parameter {name: string; dims: [int64]; data_type: int32; raw_data: [uint8]}."""
+        start, count = self._vector(self._field(table, 0), 1)
+        name = bytes(self._raw[start : start + count]).decode()
+        start, count = self._vector(self._field(table, 1), 8)
+        if count > 8:
+            raise ValueError(f"{name} has {count} dimensions")
+        shape = struct.unpack_from(f"<{count}q", self._raw, start)
+        kind = self._field(table, 2)
+        dtype = _TYPES.get(0 if kind is None else self._int("<i", kind))
+        if dtype is None:
+            raise ValueError(f"{name} is neither float32 nor float16")
+        start, count = self._vector(self._field(table, 3), 1)
+        elements = 1
+        for size in shape:
+            if size < 1:
+                raise ValueError(f"{name} has the shape {shape}")
+            elements *= size
+        if elements * np.dtype(dtype).itemsize != count:
+            raise ValueError(f"{name} has the shape {shape} but {count} bytes")
+        data = self._block[start : start + count]
+        if start % np.dtype(dtype).itemsize:
+            data = data.copy()
+        return name, data.view(dtype).reshape(shape)
+
+    def _field(self, table: int, number: int) -> int | None:
+        """Where a table's field lies, None where it is absent."""
+        vtable = table - self._int("<i", table)
+        if vtable < 0:
+            raise ValueError("an offset leaves the file")
+        if 4 + 2 * number >= self._int("<H", vtable):
+            return None
+        offset = self._int("<H", vtable + 4 + 2 * number)
+        return table + offset if offset else None
+
+    def _vector(self, field: int | None, size: int) -> tuple[int, int]:
+        """(start, count) of a vector of elements of `size` bytes, held against the block; (0, 0) where it is absent."""
+        if field is None:
+            return 0, 0
+        begin = field + self._unsigned(field)
+        start, count = begin + 4, self._unsigned(begin)
+        if start + count * size > len(self._raw):
+            raise ValueError("an offset leaves the file")
+        return start, count
+
+    def _unsigned(self, position: int) -> int:
+        return self._int("<I", position)
+
+    def _int(self, code: str, position: int) -> int:
+        return struct.unpack_from(code, self._raw, position)[0]

@@ -1,0 +1,1 @@
+"""What is known of ONNX Runtime GenAI: its folders, its generation loop, its builder's names."""

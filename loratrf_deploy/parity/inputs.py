@@ -1,0 +1,197 @@
+"""What both sides are fed: random batches of awkward sizes, or the rows of a user's JSON-lines file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..pytorch.base import BaseModel
+
+__all__ = ["complete", "default_inputs", "padding_mask", "read_inputs"]
+
+Inputs = dict[str, NDArray[Any]]
+
+_SIZES = ((1, 2, False), (1, 24, False), (3, 9, True), (2, 16, True), (4, 128, True))
+"""(batch, sequence, padded): one row, the two special tokens alone, odd sizes, and as long as edge inputs get."""
+
+_TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("question", "context"))
+_TEXT_BATCH = 8
+"""Text rows that are tokenised and run together, padded to the longest."""
+
+
+def default_inputs(base: BaseModel) -> list[Inputs]:
+    """Random batches of the model's own sizes, the same ones on every call."""
+    from ..pytorch.base import sample_inputs
+
+    return [
+        sample_inputs(base, batch=batch, sequence=sequence, seed=seed, padding=padding)
+        for seed, (batch, sequence, padding) in enumerate(_SIZES)
+    ]
+
+
+def padding_mask(batch: Inputs) -> NDArray[np.bool_] | None:
+    """(B,S), True at tokens that count; None for images."""
+    return batch["attention_mask"].astype(bool) if "attention_mask" in batch else None
+
+
+def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]:
+    """Batches from the JSON-lines file `path`, each row an object in one of two forms:
+
+    texts, {"text": ...}, {"sentence": ...}, {"sentence1": ..., "sentence2": ...} or {"question": ..., "context": ...},
+    tokenised with the tokenizer in `folder` (else the base model's), eight neighbouring rows to a batch; or arrays by
+    input name, {"input_ids": [...], ...} or {"pixel_values": [...]}, one row of a batch or a whole batch. Other keys
+    (labels, ids) are ignored. Raises UserError with the line number.
+    """
+    from ..pytorch.base import GENERATION
+
+    path = Path(path)
+    # Tokenizers of language models pad on either side, or have no padding token at all.
+    most = 1 if base.task == GENERATION else _TEXT_BATCH
+    batches: list[Inputs] = []
+    texts: list[tuple[str, ...]] = []
+    tokenizer = None
+    for line, row in _rows(path):
+        keys = next((keys for keys in _TEXTS if set(keys) <= set(row)), None)
+        arrays = [name for name in base.input_names if name in row]
+        if not arrays and keys is None:
+            forms = "; ".join(", ".join(f'"{key}"' for key in form) for form in _TEXTS)
+            raise UserError(
+                f"{path}, line {line}: the row has the keys {', '.join(row) or '(none)'}. Expected the model's inputs "
+                f"({', '.join(base.input_names)}) or texts under one of: {forms}."
+            )
+        if texts and (arrays or len(texts) == most or len(keys or ()) != len(texts[0])):
+            batches.append(_tokenise(tokenizer, texts, base))
+            texts = []
+        if arrays:
+            try:
+                batches.append(complete({name: _array(name, row[name]) for name in arrays}, base))
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}") from error
+            continue
+        assert keys is not None  # either arrays or texts, checked above
+        if wrong := [key for key in keys if not isinstance(row[key], str)]:
+            raise UserError(f"{path}, line {line}: {wrong[0]!r} is {row[wrong[0]]!r}, expected a text.")
+        if tokenizer is None:
+            tokenizer = _tokenizer(path, line, base, folder)
+        texts.append(tuple(row[key] for key in keys))
+    if texts:
+        batches.append(_tokenise(tokenizer, texts, base))
+    if not batches:
+        raise UserError(f"{path} has no rows: expected one JSON object a line.")
+    return batches
+
+
+def complete(batch: Inputs, base: BaseModel) -> Inputs:
+    """The batch with every input that the model takes, held against the model's sizes; extra inputs are dropped.
+
+    A missing attention_mask is all ones and missing token_type_ids are zeros, as in transformers. Raises UserError.
+    """
+    config = base.model.config
+    main = "pixel_values" if "pixel_values" in base.input_names else "input_ids"
+    if main not in batch:
+        raise UserError(f"{main} is missing. The model takes {', '.join(base.input_names)}.")
+    value = batch[main]
+    if main == "pixel_values":
+        value = value[None] if value.ndim == 3 else value
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        wanted = (config.num_channels, height, width)
+        if value.ndim != 4 or value.shape[1:] != wanted or value.dtype.kind not in "fiu" or not value.size:
+            raise UserError(
+                f"pixel_values has shape {batch[main].shape} of {value.dtype}, expected numbers of shape {wanted} or "
+                f"(batch, {', '.join(map(str, wanted))})."
+            )
+        return {main: value.astype(np.float32)}
+    values = dict(batch)
+    values.setdefault("attention_mask", np.ones_like(value))
+    values.setdefault("token_type_ids", np.zeros_like(value))
+    limits = {
+        "input_ids": config.vocab_size,
+        "attention_mask": 2,
+        "token_type_ids": max(int(getattr(config, "type_vocab_size", 1) or 1), 1),
+    }
+    completed: Inputs = {}
+    for name in base.input_names:
+        array = values[name]
+        array = array[None] if array.ndim == 1 else array
+        if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+            raise UserError(
+                f"{name} has shape {array.shape} of {array.dtype}, expected whole numbers: a list, or a list of lists "
+                "of one length."
+            )
+        if completed and array.shape != completed[main].shape:
+            raise UserError(f"{name} has shape {array.shape}, but {main} has {completed[main].shape}.")
+        limit = limits.get(name)
+        if limit is not None and (array.min() < 0 or array.max() >= limit):
+            raise UserError(f"{name} has values from {array.min()} to {array.max()}, the model takes 0 to {limit - 1}.")
+        completed[name] = array.astype(np.int64)
+    _check_length(completed[main].shape[1], base)
+    return completed
+
+
+def _check_length(length: int, base: BaseModel) -> None:
+    from ..pytorch.base import max_sequence
+
+    longest = max_sequence(base.model.config)
+    if longest is not None and length > longest:
+        raise UserError(f"the sequence has {length} tokens, the model takes at most {longest}.")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Can't read the inputs {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The inputs {path} are not UTF-8 text: {error}. Expected one JSON object a line.") from error
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {line}: not JSON ({error}). Expected one JSON object a line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {line}: a {type(row).__name__}, expected a JSON object with named inputs.")
+        yield line, row
+
+
+def _array(name: str, value: Any) -> NDArray[Any]:
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise UserError(f"{name} is not an array: its lists differ in length.") from error
+    if array.dtype.kind not in "iuf":
+        raise UserError(f"{name} is not an array of numbers.")
+    return array
+
+
+def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
+    from ..pytorch.base import load_tokenizer
+
+    tokenizer = None
+    if "input_ids" in base.input_names:
+        tokenizer = load_tokenizer(folder) or load_tokenizer(base.path)
+    if tokenizer is None:
+        raise UserError(
+            f"{path}, line {line}: the row is a text, but neither {folder} nor the base model {base.path} has a "
+            f"tokenizer. Give the model's inputs instead: {', '.join(base.input_names)}."
+        )
+    return tokenizer
+
+
+def _tokenise(tokenizer: Any, texts: list[tuple[str, ...]], base: BaseModel) -> Inputs:
+    from ..pytorch.base import max_sequence
+
+    longest = min(max_sequence(base.model.config) or 512, tokenizer.model_max_length)
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(*columns, padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="np")
+    return complete({name: np.asarray(encoded[name]) for name in encoded}, base)

@@ -1,0 +1,262 @@
+"""Error by layer: the outputs of torch modules held against the ONNX nodes that compute them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.session import PROVIDERS, library_path, with_options
+from .figures import relative_error, valid
+from .result import LayerError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime
+    import torch
+
+    from ..pytorch.base import BaseModel
+__all__ = ["compare_layers", "is_cache", "plain_name", "run_onnx", "run_torch", "session_in_memory"]
+
+Inputs = dict[str, NDArray[Any]]
+
+
+def run_torch(
+    base: BaseModel, batch: Inputs, *, adapter_on: bool = True, heads_off: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays, but for
+    those in `heads_off`, which are the base's own again.
+
+    PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
+    effect of the adapter. The adapted model is called itself, not through PeftModel's forward, which loses inputs on
+    the way: PeftModelForQuestionAnswering (PEFT 0.21) drops token_type_ids.
+    """
+    import torch
+    from peft import PeftModel
+
+    model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
+    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model, heads_off):
+        outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
+    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def run_onnx(
+    session: onnxruntime.InferenceSession,
+    batch: Inputs,
+    outputs: Sequence[str] | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
+
+    `weights` are fed as they are: those of an adapter, to a swappable model. A key/value cache starts empty.
+    """
+    rows = len(next(iter(batch.values())))
+    feeds = dict(weights or {})
+    for value in session.get_inputs():
+        if is_cache(value.name):  # (batch, heads, past, head width)
+            array = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+        else:
+            array = batch[value.name]
+        feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
+    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def is_cache(name: str) -> bool:
+    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
+    return name.startswith(("past_key_values.", "present."))
+
+
+def compare_layers(
+    graph: ir.Model,
+    model: Path,
+    base: BaseModel,
+    batch: Inputs,
+    *,
+    weights: Mapping[str, NDArray[Any]],
+    library: bool,
+    mask: NDArray[np.bool_] | None,
+    tolerance: float,
+    folded: Collection[str] = (),
+    device: str = "cpu",
+) -> tuple[list[LayerError], int]:
+    """Error of every module that both sides compute, in the graph's order, then of the outputs; and the number skipped.
+
+    `graph` is what onnx_ir loaded from `model`, unchanged on return. A module is compared where it is a leaf or an
+    adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
+    of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too. ONNX
+    Runtime computes on `device`.
+    """
+    nodes = _nodes_by_module(graph)
+    for name in folded:
+        nodes.pop(f"{name}.base_layer", None)
+    with _recorded(base.model, set(nodes)) as seen:
+        expected = run_torch(base, batch)
+    session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library, device)
+    got = run_onnx(session, batch, weights=weights)
+
+    layers, skipped = [], 0
+    for name, node in nodes.items():
+        if name not in seen:
+            continue
+        a, b = got[names[name]], seen[name].value(node.op_type)
+        if a.shape != b.shape or not a.size:
+            skipped += 1
+            continue
+        layers.append(_error(name, node.op_type, a, b, mask, tolerance))
+    for name in expected:
+        if name in got and got[name].shape == expected[name].shape:
+            layers.append(_error(name, "output", got[name], expected[name], mask, tolerance, output=name))
+    return layers, skipped
+
+
+def _error(
+    name: str,
+    op: str,
+    a: NDArray,
+    b: NDArray,
+    mask: NDArray[np.bool_] | None,
+    tolerance: float,
+    output: str = "",
+) -> LayerError:
+    relative, absolute = relative_error(valid(a, mask, output), valid(b, mask, output))
+    # A NaN in PyTorch is no drift of the export's.
+    return LayerError(name, op, relative, absolute, drifts=not math.isnan(relative) and relative > tolerance)
+
+
+def _nodes_by_module(graph: ir.Model) -> dict[str, ir.Node]:
+    """The last node of each module, in the order in which they run."""
+    last: dict[str, tuple[int, ir.Node]] = {}
+    for position, node in enumerate(graph.graph):
+        if name := node.metadata_props.get("module"):
+            last[name] = (position, node)
+    return {name: node for name, (_, node) in sorted(last.items(), key=lambda item: item[1][0])}
+
+
+class _Seen:
+    """A torch module's output, and the bias in it."""
+
+    def __init__(self, output: torch.Tensor, bias: torch.Tensor | None):
+        self.output, self.bias = output, bias
+
+    def value(self, op: str) -> NDArray[Any]:
+        # The exporter fuses some biases into the operator behind (BiasGelu, attention): the MatMul is without it.
+        without = self.bias is not None and op == "MatMul"
+        return (self.output - self.bias if without and self.bias is not None else self.output).numpy()
+
+
+@contextlib.contextmanager
+def _recorded(model: torch.nn.Module, names: set[str]) -> Iterator[dict[str, _Seen]]:
+    """Yields what the modules `names` put out while inside; the last call counts."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    seen: dict[str, _Seen] = {}
+    handles = []
+
+    def record(name: str, bias: torch.Tensor | None) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                seen[name] = _Seen(output.detach().clone(), bias)
+
+        return hook
+
+    for path, module in model.named_modules():
+        # A container's name is also borne by stray nodes (reshapes, residuals) that are not its output.
+        if not isinstance(module, BaseTunerLayer) and next(module.children(), None) is not None:
+            continue
+        name = plain_name(path)
+        if name in names:
+            handles.append(module.register_forward_hook(record(name, _bias(module))))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bias(module: torch.nn.Module) -> torch.Tensor | None:
+    """The constant in a linear layer's output, the low-rank half's own bias included; None where there is none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(module, BaseTunerLayer):
+        bias = getattr(module, "bias", None)
+        return None if bias is None else bias.detach()
+    total = _bias(module.get_base_layer())
+    for name, half in getattr(module, "lora_B", {}).items():
+        if getattr(half, "bias", None) is not None:
+            own = module.scaling[name] * half.bias.detach()  # type: ignore[index]
+            total = own if total is None else total + own
+    return total
+
+
+def plain_name(path: str) -> str:
+    """A module's path in the base model: PEFT's prefix and its wrapper of a saved head removed."""
+    return path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+@contextlib.contextmanager
+def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    layers: list[Any] = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        or (isinstance(module, ModulesToSaveWrapper) and plain_name(name) in heads)
+    ]
+    # Switched off, a merged layer takes its adapter out of the weights, which not every kind undoes exactly.
+    merged = {
+        layer: layer.get_base_layer().weight.detach().clone() for layer in layers if getattr(layer, "merged", False)
+    }
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for layer, weight in merged.items():
+            layer.merge()
+            layer.get_base_layer().weight.data.copy_(weight)
+
+
+def session_in_memory(
+    graph: ir.Model, model: Path, *, library: bool, device: str = "cpu"
+) -> onnxruntime.InferenceSession:
+    """A session of `graph` on `device`; its weights lie in the folder of `model`.
+
+    The graph goes to ONNX Runtime in memory, so nothing is written: the model's folder may be read-only.
+    """
+    import onnx_ir as ir
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+    if library:
+        options.register_custom_ops_library(str(library_path()))
+    content = ir.to_proto(graph).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=with_options([PROVIDERS[device]]))
+
+
+def _session_with_outputs(
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: str = "cpu"
+) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+    """A session that also gives the first output of `nodes`, and module -> output name."""
+    outputs = graph.graph.outputs
+    before = len(outputs)
+    names = {module: node.outputs[0].name or "" for module, node in nodes.items()}
+    try:
+        outputs.extend(
+            {value.name: value for node in nodes.values() if (value := node.outputs[0]) not in outputs}.values()
+        )
+        return session_in_memory(graph, model, library=library, device=device), names
+    finally:
+        del outputs[before:]

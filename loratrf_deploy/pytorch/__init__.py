@@ -1,0 +1,1 @@
+"""The base model, and PEFT's own model, in PyTorch."""

@@ -1,0 +1,1 @@
+"""A parity report shown: terminal, JSON, Markdown, HTML, JUnit."""

@@ -1,0 +1,236 @@
+"""A parity report for people and for machines: terminal table, JSON, Markdown, HTML, JUnit XML."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..parity.figures import Figures
+    from ..parity.single import Check, ParityReport
+
+__all__ = ["FORMATS", "check_report_path", "print_report", "to_json", "to_junit", "to_markdown", "write_report"]
+
+BASE_OFF_NOTE = (
+    "base-off holds the export against PyTorch with the adapter's layers off: there a difference is what passes."
+)
+
+
+def print_report(report: ParityReport, console: Console | None = None) -> None:
+    """The report as a table on `console` (stdout when None), colours on a terminal only, then one line per finding."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if console is None:
+        # A pipe has no width of its own, and a table cut to 80 columns can't be read by a script.
+        console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    colours = {"passed": "green", "failed": "bold red", "skipped": "yellow", "no effect": "yellow"}
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if 2 <= number <= 5 else "left", no_wrap=True)
+    for check in report.checks:
+        colour = colours[check.status]
+        table.add_row(*(escape(printable(cell)) for cell in row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
+    console.print(table)
+    for reason in reasons(report):
+        console.print(escape(printable(reason)))
+    colour = "green" if report.passed else "bold red"
+    console.print(f"[{colour}]{escape(printable(report.verdict))}[/{colour}]")
+
+
+def write_report(report: ParityReport, path: str | Path) -> None:
+    """Writes the report in the format that the suffix names, aside and then renamed. Raises UserError."""
+    path = Path(path)
+    check_report_path(path)
+    text = FORMATS[path.suffix](report)
+    try:
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(aside, 0o666 & ~umask)  # mkstemp's files are their owner's alone
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"The report {path} can't be written: {error.strerror or error}.") from error
+
+
+def check_report_path(path: Path) -> None:
+    """Raises UserError where `path` is no report that can be written; cheap, so that it can come before the work."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"--report {path}: unknown format {path.suffix!r}. Expected one of: {', '.join(FORMATS)}.")
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder. Expected a file name, for example {path}/parity{path.suffix}.")
+    if not path.parent.is_dir():
+        raise UserError(f"--report {path}: the folder {path.parent} does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--report {path}: no permission to write to {path.parent}. Choose a folder of your own.")
+
+
+def to_json(report: ParityReport) -> str:
+    """Everything that was measured, as JSON; NaN and Inf as strings."""
+    return json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def to_markdown(report: ParityReport) -> str:
+    """Verdict, one table of checks, one of the layers with the largest errors."""
+
+    def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+        lines = [head, tuple("---" for _ in head), *rows]
+        return [
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+        ]
+
+    lines = ["# Parity report", "", f"**{report.verdict}**", ""]
+    lines += [f"- {name}: {value}" for name, value in facts(report)]
+    lines += ["", *table(COLUMNS, [row(check) for check in report.checks]), "", BASE_OFF_NOTE]
+    if found := reasons(report):
+        lines += ["", *(f"- {reason}" for reason in found)]
+    if report.layers:
+        worst = sorted(report.layers, key=lambda layer: -(math.inf if math.isnan(layer.relative) else layer.relative))
+        lines += ["", f"## Largest errors by layer ({report.layers_variant}; {len(report.layers)} compared)", ""]
+        lines += table(
+            ("layer", "operator", "rel error", "abs error"),
+            [(f"`{layer.module}`", layer.op, number(layer.relative), number(layer.absolute)) for layer in worst[:10]],
+        )
+    return printable("\n".join(lines) + "\n")
+
+
+def to_junit(report: ParityReport) -> str:
+    """JUnit XML, one test case per check; "no effect" counts as skipped, with its reason: it proves nothing."""
+    counts = report.counts
+    suite = ElementTree.Element(
+        "testsuite",
+        name="loratrf-parity",
+        tests=str(len(report.checks)),
+        failures=str(counts["failed"]),
+        errors="0",
+        skipped=str(counts["skipped"] + counts["no effect"]),
+        time=f"{report.seconds:.3f}",
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in facts(report):
+        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
+    for check in report.checks:
+        case = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=f"parity.{printable(Path(report.model).stem)}",
+            name=printable(f"{check.variant}: {check.output}"),
+        )
+        if check.figures is not None:
+            ElementTree.SubElement(case, "system-out").text = _figures_line(check.figures)
+        if check.status == "failed":
+            failure = ElementTree.Element("failure", type="parity", message=printable(check.reason))
+            failure.text = printable(f"{_figures_line(check.figures)}\n{report.verdict}")
+            case.insert(0, failure)
+        elif check.status != "passed":
+            case.insert(0, ElementTree.Element("skipped", message=printable(f"{check.status}: {check.reason}")))
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def to_html(report: ParityReport) -> str:
+    """One self-contained page: verdict, figures, and the error by layer as a picture."""
+    from .html import page
+
+    return page(report)
+
+
+FORMATS: dict[str, Callable[[ParityReport], str]] = {
+    ".json": to_json,
+    ".md": to_markdown,
+    ".html": to_html,
+    ".xml": to_junit,
+}
+"""File suffix -> what makes the text of the report."""
+
+COLUMNS = ("comparison", "output", "abs error", "rel error", "cosine", "top-1", "result")
+
+
+def row(check: Check) -> tuple[str, ...]:
+    """The cells of one check under COLUMNS."""
+    figures = check.figures
+    if figures is None:
+        return (check.variant, check.output, "-", "-", "-", "-", check.status)
+    top1 = "-"
+    if figures.top1 is not None:
+        top1 = f"{100 * figures.top1:.4g} %"
+        if figures.ties and check.variant != "base-off":
+            top1 += f" ({figures.ties} tie{'s' if figures.ties > 1 else ''})"
+    return (
+        check.variant,
+        check.output,
+        number(figures.absolute),
+        number(figures.relative),
+        f"{figures.cosine:.7f}",
+        top1,
+        check.status,
+    )
+
+
+def facts(report: ParityReport) -> list[tuple[str, str]]:
+    """What was compared and under which versions, as (name, value)."""
+    main = [next(iter(shapes.values())) for shapes in report.inputs]
+    shapes = ", ".join(" x ".join(map(str, shape)) for shape in main[:8]) + (", ..." if len(main) > 8 else "")
+    return [
+        ("model", report.model),
+        ("adapter", report.adapter),
+        ("weights", report.dtype + ("" if report.dtype == "float32" else _ROUNDED)),
+        ("tolerance", f"{report.tolerance:g} relative (max |a-b| / max |b|)"),
+        ("inputs", f"{len(main)} batches: {shapes}"),
+        ("versions", ", ".join(f"{name} {value}" for name, value in report.versions.items())),
+    ]
+
+
+_ROUNDED = ", in PyTorch too, where the arithmetic is float32"
+
+
+def reasons(report: ParityReport) -> list[str]:
+    """One line per reason, naming the checks that it holds for; then why there are no layers."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for check in report.checks:
+        if check.reason:
+            grouped.setdefault((check.variant, check.status, check.reason), []).append(check.output)
+    lines = [
+        f"{variant}, {', '.join(outputs)}: {status}: {reason}" for (variant, status, reason), outputs in grouped.items()
+    ]
+    return [*lines, *filter(None, [report.layers_reason])]
+
+
+def number(value: float) -> str:
+    """1.28e-06, 0, inf, nan."""
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def _figures_line(figures: Figures | None) -> str:
+    if figures is None:
+        return "not measured"
+    top1 = "" if figures.top1 is None else f", top-1 {100 * figures.top1:.4g} % of {figures.choices}"
+    return (
+        f"max absolute error {number(figures.absolute)}, relative error {number(figures.relative)}, "
+        f"cosine {figures.cosine:.7f}{top1}"
+    )
+
+
+def printable(text: str) -> str:
+    """A stranger's text without control characters and lone surrogates: XML can't say them, terminals obey them."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "?", text)

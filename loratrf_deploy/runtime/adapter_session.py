@@ -1,0 +1,253 @@
+"""One model and many resident adapters: each run names its own, or one per row. Needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters.weights_file import some
+from ..errors import UserError
+from ..formats.adapter_file import AdapterFile, read_adapter_file
+from ..formats.swappable import check_matches, read_swappable
+from ..ops.schemas import ADAPTER_IDS
+from .bound import BoundWeights, Slot, SlotBank
+from .session import create_session
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["AdapterInfo", "AdapterSession"]
+
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Where an execution provider keeps its weights; the others work in host memory."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A loaded adapter: its file, the memory that its weights take, and whether they are in memory now."""
+
+    path: Path
+    bytes: int
+    resident: bool
+
+
+class AdapterSession:
+    """outputs = model(inputs; weights of one adapter), the adapter named in each run, or in each row of a batch.
+
+    Opens a model of `loratrf-export --swappable` (one adapter per run) or `--adapters` (one per row), as
+    `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. Every
+    method may be called from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or
+    replaced meanwhile. `max_bytes` limits the memory of resident adapters: those that were used least
+    recently are put aside, and read again from their files when a run names them. Raises UserError for a model that
+    takes no adapters.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        library: bool = True,
+        max_bytes: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: onnxruntime.SessionOptions | None = None,
+    ):
+        self._swappable = read_swappable(model)
+        self._session = create_session(model, library=library, providers=providers, options=options)
+        self._device = _DEVICES.get(self._session.get_providers()[0], "cpu")
+        self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry] = {}  # least recently used first
+        self._default = BoundWeights(self._session, self._device, {})
+        self._scaled = [weight.name for weight in self._swappable.weights if weight.part in ("B", "D")]
+        self._slots = SlotBank(self._session, self._device, self._swappable.weights) if self._swappable.slots else None
+
+    @property
+    def default(self) -> str:
+        """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
+        return "base" if self._slots else self._swappable.default
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name, the one that was used least recently first."""
+        with self._lock:
+            return {
+                name: AdapterInfo(entry.path, entry.bytes, entry.weights is not None)
+                for name, entry in self._entries.items()
+            }
+
+    def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Reads the .onnx_adapter file `path` and keeps it as `name`, its weights on the session's device.
+
+        The file is held against the model before anything uses it: hashes of base and graph, and the name, type and
+        size of every weight. Raises UserError where it doesn't fit, is damaged, exceeds `max_bytes` alone, or where
+        `name` is taken; with `replace` runs that begin from now on use the new adapter.
+        """
+        if not isinstance(name, str) or not name:
+            raise UserError(f"The adapter's name is {name!r}, expected a text that isn't empty.")
+        file = self._read(Path(path))
+        if self._max_bytes is not None and file.bytes > self._max_bytes:
+            raise UserError(f"{file.path} takes {file.bytes} bytes, more than max_bytes, which is {self._max_bytes}.")
+        entry = _Entry(file.path, file.bytes, file.crc32, self._place(file))
+        with self._lock:
+            known = self._entries.pop(name, None)
+            if known is not None and not replace:
+                self._entries[name] = known
+                raise UserError(
+                    f"An adapter {name!r} is loaded already, from {known.path}. Choose another name, unload it first, "
+                    "or pass replace=True."
+                )
+            self._entries[name] = entry
+            self._put_aside(entry)
+
+    def unload(self, name: str) -> None:
+        """Forgets the adapter `name`; its memory is freed when the last run that uses it ends. UserError if unknown."""
+        with self._lock:
+            if self._entries.pop(name, None) is None:
+                raise self._unknown(name)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        adapter: str | EllipsisType | None = ...,
+        adapters: Sequence[str | None] | None = None,
+        scale: float = 1.0,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Output name -> value for `inputs` (name -> array as the model takes it) under the loaded `adapter`.
+
+        `adapters` names one per row of the batch instead, for a model of --adapters. None asks for the model's default
+        (see `default`), in so many words: one of the two must be given. `scale` multiplies alpha/R and
+        gamma: y = h + scale·(alpha/R)·(x Aᵀ)Bᵀ, out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of
+        what it learned to each layer; a filter's z and s are those of the layer's y as it then is. At 0 the layers are
+        the base's. A head that the adapter brings is the adapter's own at every scale. `outputs` None takes all. Raises
+        UserError for an unknown adapter or input, or inputs that ONNX Runtime refuses.
+        """
+        wrong = [name for name in self._inputs if name not in inputs] + [
+            name for name in inputs if name not in self._inputs
+        ]
+        if wrong:
+            raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
+        chosen = self._outputs if outputs is None else list(outputs)
+        if foreign := [name for name in chosen if name not in self._outputs]:
+            raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
+        if (adapter is ...) == (adapters is None):
+            raise TypeError("run() takes either adapter=NAME or adapters=[NAME, ...], one per row")
+        if not (isinstance(scale, int | float) and math.isfinite(scale)):
+            raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
+        if self._slots is not None:
+            if scale != 1:
+                raise UserError(f"scale is {scale}, but a model of --adapters has no scale per run. Expected 1.")
+            rows = (np.shape(inputs[self._inputs[0]]) or (0,))[0]
+            names = [adapter] * rows if adapters is None else list(adapters)
+            return self._run_rows(inputs, names, rows, chosen)  # type: ignore[arg-type]
+        if adapters is not None:
+            raise UserError(
+                f"{self._swappable.model} runs one adapter per batch: name it with adapter=. For one per row, export a "
+                "model with loratrf-export --adapters NAME=PATH ..."
+            )
+        if adapter is None:
+            if scale != 1:
+                raise UserError(f"scale is {scale} but no adapter is named: there is nothing to scale.")
+            return self._default.run(inputs, chosen)
+        weights = self._resident(adapter)
+        assert isinstance(weights, BoundWeights)
+        return (weights if scale == 1 else weights.scaled(scale, self._scaled)).run(inputs, chosen)
+
+    def _run_rows(
+        self, inputs: Mapping[str, Any], names: Sequence[str | None], rows: int, outputs: Sequence[str]
+    ) -> dict[str, NDArray[Any]]:
+        if len(names) != rows:
+            raise UserError(f"adapters names {len(names)} adapters for {rows} rows: expected one per row.")
+        assert self._slots is not None
+        # Held until the run ends: a slot is free for others when nobody has it any more.
+        slots: dict[str | None, Any] = {name: self._resident(name) for name in dict.fromkeys(names) if name is not None}
+        ids = [slots[name].number if name is not None else -1 for name in names]
+        return self._slots.weights().run({**inputs, ADAPTER_IDS: np.array(ids, np.int64)}, outputs)
+
+    def _resident(self, name: Any) -> BoundWeights | Slot:
+        with self._lock:
+            entry = self._entries.pop(name, None)
+            if entry is None:
+                raise self._unknown(name)
+            self._entries[name] = entry  # now the one that was used last
+            if entry.weights is not None:
+                return entry.weights
+        with entry.reading:
+            weights = entry.weights
+            if weights is None:
+                file = self._read(entry.path)
+                if file.crc32 != entry.crc32:
+                    raise UserError(
+                        f"The adapter {name!r} was put aside to stay within max_bytes, and its file {entry.path} has "
+                        "changed since it was loaded. Load it again with replace=True."
+                    )
+                weights = self._place(file)
+                with self._lock:
+                    entry.weights = weights
+                    self._put_aside(entry)
+        return weights
+
+    def _put_aside(self, latest: _Entry) -> None:
+        """Frees what exceeds max_bytes, `latest` last. Requires the lock."""
+        if self._max_bytes is None:
+            return
+        resident = [entry for entry in self._entries.values() if entry.weights is not None]
+        taken = sum(entry.bytes for entry in resident)
+        for entry in resident:
+            if taken <= self._max_bytes:
+                break
+            if entry is not latest:
+                entry.weights = None
+                taken -= entry.bytes
+
+    def _read(self, path: Path) -> AdapterFile:
+        file = read_adapter_file(path)
+        manifest, facts = self._swappable.manifest, file.facts
+        convert = (
+            f"Convert the adapter for this model: loratrf-export --adapter PATH --onto {self._swappable.model} --out "
+            f"{path.name}."
+        )
+        if facts["base_sha256"] != manifest["base"].get("sha256"):
+            raise UserError(
+                f"{path} was made for another base model (sha256 {str(facts['base_sha256'])[:12]}) than that of "
+                f"{self._swappable.model} ({str(manifest['base'].get('sha256'))[:12]}). {convert}"
+            )
+        if facts["model_sha256"] != manifest["model"]["sha256"]:
+            raise UserError(
+                f"{path} was made for another export (graph sha256 {facts['model_sha256'][:12]}) than "
+                f"{self._swappable.model} ({manifest['model']['sha256'][:12]}). {convert}"
+            )
+        check_matches(file.values, self._swappable.weights, path)
+        return file
+
+    def _place(self, file: AdapterFile) -> BoundWeights | Slot:
+        if self._slots is not None:
+            return self._slots.place(file.values)
+        # In host memory the weights stay the file's one block; elsewhere they are copied once, here.
+        return BoundWeights(self._session, self._device, file.values)
+
+    def _unknown(self, name: object) -> UserError:
+        loaded = some([repr(known) for known in self._entries], limit=20) or "none"
+        return UserError(f"No adapter {name!r} is loaded. Loaded: {loaded}. Load it first: load({name!r}, PATH).")
+
+
+@dataclass
+class _Entry:
+    """A loaded adapter; `weights` is None while it is put aside. Guarded by the session's lock."""
+
+    path: Path
+    bytes: int
+    crc32: int
+    weights: BoundWeights | Slot | None
+    reading: threading.Lock = field(default_factory=threading.Lock)

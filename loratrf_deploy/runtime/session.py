@@ -1,0 +1,101 @@
+"""Opening an exported model in ONNX Runtime, with or without the custom-op library. Needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["PROVIDERS", "check_providers", "create_session", "library_path", "with_options"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""ONNX Runtime's execution providers by the device names of the command lines."""
+
+_OPTIONS = {PROVIDERS["cuda"]: {"use_tf32": "0"}}
+"""By provider. float32 stays float32, as in PyTorch: ONNX Runtime's own choice rounds products' factors to 10 bits,
+and no float32 export's parity survives that."""
+
+
+def library_path() -> Path:
+    """Path of the ONNX Runtime custom-op library: `SessionOptions.register_custom_ops_library(str(library_path()))`.
+
+    Raises UserError where the package was installed without building it.
+    """
+    path = Path(__file__).parents[1] / "libloratrf_ort.so"
+    if not path.is_file():
+        raise UserError(
+            f"The custom-op library is not built: {path} does not exist. Build it with `pip install .` from the "
+            "repository (needs a C++17 compiler and cmake), or open the model without it (library=False): results are "
+            "the same, only slower."
+        )
+    return path
+
+
+def create_session(
+    model: str | Path,
+    *,
+    library: bool = True,
+    providers: Sequence[str] = (PROVIDERS["cpu"],),
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on `model`; its loratrf operators run as fused kernels with `library`, else as functions.
+
+    `options` are used as given, with the library added; what no provider of `providers` computes is left to the CPU.
+    Raises UserError where onnxruntime, a provider, the model or the library is missing, or ONNX Runtime refuses the
+    model.
+    """
+    check_providers(providers)
+    import onnxruntime
+
+    if not Path(model).is_file():
+        raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
+    if options is None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(str(library_path()))
+    try:
+        session = onnxruntime.InferenceSession(str(model), options, providers=with_options(providers))
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__} refuses {model}: {error}") from error
+    # A provider that fails to start is only a warning to ONNX Runtime: the session would silently run on the CPU.
+    if missing := [provider for provider in providers if provider not in session.get_providers()]:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} can't start {', '.join(missing)} here: it needs an NVIDIA GPU, "
+            "its driver, and the CUDA and cuDNN libraries of the version that this onnxruntime-gpu was built for. "
+            "`nvidia-smi` shows the GPU and the driver."
+        )
+    return session
+
+
+def with_options(providers: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """The execution providers as sessions here open them."""
+    return [(provider, _OPTIONS.get(provider, {})) for provider in providers]
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raises UserError, saying what to install, unless ONNX Runtime is installed and built with all of `providers`."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "ONNX Runtime is not installed. Install one of them: `pip install 'loratrf-deploy[cpu]'` or "
+            "`pip install 'loratrf-deploy[gpu]'`."
+        ) from error
+    available = onnxruntime.get_available_providers()
+    missing = [provider for provider in providers if provider not in available]
+    if PROVIDERS["cuda"] in missing:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} is installed here without {PROVIDERS['cuda']}. Put the GPU "
+            "build in its place: `pip uninstall onnxruntime`, then `pip install 'loratrf-deploy[gpu]'`; it needs an "
+            "NVIDIA GPU."
+        )
+    if missing:
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} here has no {', '.join(missing)}; it has {', '.join(available)}."
+        )

@@ -1,0 +1,72 @@
+"""The adapters of a grouped model: its graph inputs hold one adapter's weights per slot. numpy alone.
+
+A grouped export writes into loratrf.json which weights those are (`RuntimeWeight`, without the slots' dimension), and
+`fit` turns an adapter into values for them; here they become the (S, ...) arrays that the graph takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.swappable import RuntimeWeight
+
+__all__ = ["Slots"]
+
+
+class Slots:
+    """values[name][slot] = the weight `name` of the adapter in that slot, zero-padded to the highest rank of all slots.
+
+    `values` is what the graph takes: by input name, (S, ...) arrays of each weight's type. An empty slot is all zeros:
+    the base's output where there is no head, zeros from a head.
+    """
+
+    def __init__(self, weights: Sequence[RuntimeWeight], count: int):
+        self.values: dict[str, NDArray[Any]] = {}
+        self._weights, self._count, self._ranks = tuple(weights), count, dict[str, int]()
+        self._allocate()
+
+    def put(self, slot: int, values: Mapping[str, NDArray[Any]]) -> None:
+        """Fills a slot with what `fit` gave, in place; where a rank is higher than any so far, arrays are replaced."""
+        ranks = self._ranks_of(values)
+        if any(rank > self._ranks[symbol] for symbol, rank in ranks.items()):
+            self._ranks = {symbol: max(rank, self._ranks[symbol]) for symbol, rank in ranks.items()}
+            self._allocate()
+        for weight in self._weights:
+            value, row = values[weight.name], self.values[weight.name][slot]
+            row[...] = 0
+            # Ranks beyond those of the arrays are zeros: a half that the adapter lacks has rank 1 there.
+            part = tuple(slice(min(old, new)) for old, new in zip(row.shape, value.shape, strict=True))
+            row[part] = value[part]
+
+    def resize(self, count: int) -> None:
+        """`count` slots from now on, the first ones as they are; arrays are replaced."""
+        self._count = count
+        self._allocate()
+
+    def _ranks_of(self, values: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """By symbol, the rank that these values need: 0 for a half of nothing but zeros."""
+        ranks = dict.fromkeys(self._ranks, 0)
+        for weight in self._weights:
+            for dim, size in zip(weight.shape, values[weight.name].shape, strict=True):
+                if isinstance(dim, str) and values[weight.name].any():
+                    ranks[dim] = max(ranks[dim], size)
+        return ranks
+
+    def _allocate(self) -> None:
+        """Arrays of the present ranks, with what the old ones held."""
+        for weight in self._weights:
+            for dim in weight.shape:
+                if isinstance(dim, str):
+                    self._ranks.setdefault(dim, 0)
+            shape = [self._ranks[dim] if isinstance(dim, str) else dim for dim in weight.shape]
+            old = self.values.get(weight.name)
+            if old is not None and old.shape == (self._count, *shape):
+                continue
+            new = np.zeros((self._count, *shape), weight.dtype)
+            if old is not None:
+                new[tuple(map(slice, old.shape))] = old
+            self.values[weight.name] = new
