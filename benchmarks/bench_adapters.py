@@ -30,9 +30,9 @@ import onnxruntime as ort
 from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import AdapterSession, create_session
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_adapter, export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
+from loratrf_deploy.pytorch.quiet import quiet
 
 PARTS = ("swap", "residents", "mixed")
 FILES = 16

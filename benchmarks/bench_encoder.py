@@ -32,10 +32,11 @@ import torch
 import transformers
 
 from loratrf_deploy import create_session, read_adapter
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.graph import finish, trace
-from loratrf_deploy.pytorch.base import load_base, load_reference, sample_inputs
+from loratrf_deploy.pytorch.base import load_base, sample_inputs
+from loratrf_deploy.pytorch.oracle import load_reference
+from loratrf_deploy.pytorch.quiet import quiet
 from loratrf_deploy.runtime.session import PROVIDERS
 
 SHAPES = [(1, 16), (1, 128), (8, 16), (8, 128)]

@@ -28,10 +28,10 @@ import onnxruntime as ort
 from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import _kernels, create_session, read_adapter
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_grouped
 from loratrf_deploy.formats.swappable import read_swappable
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
+from loratrf_deploy.pytorch.quiet import quiet
 
 BATCH = 64
 DIFFERENT = {"1": (1, True), "8": (8, True), "8 in turn": (8, False), "64": (64, True)}

@@ -38,12 +38,12 @@ import onnxruntime_genai as og
 import torch
 import transformers
 
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.genai import build
 from loratrf_deploy.genai.generate import CONFIG_FILE, load_model
-from loratrf_deploy.parity.greedy import exact_arithmetic
-from loratrf_deploy.parity.layers import run_onnx, session_in_memory
+from loratrf_deploy.parity.onnx_runs import run_onnx, session_in_memory
+from loratrf_deploy.parity.quantised import exact_arithmetic
+from loratrf_deploy.pytorch.quiet import quiet
 
 PREFILL, DECODE = 128, 32
 REFERENCE = "no adapter"

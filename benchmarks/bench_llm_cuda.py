@@ -37,10 +37,10 @@ from bench_llm import _adapter, _base
 from numpy.typing import NDArray
 
 from loratrf_deploy import create_session
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.genai import build, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE
+from loratrf_deploy.pytorch.quiet import quiet
 from loratrf_deploy.runtime.session import PROVIDERS
 
 REFERENCE = "merged LoRA"

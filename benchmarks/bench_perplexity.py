@@ -23,10 +23,10 @@ import peft
 import torch
 import transformers
 
-from loratrf_deploy.cli.shared import quiet
 from loratrf_deploy.export import export_adapter
 from loratrf_deploy.parity.perplexity import perplexities
 from loratrf_deploy.peft import LoraTrfConfig
+from loratrf_deploy.pytorch.quiet import quiet
 
 DEPLOYMENTS = [("separate", "none"), ("merged", "none"), ("separate", "int8"), ("merged", "int8")]
 DEPLOYMENTS += [("separate", "int4"), ("merged", "int4")]

@@ -1,6 +1,7 @@
 """From trained adapters to a proven ONNX model: `export_adapter` and `export_grouped`, behind loratrf-export."""
 
 from .grouped import export_grouped
-from .single import ExportResult, export_adapter
+from .proven import ExportResult
+from .single import export_adapter
 
 __all__ = ["ExportResult", "export_adapter", "export_grouped"]

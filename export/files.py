@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..formats.manifest import file_sha256
 
-__all__ = ["base_sha256", "written_aside"]
+__all__ = ["base_sha256", "check_writable", "written_aside"]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,14 +23,16 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.swappable import LAYER_PARTS
 from ..genai.generate import CONFIG_FILE
+from ..genai.names import genai_name, linear_nodes
 from ..ops.schemas import DOMAIN, OPS, VERSION, function_body
+from ..pytorch.base import load_tokenizer
 from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["PRECISIONS", "build", "check_precision", "genai_name", "linear_nodes", "write_genai"]
+__all__ = ["PRECISIONS", "build", "check_precision", "write_genai"]
 
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
@@ -47,7 +48,6 @@ PRECISIONS = {
 """(--device, --quantize, --dtype) -> the builder's name for it; what is missing here, GenAI has no kernels for."""
 
 _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-_ALIASES = {"dense": "o_proj", "out_proj": "o_proj"}
 _PACKED = {"q_proj", "k_proj", "v_proj"}
 
 
@@ -119,8 +119,6 @@ def _linear_layers(model: Any) -> list[str]:
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
     """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
-    from ..pytorch.base import load_tokenizer
-
     own = (adapter.path / "tokenizer_config.json").is_file()
     source = str(adapter.path if own else base.path)
     tokenizer = load_tokenizer(source)
@@ -196,31 +194,6 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
         raise UserError(
             f"onnxruntime-genai's builder can't build {architecture} for {precision} on {device}: {detail}"
         ) from error
-
-
-def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
-    """Builder's module name ("/model/layers.0/attn/q_proj") -> (its MatMul or MatMulNBits, the node of its output).
-
-    The second is the Add of the bias where there is one, else the first.
-    """
-    found = {}
-    for node in graph:
-        if node.op_type in ("MatMul", "MatMulNBits") and "/MatMul" in (node.name or ""):
-            prefix = (node.name or "").rpartition("/")[0]
-            adds = [user for user in node.outputs[0].consumers() if user.name == f"{prefix}/Add"]
-            found[prefix] = (node, adds[0] if adds else node)
-    return found
-
-
-def genai_name(path: str) -> str | None:
-    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head."""
-    if path.rpartition(".")[2] in ("lm_head", "embed_out"):
-        return "/lm_head"
-    if match := re.search(r"layers\.(\d+)\.(\w+)\.(\w+)$", path):
-        layer, group, name = match.groups()
-        group = "attn" if "attn" in group or "attention" in group else group
-        return f"/model/layers.{layer}/{group}/{_ALIASES.get(name, name)}"
-    return None
 
 
 def _insert(

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
-from ..adapters.weights_file import some
-from ..errors import UserError
+from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
-from ..formats.swappable import LAYER_PARTS, RuntimeWeight, check_swappable, fit, layer_weights
+from ..formats.fit import check_swappable, fit
+from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, MAX_RANK
+from ..parity.grouped import check_grouped_parity
+from ..pytorch.base import GENERATION, load_base
 from ..runtime.slots import Slots
 from .files import check_writable
-from .single import (
+from .proven import (
     Clock,
     ExportResult,
     check_opset,
@@ -76,8 +78,6 @@ def export_grouped(
         return _write_model(loaded, base_model, model, dtype, opset, clock)
 
     def prove(model: Path, _: dict[str, Any]) -> ParityReport:
-        from ..parity.grouped import check_grouped_parity
-
         return check_grouped_parity(model, {name: adapter.path for name, adapter in loaded.items()}, base_model)
 
     return write_proven(out, write, prove if check else None, step)
@@ -115,7 +115,6 @@ def _write_model(
     import onnx_ir as ir
     import torch
 
-    from ..pytorch.base import GENERATION, load_base
     from .graph import finish, trace
     from .swappable import weights_to_inputs
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, file_facts, write_adapter_file
-from ..formats.swappable import Swappable, fit, read_swappable
+from ..formats.fit import fit
+from ..formats.swappable import Swappable, read_swappable
 from ..pytorch.base import TASKS
 from .files import base_sha256, check_writable, written_aside
 

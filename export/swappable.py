@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX
-from ..formats.swappable import LAYER_PARTS, RuntimeWeight, fit, layer_weights, zeros
+from ..formats.fit import fit
+from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
 from ..ops.schemas import DOMAIN, OPS
 
 if TYPE_CHECKING:

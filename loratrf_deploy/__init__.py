@@ -9,6 +9,7 @@ from .adapters.adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
 from .runtime.adapter_session import AdapterInfo, AdapterSession
 from .runtime.session import create_session, library_path
+from .version import __version__
 
 __all__ = [
     "Adapter",
@@ -21,5 +22,3 @@ __all__ = [
     "library_path",
     "read_adapter",
 ]
-
-__version__ = "0.1.0"

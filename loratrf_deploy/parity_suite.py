@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .cli.parity import positive, run
 from .errors import UserError
 from .parity.result import NO_ADAPTER, VARIANTS
+from .reports.formats import check_report_path, write_report
+from .reports.rows import reasons
 
 if TYPE_CHECKING:
     from .parity.single import ParityReport
@@ -28,8 +31,6 @@ __all__: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of loratrf-parity."""
-    from .cli.parity import positive
-
     group = parser.getgroup("loratrf-parity", "parity of an exported model with PyTorch")
     group.addoption("--model", type=Path, help="exported model, such as model.onnx")
     group.addoption("--adapter", type=Path, help="adapter directory that it was exported from")
@@ -41,8 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses to start without a model and its adapter."""
-    from .reports.formats import check_report_path
-
     if config.getoption("--model") is None or config.getoption("--adapter") is None:
         raise pytest.UsageError("loratrf_deploy.parity_suite needs --model model.onnx and --adapter PATH.")
     try:
@@ -55,9 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def parity(pytestconfig: pytest.Config) -> ParityReport:
     """The comparison, made once."""
-    from .cli.parity import run
-    from .reports.formats import write_report
-
     names = ("--model", "--adapter", "--base-model", "--inputs", "--tolerance")
     try:
         report = run(*(pytestconfig.getoption(name) for name in names))
@@ -72,8 +68,6 @@ def parity(pytestconfig: pytest.Config) -> ParityReport:
 def test_parity(parity: ParityReport, variant: str) -> None:
     """with and without library: max|onnx - torch| / max|torch| <= tolerance; base-off: the adapter has an effect;
     no adapter: a swappable model's default is what its manifest says."""
-    from .reports.formats import reasons
-
     checks = [check for check in parity.checks if check.variant == variant]
     if not checks:
         pytest.skip(f"{variant}: only swappable models run without one")

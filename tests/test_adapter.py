@@ -402,7 +402,7 @@ def test_reading_needs_no_framework(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'peft', 'onnx', 'onnxruntime'): sys.modules[name] = None\n"
-        "from loratrf_deploy.adapter import read_adapter\n"
+        "from loratrf_deploy.adapters.adapter import read_adapter\n"
         f"print(len(read_adapter({str(tmp_path)!r}).layers))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -72,7 +72,7 @@ def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, 
 
 
 def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, monkeypatch):
-    from loratrf_deploy.parity.single import check_parity
+    from loratrf_deploy.parity import check_parity
 
     asked = []
 

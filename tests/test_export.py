@@ -13,7 +13,8 @@ import torch
 
 import tiny
 from loratrf_deploy import create_session, library_path, read_adapter
-from loratrf_deploy.pytorch.base import load_reference, sample_inputs
+from loratrf_deploy.pytorch.base import sample_inputs
+from loratrf_deploy.pytorch.oracle import load_reference
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 SHAPES = [(1, 1), (1, 7), (3, 2), (2, 19), (4, 64)]

@@ -248,7 +248,7 @@ def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -
 
 @pytest.mark.parametrize("several", [False, True], ids=["adapter", "adapters"])
 def test_a_failed_proof_writes_nothing(several, capsys, adapter, tmp_path, monkeypatch) -> None:
-    from loratrf_deploy.parity import single as parity
+    from loratrf_deploy import parity
 
     monkeypatch.setitem(parity.TOLERANCES, "float32", 1e-12)
     base, folder = adapter

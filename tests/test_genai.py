@@ -23,8 +23,8 @@ from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.genai import _insert, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
-from loratrf_deploy.parity.single import check_parity
-from loratrf_deploy.pytorch.base import load_reference
+from loratrf_deploy.parity import check_parity
+from loratrf_deploy.pytorch.oracle import load_reference
 
 Make = Callable[..., tuple[Path, Path]]
 

@@ -16,10 +16,11 @@ import torch
 
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.cli.generate import main
+from loratrf_deploy.cli.perplexity import main as perplexity_main
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
-from loratrf_deploy.parity.perplexity import main as perplexity_main
 from loratrf_deploy.parity.perplexity import perplexities
-from loratrf_deploy.pytorch.base import load_reference, load_tokenizer
+from loratrf_deploy.pytorch.base import load_tokenizer
+from loratrf_deploy.pytorch.oracle import load_reference
 from tiny import SENTENCES
 
 PROMPT = "where is the library ?"

@@ -19,9 +19,11 @@ from loratrf_deploy.cli import parity as parity_cli
 from loratrf_deploy.cli.export import main
 from loratrf_deploy.export import export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file
-from loratrf_deploy.formats.swappable import fit, read_swappable
+from loratrf_deploy.formats.fit import fit
+from loratrf_deploy.formats.swappable import read_swappable
 from loratrf_deploy.parity.grouped import check_grouped_parity
-from loratrf_deploy.pytorch.base import load_base, load_reference, sample_inputs
+from loratrf_deploy.pytorch.base import load_base, sample_inputs
+from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.runtime.slots import Slots
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}

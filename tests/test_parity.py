@@ -15,10 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from loratrf_deploy import UserError
 from loratrf_deploy.cli import parity as parity_cli
-from loratrf_deploy.parity import single as parity
+from loratrf_deploy.parity import VARIANTS, Check, ParityReport, check_parity, checks, layers, onnx_runs, single
 from loratrf_deploy.parity.figures import Figures, compare, worst
 from loratrf_deploy.parity.inputs import complete, read_inputs
-from loratrf_deploy.parity.single import Check, check_parity
 from loratrf_deploy.reports.formats import to_markdown
 
 ROW = {"input_ids": [2, 5, 9, 3], "attention_mask": [1, 1, 1, 1], "token_type_ids": [0, 0, 1, 1]}
@@ -81,9 +80,7 @@ def test_faithful_export_passes_and_no_layer_drifts(make_export, kind, mode, opt
     before = {path: path.read_bytes() for path in model.parent.iterdir()}
     report = check_parity(model, adapter, base)
     assert report.passed, report.verdict
-    assert [(check.variant, check.output) for check in report.checks] == [
-        (variant, "logits") for variant in parity.VARIANTS
-    ]
+    assert [(check.variant, check.output) for check in report.checks] == [(variant, "logits") for variant in VARIANTS]
     assert report.counts == {"passed": 3, "failed": 0, "skipped": 0, "no effect": 0}
     assert not [layer for layer in report.layers if layer.drifts]
     # Every adapted layer is among those compared, and the outputs end the list.
@@ -157,7 +154,7 @@ def test_library_that_is_not_built_is_skipped_by_name(make_export, monkeypatch):
         raise UserError("The custom-op library is not built")
 
     base, adapter, model = make_export()
-    monkeypatch.setattr(parity, "library_path", missing)
+    monkeypatch.setattr(onnx_runs, "library_path", missing)
     report = check_parity(model, adapter, base)
     assert [(check.variant, check.status) for check in report.checks] == [
         ("with library", "skipped"),
@@ -191,15 +188,15 @@ def test_module_is_known_by_its_last_node():
     last = ir.node("Add", [first.outputs[0], b], metadata_props={"module": "dense"})
     stray = ir.node("Shape", [x])
     graph = ir.Graph([x, w, b], [last.outputs[0], other.outputs[0]], nodes=[first, other, last, stray])
-    found = parity._parity_layers._nodes_by_module(ir.Model(graph, ir_version=10))
+    found = layers._nodes_by_module(ir.Model(graph, ir_version=10))
     assert list(found.items()) == [("act", other), ("dense", last)]
 
 
 def test_graph_keeps_its_outputs(make_export):
     _, _, model = make_export()
     graph = ir.load(model)
-    nodes = parity._parity_layers._nodes_by_module(graph)
-    session, names = parity._parity_layers._session_with_outputs(graph, model, nodes, library=False)
+    nodes = layers._nodes_by_module(graph)
+    session, names = layers._session_with_outputs(graph, model, nodes, library=False)
     assert {value.name for value in session.get_outputs()} == {"logits", *names.values()}
     assert [value.name for value in graph.graph.outputs] == ["logits"]
 
@@ -209,7 +206,7 @@ def test_verdict_stands_where_layers_cannot_be_compared(make_export, monkeypatch
         raise RuntimeError("no inner values here")
 
     base, adapter, model = make_export()
-    monkeypatch.setattr(parity._parity_layers, "compare_layers", refuse)
+    monkeypatch.setattr(single, "compare_layers", refuse)
     report = check_parity(model, adapter, base)
     assert report.passed
     assert report.layers == ()
@@ -219,7 +216,7 @@ def test_verdict_stands_where_layers_cannot_be_compared(make_export, monkeypatch
 def test_nothing_run_is_not_passed():
     skipped = Check("with library", "logits", "skipped", "not built")
     effect = Check("base-off", "logits", "passed")
-    report = parity.ParityReport("m", "a", "float32", 1e-5, (skipped, effect), (), "with library", 0, ())
+    report = ParityReport("m", "a", "float32", 1e-5, (skipped, effect), (), "with library", 0, ())
     assert not report.passed
     assert "not proven" in report.verdict
 
@@ -309,7 +306,7 @@ def test_batches_share_one_scale():
     """One undecided row, its scores near 0, must not inflate the error of an export that is right elsewhere."""
     expected = [{"logits": np.array([[0.01, 0.02]])}, {"logits": np.array([[1.0, 2.0]])}]
     run = [{"logits": batch["logits"] + 1e-3} for batch in expected]
-    figures = parity._over_batches(run, expected, "logits", [None, None], 0.0)
+    figures = checks._over_batches(run, expected, "logits", [None, None], 0.0)
     assert figures.relative == pytest.approx(1e-3 / 2)
 
 
@@ -319,7 +316,7 @@ def test_batches_share_one_scale():
 @pytest.fixture(scope="module")
 def reference(make_tiny):
     from loratrf_deploy.adapters.adapter import read_adapter
-    from loratrf_deploy.pytorch.base import load_reference
+    from loratrf_deploy.pytorch.oracle import load_reference
 
     base, adapter = make_tiny()
     return load_reference(read_adapter(adapter), base)

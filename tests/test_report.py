@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from loratrf_deploy import UserError
+from loratrf_deploy.parity import Check, LayerError, ParityReport
 from loratrf_deploy.parity.figures import Figures
-from loratrf_deploy.parity.single import Check, LayerError, ParityReport
 from loratrf_deploy.reports.formats import FORMATS, print_report, to_html, to_json, to_junit, to_markdown, write_report
 
 TOLERANCE = 1e-5

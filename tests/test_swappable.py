@@ -24,7 +24,7 @@ from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.formats.inspection import inspect_path
-from loratrf_deploy.parity.single import check_parity
+from loratrf_deploy.parity import check_parity
 
 IDS = {
     "input_ids": np.arange(5, 17).reshape(2, 6),
@@ -269,7 +269,8 @@ def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path:
 
 
 def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) -> None:
-    from loratrf_deploy.formats.swappable import fit, read_swappable
+    from loratrf_deploy.formats.fit import fit
+    from loratrf_deploy.formats.swappable import read_swappable
 
     exported = make_export("roberta", "text-classification", "loratrf", swappable="base", dtype="float16")
     adapter, swappable = read_adapter(exported.adapter), read_swappable(exported.model)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..errors import UserError, some
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
-from .weights_file import CONFIG_FILE, check_finite, decode, find_weights, some
+from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
 
 __all__ = ["Adapter", "LayerAdapter", "check_fits", "matches_target", "read_adapter"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..errors import UserError, some
 
-__all__ = ["CONFIG_FILE", "check_finite", "decode", "find_weights", "some"]
+__all__ = ["CONFIG_FILE", "check_finite", "decode", "find_weights"]
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
@@ -85,10 +85,3 @@ def check_finite(file: Path, tensors: Mapping[str, NDArray]) -> None:
             f"{file} holds NaN or infinite values (or values beyond float32) in {some(broken)}. Training diverged or "
             "the file is damaged: take an earlier checkpoint or train again with a lower learning rate."
         )
-
-
-def some(items: Collection[str], separator: str = ", ", limit: int = 5) -> str:
-    """The first few items, and how many more there are: lists of names can run to hundreds."""
-    shown = list(items)[:limit]
-    rest = len(items) - len(shown)
-    return separator.join(shown) + (f"{separator}and {rest} more" if rest else "")

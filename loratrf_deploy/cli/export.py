@@ -11,9 +11,11 @@ from pathlib import Path
 from ..errors import UserError
 from ..export.grouped import export_grouped
 from ..export.onto import Converted, convert_adapter
-from ..export.single import DTYPES, MODES, QUANTIZATIONS, ExportResult, ParityFailed, export_adapter
+from ..export.proven import ExportResult, ParityFailed
+from ..export.single import DTYPES, MODES, QUANTIZATIONS, export_adapter
 from ..formats.manifest import export_line
 from ..formats.swappable import DEFAULTS
+from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
 from .shared import command, named_paths, progress
 
@@ -50,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     step=step,
                 )
     except ParityFailed as failure:
-        from ..reports.formats import print_report
-
         print_report(failure.report)
         print(
             f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.",
@@ -193,6 +193,4 @@ def _print_summary(result: ExportResult) -> None:
     if result.parity is None:
         console.print(f"[bold]{'parity':<8}[/bold] not checked (--no-check)")
     else:
-        from ..reports.formats import print_report
-
         print_report(result.parity)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable
 from ..formats.inspection import inspect_path
 from ..formats.manifest import export_line
 from .shared import command
@@ -205,8 +206,6 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
 def _plain(text: str) -> str:
     """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
     from rich.markup import escape
-
-    from ..reports.formats import printable
 
     return escape(printable(text))
 

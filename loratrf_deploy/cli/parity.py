@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..parity.grouped import check_grouped_parity
+from ..parity.single import check_parity
+from ..pytorch.quiet import quiet
+from ..reports.formats import FORMATS, check_report_path, print_report, write_report
 from ..runtime.session import PROVIDERS
-from .shared import command, named_paths, progress, quiet
+from .shared import command, named_paths, progress
 
 if TYPE_CHECKING:
     from ..parity.single import ParityReport
 
-__all__ = ["main", "run"]
+__all__ = ["main", "positive", "run"]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """loratrf-parity --model model.onnx --adapter PATH: exit 0 parity holds, 1 it doesn't, 2 the input is at fault."""
-    from ..reports.formats import check_report_path, print_report, write_report
-
     args = _parser().parse_args(argv)
     for path in args.report:
         check_report_path(path)
@@ -60,8 +62,6 @@ def run(
             raise UserError(f"No {what} at {path}.")
     with quiet():
         step("importing torch and transformers")
-        from ..parity.grouped import check_grouped_parity
-        from ..parity.single import check_parity
 
         if isinstance(adapter, Mapping):
             if inputs is not None or device != "cpu":
@@ -74,8 +74,6 @@ def run(
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ..reports.formats import FORMATS
-
     parser = argparse.ArgumentParser(
         prog="loratrf-parity",
         description="Prove that an exported model computes what PyTorch computes, with the custom-op library and "

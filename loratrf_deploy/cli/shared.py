@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["command", "named_paths", "progress", "quiet"]
+__all__ = ["command", "named_paths", "progress"]
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -54,20 +51,6 @@ def named_paths(texts: Sequence[str]) -> dict[str, Path]:
             )
         paths[name] = Path(path)
     return paths
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what third-party libraries log, warn and print; exceptions still come through."""
-    level = logging.root.manager.disable
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(level)
 
 
 @contextlib.contextmanager

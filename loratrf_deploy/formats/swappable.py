@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.adapter import Adapter, LayerAdapter
-from ..adapters.weights_file import some
-from ..errors import UserError
+from ..adapters.adapter import LayerAdapter
+from ..errors import UserError, some
 from .manifest import MANIFEST, file_sha256, read_manifest
 
 __all__ = [
@@ -25,8 +24,6 @@ __all__ = [
     "RuntimeWeight",
     "Swappable",
     "check_matches",
-    "check_swappable",
-    "fit",
     "layer_weights",
     "read_swappable",
     "zeros",
@@ -95,100 +92,6 @@ def layer_weights(layer: LayerAdapter, parts: Iterable[str], dtype: str, default
 def zeros(weight: RuntimeWeight) -> NDArray[Any]:
     """The weight of an adapted layer that changes nothing: every part zero, at rank 1."""
     return np.zeros([1 if isinstance(dim, str) else dim for dim in weight.shape], _DTYPES[weight.dtype])
-
-
-def check_swappable(adapter: Adapter) -> None:
-    """UserError where `adapter` has what can't be a run-time weight: biases, or no separable form at all."""
-    problem = adapter.not_separable
-    if adapter.biases:
-        problem = f"it trains biases of the base model ({some(adapter.biases)})"
-    elif biased := [name for name, layer in adapter.layers.items() if layer.lora_bias is not None]:
-        problem = f"it has lora_bias ({some(biased)})"
-    elif odd := [
-        f"{module}.{name}"
-        for module, tensors in adapter.modules_to_save.items()
-        for name, value in tensors.items()
-        if value.dtype.kind != "f"
-    ]:
-        problem = f"it saves weights that are not floats ({some(odd)})"
-    if problem:
-        raise UserError(
-            f"The adapter {adapter.path} can't be swapped at run time: {problem}. Export it as a model of its own, "
-            "without --swappable and --onto."
-        )
-
-
-def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -> dict[str, NDArray[Any]]:
-    """Graph input -> value for every one of `weights`, from `adapter`: alpha/R in B, gamma in D, any rank.
-
-    Layers and halves that the adapter lacks get explicit zeros, so the result is complete. Raises UserError naming what
-    doesn't fit: layers, filters or saved modules that the graph lacks, other sizes, another filter_input, saved modules
-    that the adapter doesn't bring.
-    """
-    check_swappable(adapter)
-    problems = _misfits(adapter, weights, filter_input)
-    values: dict[str, NDArray[Any]] = {}
-    for weight in weights if not problems else ():
-        value = _value(adapter, weight)
-        with np.errstate(over="ignore"):
-            values[weight.name] = np.ascontiguousarray(value, dtype=_DTYPES[weight.dtype])
-        if not np.isfinite(values[weight.name]).all():
-            problems.append(f"{weight.name} exceeds {weight.dtype}, which the model computes in")
-    if problems:
-        raise UserError(
-            f"The adapter {adapter.path} doesn't fit this model: {some(problems, '; ')}. Expected an adapter of the "
-            "same base model on layers that the model was exported with. Export a model from this adapter, or from one "
-            "that covers the layers of all your adapters."
-        )
-    return values
-
-
-def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
-    if not weight.in_layer:
-        saved = adapter.modules_to_save[weight.module][weight.part]
-        return saved.T if weight.transposed else saved
-    layer = adapter.layers.get(weight.module)
-    value = getattr(layer, weight.part, None)
-    if layer is None or value is None:
-        return zeros(weight)
-    return {"B": layer.scaled_B, "D": layer.scaled_D}.get(weight.part, lambda: value)()
-
-
-def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -> list[str]:
-    problems = []
-    known: dict[str, dict[str, RuntimeWeight]] = {}
-    for weight in weights:
-        known.setdefault(weight.module, {})[weight.part] = weight
-    for name, layer in adapter.layers.items():
-        graph = known.get(name, {})
-        for half, part, size in (("low-rank half", "A", layer.in_features), ("filter", "tau", layer.out_features)):
-            if getattr(layer, part) is None:
-                continue
-            if part not in graph:
-                problems.append(f"the model takes no {half} at {name}")
-            elif graph[part].shape[-1] != size or graph[part].module != name:
-                problems.append(f"{name} has {graph[part].shape[-1]} features in the model, {size} in the adapter")
-        if "B" in graph and layer.A is not None and graph["B"].shape[0] != layer.out_features:
-            problems.append(f"{name} gives {graph['B'].shape[0]} features in the model, {layer.out_features} in the "
-                            "adapter")  # fmt: skip
-    if adapter.filter_input != filter_input and any(
-        layer.A is not None and layer.tau is not None for layer in adapter.layers.values()
-    ):
-        problems.append(f'its filters read filter_input "{adapter.filter_input}", the model\'s "{filter_input}"')
-    for module, tensors in adapter.modules_to_save.items():
-        for name in tensors:
-            if known.get(module, {}).get(name) is None:
-                problems.append(f"the model takes no {module}.{name}")
-    for weight in weights:
-        if weight.in_layer:
-            continue
-        value = adapter.modules_to_save.get(weight.module, {}).get(weight.part)
-        wanted = weight.shape[::-1] if weight.transposed else weight.shape
-        if value is None:
-            problems.append(f"the model takes {weight.module}.{weight.part} from its adapter, which brings none")
-        elif value.shape != wanted:
-            problems.append(f"{weight.module}.{weight.part} is {wanted} in the model, {value.shape} in the adapter")
-    return problems
 
 
 def check_matches(values: Mapping[str, NDArray[Any]], weights: Sequence[RuntimeWeight], file: object) -> None:

@@ -14,7 +14,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import onnxruntime_genai
 
-__all__ = ["CONFIG_FILE", "generate_tokens", "load_model"]
+__all__ = ["CONFIG_FILE", "generate_tokens", "load_model", "read_config"]
 
 CONFIG_FILE = "genai_config.json"
 

@@ -11,24 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.weights_file import some
-from ..errors import UserError
+from ..adapters.adapter import read_adapter
+from ..errors import UserError, some
 from ..formats.swappable import read_swappable
 from ..ops.schemas import ADAPTER_IDS
-from . import inputs as _parity_inputs
-from . import layers as _parity_layers
+from ..pytorch.base import Inputs, Outputs, load_base
+from ..pytorch.oracle import load_reference, run_torch
+from .checks import TOLERANCES, effect_checks, parity_checks
+from .inputs import default_inputs, padding_mask
+from .onnx_runs import load_graph, model_dtype, run_batches
 from .result import VARIANTS, Check, ParityReport
-from .single import (
-    TOLERANCES,
-    Inputs,
-    Outputs,
-    effect_checks,
-    load_graph,
-    model_dtype,
-    parity_checks,
-    run_batches,
-    versions,
-)
+from .single import versions
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -72,15 +65,15 @@ def check_grouped_parity(
     for name, path in adapters.items():
         step(f"running PyTorch with {name}")
         reference = _reference(path, base_model, dtype)
-        batches = batches or _parity_inputs.default_inputs(reference)
-        expected.append([_parity_layers.run_torch(reference, batch) for batch in batches])
-        base_off.append([_parity_layers.run_torch(reference, batch, adapter_on=False) for batch in batches])
+        batches = batches or default_inputs(reference)
+        expected.append([run_torch(reference, batch) for batch in batches])
+        base_off.append([run_torch(reference, batch, adapter_on=False) for batch in batches])
         del reference
     step("running PyTorch with the base")
     base = _bare(next(iter(adapters.values())), base_model, dtype)
-    expected.append([_parity_layers.run_torch(base, batch) for batch in batches])
+    expected.append([run_torch(base, batch) for batch in batches])
 
-    masks = [_parity_inputs.padding_mask(batch) for batch in batches]
+    masks = [padding_mask(batch) for batch in batches]
     # Each adapter alone, the base alone, and all of them side by side in every batch.
     slots = [*range(len(adapters)), -1]
     names = [*adapters, "id -1", "mixed rows"]
@@ -128,18 +121,12 @@ def check_grouped_parity(
 
 
 def _reference(adapter: str | Path, base_model: str | Path | None, dtype: str) -> BaseModel:
-    from ..adapters.adapter import read_adapter
-    from ..pytorch.base import load_reference
-
     return load_reference(read_adapter(adapter), base_model, dtype=dtype)
 
 
 def _bare(adapter: str | Path, base_model: str | Path | None, dtype: str) -> BaseModel:
     """The base without any adapter, rounded to `dtype`; parameters that it has no values of its own for are zero."""
     import torch
-
-    from ..adapters.adapter import read_adapter
-    from ..pytorch.base import load_base
 
     base = load_base(read_adapter(adapter), base_model, dtype="float32")
     for name, parameter in base.model.named_parameters():

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..pytorch.base import GENERATION, Inputs, load_tokenizer, max_sequence, sample_inputs
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
 __all__ = ["complete", "default_inputs", "padding_mask", "read_inputs"]
 
-Inputs = dict[str, NDArray[Any]]
 
 _SIZES = ((1, 2, False), (1, 24, False), (3, 9, True), (2, 16, True), (4, 128, True))
 """(batch, sequence, padded): one row, the two special tokens alone, odd sizes, and as long as edge inputs get."""
@@ -29,8 +29,6 @@ _TEXT_BATCH = 8
 
 def default_inputs(base: BaseModel) -> list[Inputs]:
     """Random batches of the model's own sizes, the same ones on every call."""
-    from ..pytorch.base import sample_inputs
-
     return [
         sample_inputs(base, batch=batch, sequence=sequence, seed=seed, padding=padding)
         for seed, (batch, sequence, padding) in enumerate(_SIZES)
@@ -50,8 +48,6 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
     input name, {"input_ids": [...], ...} or {"pixel_values": [...]}, one row of a batch or a whole batch. Other keys
     (labels, ids) are ignored. Raises UserError with the line number.
     """
-    from ..pytorch.base import GENERATION
-
     path = Path(path)
     # Tokenizers of language models pad on either side, or have no padding token at all.
     most = 1 if base.task == GENERATION else _TEXT_BATCH
@@ -138,8 +134,6 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
 
 
 def _check_length(length: int, base: BaseModel) -> None:
-    from ..pytorch.base import max_sequence
-
     longest = max_sequence(base.model.config)
     if longest is not None and length > longest:
         raise UserError(f"the sequence has {length} tokens, the model takes at most {longest}.")
@@ -175,8 +169,6 @@ def _array(name: str, value: Any) -> NDArray[Any]:
 
 
 def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
-    from ..pytorch.base import load_tokenizer
-
     tokenizer = None
     if "input_ids" in base.input_names:
         tokenizer = load_tokenizer(folder) or load_tokenizer(base.path)
@@ -189,8 +181,6 @@ def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
 
 
 def _tokenise(tokenizer: Any, texts: list[tuple[str, ...]], base: BaseModel) -> Inputs:
-    from ..pytorch.base import max_sequence
-
     longest = min(max_sequence(base.model.config) or 512, tokenizer.model_max_length)
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(*columns, padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="np")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.session import PROVIDERS, library_path, with_options
+from ..pytorch.base import Inputs
+from ..pytorch.oracle import plain_name, run_torch
 from .figures import relative_error, valid
+from .onnx_runs import run_onnx, session_in_memory
 from .result import LayerError
 
 if TYPE_CHECKING:
@@ -21,55 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..pytorch.base import BaseModel
-__all__ = ["compare_layers", "is_cache", "plain_name", "run_onnx", "run_torch", "session_in_memory"]
-
-Inputs = dict[str, NDArray[Any]]
-
-
-def run_torch(
-    base: BaseModel, batch: Inputs, *, adapter_on: bool = True, heads_off: Collection[str] = ()
-) -> dict[str, NDArray[Any]]:
-    """PyTorch's outputs by name. With adapter_on=False the adapter's layers are off; a trained head stays, but for
-    those in `heads_off`, which are the base's own again.
-
-    PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
-    effect of the adapter. The adapted model is called itself, not through PeftModel's forward, which loses inputs on
-    the way: PeftModelForQuestionAnswering (PEFT 0.21) drops token_type_ids.
-    """
-    import torch
-    from peft import PeftModel
-
-    model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
-    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model, heads_off):
-        outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
-    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-
-
-def run_onnx(
-    session: onnxruntime.InferenceSession,
-    batch: Inputs,
-    outputs: Sequence[str] | None = None,
-    weights: Mapping[str, NDArray[Any]] | None = None,
-) -> dict[str, NDArray[Any]]:
-    """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
-
-    `weights` are fed as they are: those of an adapter, to a swappable model. A key/value cache starts empty.
-    """
-    rows = len(next(iter(batch.values())))
-    feeds = dict(weights or {})
-    for value in session.get_inputs():
-        if is_cache(value.name):  # (batch, heads, past, head width)
-            array = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
-        else:
-            array = batch[value.name]
-        feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array
-    names = list(outputs) if outputs is not None else [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
-
-
-def is_cache(name: str) -> bool:
-    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
-    return name.startswith(("past_key_values.", "present."))
+__all__ = ["compare_layers"]
 
 
 def compare_layers(
@@ -193,57 +147,6 @@ def _bias(module: torch.nn.Module) -> torch.Tensor | None:
             own = module.scaling[name] * half.bias.detach()  # type: ignore[index]
             total = own if total is None else total + own
     return total
-
-
-def plain_name(path: str) -> str:
-    """A module's path in the base model: PEFT's prefix and its wrapper of a saved head removed."""
-    return path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-
-
-@contextlib.contextmanager
-def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    layers: list[Any] = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        or (isinstance(module, ModulesToSaveWrapper) and plain_name(name) in heads)
-    ]
-    # Switched off, a merged layer takes its adapter out of the weights, which not every kind undoes exactly.
-    merged = {
-        layer: layer.get_base_layer().weight.detach().clone() for layer in layers if getattr(layer, "merged", False)
-    }
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for layer, weight in merged.items():
-            layer.merge()
-            layer.get_base_layer().weight.data.copy_(weight)
-
-
-def session_in_memory(
-    graph: ir.Model, model: Path, *, library: bool, device: str = "cpu"
-) -> onnxruntime.InferenceSession:
-    """A session of `graph` on `device`; its weights lie in the folder of `model`.
-
-    The graph goes to ONNX Runtime in memory, so nothing is written: the model's folder may be read-only.
-    """
-    import onnx_ir as ir
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-    if library:
-        options.register_custom_ops_library(str(library_path()))
-    content = ir.to_proto(graph).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=with_options([PROVIDERS[device]]))
 
 
 def _session_with_outputs(

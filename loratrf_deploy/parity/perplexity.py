@@ -5,7 +5,6 @@ perplexity = exp(mean of -log p(token | what comes before it in its window)), th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -17,10 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cli.shared import command, progress, quiet
+from ..adapters.adapter import read_adapter
 from ..errors import UserError
+from ..pytorch.base import GENERATION, load_tokenizer, max_sequence
+from ..pytorch.oracle import load_reference, run_torch
+from ..runtime.session import create_session
+from .onnx_runs import run_onnx
 
-__all__ = ["Row", "main", "perplexities"]
+__all__ = ["WINDOW", "Row", "perplexities"]
 
 WINDOW = 512
 """Tokens that are judged together."""
@@ -33,19 +36,6 @@ class Row:
     name: str
     perplexity: float
     loss: float
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """loratrf-perplexity --text FILE --adapter PATH --model a/model.onnx ...: exit 0 done, 2 the input is at fault."""
-    args = _parser().parse_args(argv)
-    with progress() as step, quiet():
-        rows = perplexities(args.text, args.adapter, args.model, args.base_model, window=args.window, step=step)
-    width = max(len(row.name) for row in rows)
-    print(f"{'deployment':<{width}}  {'perplexity':>12}  log(perplexity) - PyTorch's")
-    for row in rows:
-        print(f"{row.name:<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
-    return 0
 
 
 def perplexities(
@@ -62,10 +52,6 @@ def perplexities(
     `models` are exported causal language models (model.onnx), run as they are shipped. The tokens are cut into windows
     of `window`, each judged by itself. Raises UserError where a file, the adapter or a model is at fault.
     """
-    from ..adapters.adapter import read_adapter
-    from ..pytorch.base import GENERATION, load_reference, load_tokenizer, max_sequence
-    from ..runtime.session import create_session
-
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,8 +84,6 @@ def perplexities(
             total += _negative_log_likelihood(logits[0], part)
         return total / sum(len(part) - 1 for part in windows)
 
-    from .layers import run_onnx, run_torch
-
     losses = {
         name: judged(name, functools.partial(run_torch, base, adapter_on=adapter_on))
         for name, adapter_on in (("PyTorch", True), ("PyTorch without the adapter", False))
@@ -127,23 +111,3 @@ def _name(model: Path) -> str:
         return f"{model} ({manifest['mode']}{quantize})"
     except (OSError, ValueError, KeyError, TypeError):
         return str(model)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from ..cli.generate import count
-
-    parser = argparse.ArgumentParser(
-        prog="loratrf-perplexity",
-        description="Perplexity of exported causal language models on a text, beside PyTorch's with the adapter and "
-        "without it: which deployment loses how much.",
-    )
-    parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
-    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory")
-    parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
-    parser.add_argument("--model", required=True, action="append", type=Path, help="exported model.onnx; repeatable")
-    parser.add_argument("--window", type=count, default=WINDOW, help=f"tokens judged together (default: {WINDOW})")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..ops.reference import EPSILON
 
 if TYPE_CHECKING:
-    from .model import LoraTrfConfig
+    from .config import LoraTrfConfig
 
 __all__ = ["FilteredLinear", "LoraTrfLinear", "filter_change", "filter_score"]
 

@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["GENERATION", "TASKS", "BaseModel", "load_base", "load_reference", "merge_adapter", "sample_inputs"]
+__all__ = [
+    "GENERATION",
+    "TASKS",
+    "BaseModel",
+    "Inputs",
+    "Outputs",
+    "load_base",
+    "load_tokenizer",
+    "max_sequence",
+    "sample_inputs",
+]
+
+Inputs = dict[str, NDArray[Any]]
+"""A batch by input name: ids (batch, sequence) int64, or pixels (batch, channels, H, W) float32."""
+Outputs = dict[str, NDArray[Any]]
+"""What a model gives for a batch, by output name."""
 
 GENERATION = "text-generation"
 TASKS = {
@@ -82,44 +97,6 @@ def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: 
     model, untrained = _load(adapter, name, config, task, dtype)
     check_fits(adapter, {key: tuple(value.shape) for key, value in model.state_dict().items()}, conv1d=_conv1d(model))
     return BaseModel(model, name, task, _input_names(model, name, task), frozenset(untrained))
-
-
-def load_reference(
-    adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "float32", merge: bool = False
-) -> BaseModel:
-    """The adapter as PEFT itself runs it, in float32: PeftModel.from_pretrained on `load_base`. The oracle of parity.
-
-    With `dtype` "float16" every weight is rounded to float16 first (after merging, with `merge`) and the arithmetic
-    stays in float32: what a float16 export should compute, so that an error of the export can't hide behind the
-    rounding of weights that the user asked for. Raises UserError where PEFT refuses the adapter.
-    """
-    import peft
-    import torch
-
-    from .. import peft as _loratrf  # noqa: F401  (registers LORATRF)
-
-    base = load_base(adapter, base_model, dtype="float32")
-    try:
-        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path)).eval()
-        if dtype != "float32":
-            if merge:
-                merge_adapter(model)
-            model = model.to(getattr(torch, dtype)).float()
-    except Exception as error:
-        raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
-    return BaseModel(model, base.path, base.task, base.input_names, base.untrained)
-
-
-def merge_adapter(model: Any) -> None:
-    """PEFT's merge_adapter, but an embedding that is tied to an adapted head keeps its own values."""
-    import torch
-
-    embedding = model.get_base_model().get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding):
-        users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
-        if len(users) > 1:
-            embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.merge_adapter()
 
 
 def sample_inputs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,19 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from .html import page
+from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..parity.figures import Figures
-    from ..parity.single import Check, ParityReport
+    from ..parity.single import ParityReport
 
 __all__ = ["FORMATS", "check_report_path", "print_report", "to_json", "to_junit", "to_markdown", "write_report"]
-
-BASE_OFF_NOTE = (
-    "base-off holds the export against PyTorch with the adapter's layers off: there a difference is what passes."
-)
 
 
 def print_report(report: ParityReport, console: Console | None = None) -> None:
@@ -40,8 +37,8 @@ def print_report(report: ParityReport, console: Console | None = None) -> None:
         console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     colours = {"passed": "green", "failed": "bold red", "skipped": "yellow", "no effect": "yellow"}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if 2 <= number <= 5 else "left", no_wrap=True)
+    for position, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if 2 <= position <= 5 else "left", no_wrap=True)
     for check in report.checks:
         colour = colours[check.status]
         table.add_row(*(escape(printable(cell)) for cell in row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
@@ -150,8 +147,6 @@ def to_junit(report: ParityReport) -> str:
 
 def to_html(report: ParityReport) -> str:
     """One self-contained page: verdict, figures, and the error by layer as a picture."""
-    from .html import page
-
     return page(report)
 
 
@@ -163,63 +158,6 @@ FORMATS: dict[str, Callable[[ParityReport], str]] = {
 }
 """File suffix -> what makes the text of the report."""
 
-COLUMNS = ("comparison", "output", "abs error", "rel error", "cosine", "top-1", "result")
-
-
-def row(check: Check) -> tuple[str, ...]:
-    """The cells of one check under COLUMNS."""
-    figures = check.figures
-    if figures is None:
-        return (check.variant, check.output, "-", "-", "-", "-", check.status)
-    top1 = "-"
-    if figures.top1 is not None:
-        top1 = f"{100 * figures.top1:.4g} %"
-        if figures.ties and check.variant != "base-off":
-            top1 += f" ({figures.ties} tie{'s' if figures.ties > 1 else ''})"
-    return (
-        check.variant,
-        check.output,
-        number(figures.absolute),
-        number(figures.relative),
-        f"{figures.cosine:.7f}",
-        top1,
-        check.status,
-    )
-
-
-def facts(report: ParityReport) -> list[tuple[str, str]]:
-    """What was compared and under which versions, as (name, value)."""
-    main = [next(iter(shapes.values())) for shapes in report.inputs]
-    shapes = ", ".join(" x ".join(map(str, shape)) for shape in main[:8]) + (", ..." if len(main) > 8 else "")
-    return [
-        ("model", report.model),
-        ("adapter", report.adapter),
-        ("weights", report.dtype + ("" if report.dtype == "float32" else _ROUNDED)),
-        ("tolerance", f"{report.tolerance:g} relative (max |a-b| / max |b|)"),
-        ("inputs", f"{len(main)} batches: {shapes}"),
-        ("versions", ", ".join(f"{name} {value}" for name, value in report.versions.items())),
-    ]
-
-
-_ROUNDED = ", in PyTorch too, where the arithmetic is float32"
-
-
-def reasons(report: ParityReport) -> list[str]:
-    """One line per reason, naming the checks that it holds for; then why there are no layers."""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
-    for check in report.checks:
-        if check.reason:
-            grouped.setdefault((check.variant, check.status, check.reason), []).append(check.output)
-    lines = [
-        f"{variant}, {', '.join(outputs)}: {status}: {reason}" for (variant, status, reason), outputs in grouped.items()
-    ]
-    return [*lines, *filter(None, [report.layers_reason])]
-
-
-def number(value: float) -> str:
-    """1.28e-06, 0, inf, nan."""
-    return "0" if value == 0 else f"{value:.2e}"
-
 
 def _figures_line(figures: Figures | None) -> str:
     if figures is None:
@@ -229,8 +167,3 @@ def _figures_line(figures: Figures | None) -> str:
         f"max absolute error {number(figures.absolute)}, relative error {number(figures.relative)}, "
         f"cosine {figures.cosine:.7f}{top1}"
     )
-
-
-def printable(text: str) -> str:
-    """A stranger's text without control characters and lone surrogates: XML can't say them, terminals obey them."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "?", text)

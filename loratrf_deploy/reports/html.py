@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .formats import BASE_OFF_NOTE, COLUMNS, facts, number, printable, reasons, row
+from ..errors import printable
+from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
 
 if TYPE_CHECKING:
     from ..parity.single import LayerError, ParityReport

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.weights_file import some
-from ..errors import UserError
+from ..errors import UserError, some
 from ..formats.adapter_file import AdapterFile, read_adapter_file
 from ..formats.swappable import check_matches, read_swappable
 from ..ops.schemas import ADAPTER_IDS
-from .bound import BoundWeights, Slot, SlotBank
+from .bound import BoundWeights
 from .session import create_session
+from .slots import Slot, SlotBank
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,17 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..formats.swappable import RuntimeWeight
-from .slots import Slots
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["BoundWeights", "Slot", "SlotBank"]
+__all__ = ["BoundWeights"]
 
 _SPARE_BINDINGS = 4
 """Bindings kept ready for threads that run at once; each is some 20 kB."""
-_FIRST_SLOTS = 8
 
 
 class BoundWeights:
@@ -82,44 +77,3 @@ class BoundWeights:
         scaled = {name: self._arrays[name] * self._arrays[name].dtype.type(scale) for name in names}
         rest = {name: value for name, value in self._values.items() if name not in scaled}
         return BoundWeights(self._session, self._device, {**self._arrays, **scaled}, rest)
-
-
-class Slot:
-    """The place of one adapter in a SlotBank, its own for as long as anybody refers to this object."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-class SlotBank:
-    """Many adapters in the (S, ...) arrays of a grouped model. Slots that no run names are not read by the kernels."""
-
-    def __init__(self, session: onnxruntime.InferenceSession, device: str, weights: Sequence[RuntimeWeight]):
-        self._session, self._device = session, device
-        self._slots, self._count = Slots(weights, _FIRST_SLOTS), _FIRST_SLOTS
-        self._free = list(range(_FIRST_SLOTS))
-        self._bound: BoundWeights | None = None
-        self._lock = threading.Lock()
-
-    def place(self, values: Mapping[str, NDArray[Any]]) -> Slot:
-        """Copies an adapter into a slot that nobody uses; runs in other slots may go on meanwhile."""
-        with self._lock:
-            if not self._free:
-                self._free += range(self._count, 2 * self._count)
-                self._count *= 2
-                self._slots.resize(self._count)
-            slot = Slot(self._free.pop())
-            weakref.finalize(slot, self._free.append, slot.number).atexit = False
-            self._slots.put(slot.number, values)
-            # Runs that have begun keep the arrays that they were given. Arrays that are the same in host memory have
-            # the new adapter already, since what is bound are views of them.
-            if self._device != "cpu" or self._bound is None or not self._bound.views(self._slots.values):
-                self._bound = None
-            return slot
-
-    def weights(self) -> BoundWeights:
-        """The arrays as they are now, bound."""
-        with self._lock:
-            if self._bound is None:
-                self._bound = BoundWeights(self._session, self._device, dict(self._slots.values))
-            return self._bound

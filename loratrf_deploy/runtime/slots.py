@@ -6,15 +6,21 @@ A grouped export writes into loratrf.json which weights those are (`RuntimeWeigh
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.swappable import RuntimeWeight
+from .bound import BoundWeights
 
-__all__ = ["Slots"]
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["Slot", "SlotBank", "Slots"]
 
 
 class Slots:
@@ -70,3 +76,47 @@ class Slots:
             if old is not None:
                 new[tuple(map(slice, old.shape))] = old
             self.values[weight.name] = new
+
+
+_FIRST_SLOTS = 8
+
+
+class Slot:
+    """The place of one adapter in a SlotBank, its own for as long as anybody refers to this object."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class SlotBank:
+    """Many adapters in the (S, ...) arrays of a grouped model. Slots that no run names are not read by the kernels."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: str, weights: Sequence[RuntimeWeight]):
+        self._session, self._device = session, device
+        self._slots, self._count = Slots(weights, _FIRST_SLOTS), _FIRST_SLOTS
+        self._free = list(range(_FIRST_SLOTS))
+        self._bound: BoundWeights | None = None
+        self._lock = threading.Lock()
+
+    def place(self, values: Mapping[str, NDArray[Any]]) -> Slot:
+        """Copies an adapter into a slot that nobody uses; runs in other slots may go on meanwhile."""
+        with self._lock:
+            if not self._free:
+                self._free += range(self._count, 2 * self._count)
+                self._count *= 2
+                self._slots.resize(self._count)
+            slot = Slot(self._free.pop())
+            weakref.finalize(slot, self._free.append, slot.number).atexit = False
+            self._slots.put(slot.number, values)
+            # Runs that have begun keep the arrays that they were given. Arrays that are the same in host memory have
+            # the new adapter already, since what is bound are views of them.
+            if self._device != "cpu" or self._bound is None or not self._bound.views(self._slots.values):
+                self._bound = None
+            return slot
+
+    def weights(self) -> BoundWeights:
+        """The arrays as they are now, bound."""
+        with self._lock:
+            if self._bound is None:
+                self._bound = BoundWeights(self._session, self._device, dict(self._slots.values))
+            return self._bound

@@ -1,0 +1,45 @@
+"""loratrf-perplexity: which deployment of a language model loses how much."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..parity.perplexity import WINDOW, perplexities
+from ..pytorch.quiet import quiet
+from .generate import count
+from .shared import command, progress
+
+__all__ = ["main"]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """loratrf-perplexity --text FILE --adapter PATH --model a/model.onnx ...: exit 0 done, 2 the input is at fault."""
+    args = _parser().parse_args(argv)
+    with progress() as step, quiet():
+        rows = perplexities(args.text, args.adapter, args.model, args.base_model, window=args.window, step=step)
+    width = max(len(row.name) for row in rows)
+    print(f"{'deployment':<{width}}  {'perplexity':>12}  log(perplexity) - PyTorch's")
+    for row in rows:
+        print(f"{row.name:<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loratrf-perplexity",
+        description="Perplexity of exported causal language models on a text, beside PyTorch's with the adapter and "
+        "without it: which deployment loses how much.",
+    )
+    parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
+    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory")
+    parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
+    parser.add_argument("--model", required=True, action="append", type=Path, help="exported model.onnx; repeatable")
+    parser.add_argument("--window", type=count, default=WINDOW, help=f"tokens judged together (default: {WINDOW})")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,38 @@
+"""The names that ONNX Runtime GenAI's model builder gives to the modules of a torch model."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["genai_name", "linear_nodes"]
+
+_ALIASES = {"dense": "o_proj", "out_proj": "o_proj"}
+
+
+def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
+    """Builder's module name ("/model/layers.0/attn/q_proj") -> (its MatMul or MatMulNBits, the node of its output).
+
+    The second is the Add of the bias where there is one, else the first.
+    """
+    found = {}
+    for node in graph:
+        if node.op_type in ("MatMul", "MatMulNBits") and "/MatMul" in (node.name or ""):
+            prefix = (node.name or "").rpartition("/")[0]
+            adds = [user for user in node.outputs[0].consumers() if user.name == f"{prefix}/Add"]
+            found[prefix] = (node, adds[0] if adds else node)
+    return found
+
+
+def genai_name(path: str) -> str | None:
+    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head."""
+    if path.rpartition(".")[2] in ("lm_head", "embed_out"):
+        return "/lm_head"
+    if match := re.search(r"layers\.(\d+)\.(\w+)\.(\w+)$", path):
+        layer, group, name = match.groups()
+        group = "attn" if "attn" in group or "attention" in group else group
+        return f"/model/layers.{layer}/{group}/{_ALIASES.get(name, name)}"
+    return None
