@@ -30,7 +30,7 @@ import onnxruntime as ort
 from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import AdapterSession, create_session
-from loratrf_deploy.export import export_adapter, export_grouped
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
 from loratrf_deploy.pytorch.quiet import quiet
 
@@ -73,8 +73,8 @@ class Bench:
             self.base = base = make_base(folder / "base", model)
             self.adapter = adapter = make_adapter(base, folder / "adapter", kind)
             options: dict[str, Any] = {"base_model": base, "mode": "separate", "check": False}
-            export_adapter(adapter, self.swappable, swappable="base", **options)
-            export_adapter(adapter, self.constant, **options)
+            export_adapter(adapter, self.swappable, ExportOptions(swappable="base", **options))
+            export_adapter(adapter, self.constant, ExportOptions(**options))
         self.files = variants(self.swappable.with_name("adapter.onnx_adapter"))
         self.size = self.files[0].stat().st_size
 
@@ -212,7 +212,7 @@ class Bench:
     def mixed(self, batch: int = 64, sequence: int = 16) -> dict[str, str]:
         """A batch whose rows name 1, 8 or 64 adapters, here and in PEFT."""
         with quiet():
-            export_grouped({"first": self.adapter}, self.grouped, base_model=self.base, check=False)
+            export_grouped({"first": self.adapter}, self.grouped, ExportOptions(base_model=self.base, check=False))
             files = variants(self.grouped.with_name("first.onnx_adapter"))
             eager = peft_batches(self.base, self.adapter, batch)
         session, ids = AdapterSession(self.grouped), inputs(batch, sequence)

@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from loratrf_deploy import create_session, read_adapter
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.graph import finish, trace
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
@@ -81,7 +81,9 @@ def deployments(folder: Path, model: str, kind: str, threads: int, device: str) 
     dtype = "float16" if device == "cuda" else "float32"
     for mode in ("merged", "separate"):
         out = folder / mode / "model.onnx"
-        export_adapter(adapter_path, out, base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        export_adapter(
+            adapter_path, out, ExportOptions(base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        )
     adapter = read_adapter(adapter_path)
     bare = load_base(adapter, base, dtype=dtype)
     inputs = {

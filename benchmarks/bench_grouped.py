@@ -28,8 +28,8 @@ import onnxruntime as ort
 from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import _kernels, create_session, read_adapter
-from loratrf_deploy.export import export_grouped
-from loratrf_deploy.formats.swappable import read_swappable
+from loratrf_deploy.export import ExportOptions, export_grouped
+from loratrf_deploy.formats.manifest import read_swappable
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.quiet import quiet
 
@@ -106,9 +106,9 @@ def model_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
         base = make_base(folder / "base", "bert-base")
         adapter = make_adapter(base, folder / "adapter", "loratrf")
-        export_grouped({"first": adapter}, folder / "model" / "model.onnx", base_model=base, check=False)
+        export_grouped({"first": adapter}, folder / "model" / "model.onnx", ExportOptions(base_model=base, check=False))
         reference = load_base(read_adapter(adapter), base)
-        contract = read_swappable(folder / "model" / "model.onnx")
+        _, contract = read_swappable(folder / "model" / "model.onnx")
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = args.threads

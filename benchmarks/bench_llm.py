@@ -38,10 +38,10 @@ import onnxruntime_genai as og
 import torch
 import transformers
 
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import build
 from loratrf_deploy.genai.generate import CONFIG_FILE, load_model
-from loratrf_deploy.parity.onnx_runs import run_onnx, session_in_memory
+from loratrf_deploy.parity.onnx_runs import run_session, session_in_memory
 from loratrf_deploy.parity.quantised import exact_arithmetic
 from loratrf_deploy.pytorch.quiet import quiet
 
@@ -120,7 +120,9 @@ def deployments(folder: Path, layers: int, rank: int, vocabulary: int) -> dict[s
             models[f"{mode} {'LoRATRF' if kind == 'loratrf' else 'LoRA'}"] = model
             if not model.is_file():
                 export_adapter(
-                    adapter, model, base_model=base, mode=mode, quantize="int4", bundle_library=True, check=False
+                    adapter,
+                    model,
+                    ExportOptions(base_model=base, mode=mode, quantize="int4", bundle_library=True, check=False),
                 )
     own = folder / f"own-{rank}" / "model.onnx"
     models["the builder's own LoRA"] = own
@@ -194,7 +196,7 @@ def logit_errors(models: dict[str, Path]) -> dict[str, dict[str, float]]:
                 value.shape = ir.Shape([*value.shape[:-1], width])
         if exact:
             exact_arithmetic(graph)
-        return run_onnx(session_in_memory(graph, models[name], library=library), batch, ["logits"])["logits"]
+        return run_session(session_in_memory(graph, models[name], library=library), batch, ["logits"])["logits"]
 
     expected = logits("separate LoRA", exact=True, library=False)
     rows = {}

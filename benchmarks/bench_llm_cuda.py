@@ -37,7 +37,7 @@ from bench_llm import _adapter, _base
 from numpy.typing import NDArray
 
 from loratrf_deploy import create_session
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import build, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE
 from loratrf_deploy.pytorch.quiet import quiet
@@ -129,7 +129,9 @@ def deployments(folder: Path, layers: int, rank: int, vocabulary: int, device: s
         adapter, model = folder / kind, folder / f"{kind}-{mode}" / "model.onnx"
         if not adapter.is_dir():
             _adapter(base, adapter, kind, rank)
-        export_adapter(adapter, model, base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        export_adapter(
+            adapter, model, ExportOptions(base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        )
         return model
 
     bare = folder / "bare" / "model.onnx"

@@ -23,7 +23,7 @@ import peft
 import torch
 import transformers
 
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.parity.perplexity import perplexities
 from loratrf_deploy.peft import LoraTrfConfig
 from loratrf_deploy.pytorch.quiet import quiet
@@ -69,7 +69,7 @@ def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text:
         models = []
         for mode, quantize in DEPLOYMENTS:
             models.append(folder / f"{kind}-{mode}-{quantize}" / "model.onnx")
-            export_adapter(folder / kind, models[-1], base_model=base, mode=mode, quantize=quantize)
+            export_adapter(folder / kind, models[-1], ExportOptions(base_model=base, mode=mode, quantize=quantize))
         rows = perplexities(text, folder / kind, models, base)
     labels = [f"{mode}, {quantize if quantize != 'none' else 'float32'}" for mode, quantize in DEPLOYMENTS]
     return [type(row)(label, row.perplexity, row.loss) for row, label in zip(rows, [*_TORCH, *labels], strict=True)]

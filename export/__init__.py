@@ -1,7 +1,9 @@
 """From trained adapters to a proven ONNX model: `export_adapter` and `export_grouped`, behind loratrf-export."""
 
 from .grouped import export_grouped
-from .proven import ExportResult
+from .onto import convert_adapter
+from .options import ExportOptions
+from .proven import ExportResult, ParityFailed
 from .single import export_adapter
 
-__all__ = ["ExportResult", "export_adapter", "export_grouped"]
+__all__ = ["ExportOptions", "ExportResult", "ParityFailed", "convert_adapter", "export_adapter", "export_grouped"]

@@ -12,10 +12,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter, LayerAdapter
+from ..formats.manifest import LayerRow
 from ..formats.swappable import LAYER_PARTS
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPS, VERSION
 
-__all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of"]
+__all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of", "wrap"]
 
 _PARAMETER_OF_INPUT = {**LAYER_PARTS, "W": "slots.weight", "b": "slots.bias"}
 
@@ -28,7 +29,7 @@ class AdaptedLinear(nn.Module):
     of the graph, which the grouped export adds. Only for tracing: run eagerly it returns unspecified values.
     """
 
-    def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: dict[str, str]):
+    def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: Mapping[str, str]):
         super().__init__()
         self.base_layer = base_layer
         self.op, self.attributes = op, attributes
@@ -59,7 +60,7 @@ class AdaptedLinear(nn.Module):
         return self.get_parameter(_PARAMETER_OF_INPUT[name])
 
 
-def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
+def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[LayerRow]:
     """Puts `adapter` into `model` in place and turns it to `dtype`; returns what became of each layer, in order.
 
     What `fold` leaves over becomes AdaptedLinear modules. Requires `check_fits` to have passed.
@@ -69,11 +70,18 @@ def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtyp
         op = op_of(weights)
         attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
         parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
-        parent, _, child = path.rpartition(".")
-        adapted = AdaptedLinear(model.get_submodule(path), op, parameters, attributes)
-        setattr(model.get_submodule(parent), child, adapted)
+        wrap(model, path, op, parameters, attributes)
     model.to(dtype)
     return layer_rows(adapter, rest)
+
+
+def wrap(
+    model: nn.Module, path: str, op: str, weights: dict[str, torch.Tensor], attributes: Mapping[str, str] | None = None
+) -> None:
+    """Puts an AdaptedLinear around the linear layer at `path` of `model`, in place."""
+    parent, _, child = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, AdaptedLinear(owner.get_submodule(child), op, weights, attributes or {}))
 
 
 def fold(model: nn.Module, adapter: Adapter, *, merge: bool) -> dict[str, dict[str, NDArray[np.float32]]]:
@@ -108,17 +116,17 @@ def op_of(weights: Mapping[str, Any]) -> str:
     ]
 
 
-def layer_rows(adapter: Adapter, rest: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def layer_rows(adapter: Adapter, rest: Mapping[str, Mapping[str, Any]]) -> list[LayerRow]:
     """The manifest's row of each adapted layer; `rest` is what `fold` returned."""
     return [
-        {
-            "module": path,
-            "op": op_of(rest[path]) if path in rest else "merged",
-            "rank": layer.rank,
-            "filter_rank": layer.filter_rank,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-        }
+        LayerRow(
+            path,
+            op_of(rest[path]) if path in rest else "merged",
+            layer.rank,
+            layer.filter_rank,
+            layer.in_features,
+            layer.out_features,
+        )
         for path, layer in adapter.layers.items()
     ]
 

@@ -14,20 +14,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
+from ..formats.manifest import LayerRow
 from ..formats.swappable import LAYER_PARTS
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
+from ..ops.dtypes import NUMPY
 from ..ops.schemas import DOMAIN, OPS, VERSION, function_body
-from ..pytorch.base import load_tokenizer
+from ..pytorch.base import tokenizer_of
 from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
+from .options import ExportOptions
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -47,7 +49,6 @@ PRECISIONS = {
 }
 """(--device, --quantize, --dtype) -> the builder's name for it; what is missing here, GenAI has no kernels for."""
 
-_NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _PACKED = {"q_proj", "k_proj", "v_proj"}
 
 
@@ -66,29 +67,25 @@ def write_genai(
     adapter: Adapter,
     base: BaseModel,
     out: Path,
+    options: ExportOptions,
     *,
-    mode: str,
-    dtype: str,
-    quantize: str,
-    device: str,
-    bundle_library: bool,
-    merge_with_peft: Callable[[], list[dict[str, Any]]],
+    merge_with_peft: Callable[[], list[LayerRow]],
     step: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[LayerRow]:
     """Writes the folder of `out` as onnxruntime_genai loads it; returns what became of each adapted layer.
 
     The folder gets the graph, its weights in `out`.data (the builder's) and `out`.adapter (the operators'),
-    genai_config.json, config.json and the tokenizer; with `bundle_library` the custom-op library too, registered by a
-    path relative to the folder. `base` is used up: its weights are gone afterwards, so that the builder, which loads
-    its own, doesn't need memory for two models. Raises UserError for input that GenAI can't take.
+    genai_config.json, config.json and the tokenizer; with `options.bundle_library` the custom-op library too,
+    registered by a path relative to the folder. `base` is used up: its weights are gone afterwards, so that the
+    builder, which loads its own, doesn't need memory for two models. Raises UserError for input that GenAI can't take.
     """
-    precision = check_precision(device, quantize, dtype)
+    precision = check_precision(options.device, options.quantize, options.dtype)
     step("adapting")
     if adapter.not_separable is None:
-        rest = fold(base.model, adapter, merge=mode == "merged")
+        rest = fold(base.model, adapter, merge=options.merges)
         rows = layer_rows(adapter, rest)
         biased = any(layer.lora_bias is not None for layer in adapter.layers.values())
-        changed = bool(mode == "merged" or adapter.modules_to_save or adapter.biases or biased)
+        changed = bool(options.merges or adapter.modules_to_save or adapter.biases or biased)
     else:
         rest, rows, changed = {}, merge_with_peft(), True
     linears = _linear_layers(base.model)
@@ -98,15 +95,15 @@ def write_genai(
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
-        build(stage, out, precision, device, _builder_options(rest, dtype, quantize))
+        build(stage, out, precision, options.device, _builder_options(rest, options))
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
-    _insert(model, rest, adapter.filter_input, dtype)
+    _insert(model, rest, adapter.filter_input, options.dtype)
     _name_modules(model, linears, rest)
     _fix_cache_width(model, out.parent)
     _save(model, out)
-    if bundle_library:
+    if options.bundle_library:
         _bundle_library(out.parent)
     return rows
 
@@ -119,9 +116,7 @@ def _linear_layers(model: Any) -> list[str]:
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
     """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
-    own = (adapter.path / "tokenizer_config.json").is_file()
-    source = str(adapter.path if own else base.path)
-    tokenizer = load_tokenizer(source)
+    tokenizer, source = tokenizer_of(adapter, base.path)
     if tokenizer is None:
         raise UserError(
             f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
@@ -150,20 +145,20 @@ def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: b
     tokenizer.save_pretrained(stage)
 
 
-def _builder_options(rest: Mapping[str, Any], dtype: str, quantize: str) -> dict[str, str]:
+def _builder_options(rest: Mapping[str, Any], options: ExportOptions) -> dict[str, str]:
     """The builder's extra_options: projections that carry operators stay as they are in the torch model.
 
     q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
     """
     adapted = {path.rpartition(".")[2] for path in rest}
-    options = {}
+    extra = {}
     if adapted & _PACKED:
-        options["fuse_qkv"] = "false"
+        extra["fuse_qkv"] = "false"
     if "gate_up_proj" in adapted:
-        options["fuse_mlp_gate_up"] = "true"
-    if dtype == "bfloat16" and quantize != "none":
-        options["use_cuda_bf16"] = "true"
-    return options
+        extra["fuse_mlp_gate_up"] = "true"
+    if options.dtype == "bfloat16" and options.quantize != "none":
+        extra["use_cuda_bf16"] = "true"
+    return extra
 
 
 def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[str, str]) -> None:
@@ -253,7 +248,7 @@ def _insert_one(
     readers = tuple(hidden.uses())
     values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
     for name, array in weights.items():
-        tensor = ir.tensor(np.ascontiguousarray(array, dtype=_NUMPY_TYPES[dtype]), name=f"{path}.{LAYER_PARTS[name]}")
+        tensor = ir.tensor(np.ascontiguousarray(array, dtype=NUMPY[dtype]), name=f"{path}.{LAYER_PARTS[name]}")
         values[name] = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         values[name].const_value = tensor
         graph.register_initializer(values[name])

@@ -1,9 +1,10 @@
-"""torch model -> ONNX graph: tracing through transformers' exporter, then five numbered passes over the IR."""
+"""torch model -> ONNX graph: tracing through transformers' exporter, then `PASSES` over the IR, in their order."""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -11,15 +12,14 @@ import onnx_ir as ir
 from ..errors import UserError
 from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
 from ..pytorch.base import max_sequence
+from .options import DEFAULT_OPSET
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["DEFAULT_OPSET", "OPSETS", "finish", "trace"]
+__all__ = ["PASSES", "finish", "trace"]
 
-DEFAULT_OPSET = 20
-OPSETS = range(18, 24)
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
 
@@ -60,29 +60,13 @@ def trace(
 
 
 def finish(model: ir.Model, opset: int = DEFAULT_OPSET) -> None:
-    """Makes a traced graph one to ship, in place. Requires a graph from `trace`. The passes:
-
-    1. Every loratrf op that occurs gets its definition in standard ops as a model-local function.
-    2. Dynamic axes are named batch and sequence (torch names them s18, s41).
-    3. Each node says in metadata "module" which torch module's output it computes; torch's other metadata (source
-       lines and paths of the machine that exported) goes.
-    4. Initializers are named after modules: torch's own names stay; a weight that was transposed for MatMul is
-       "<module>.MatMul.weight", siblings that were packed into one are "<parent>.<a>_<b>_<c>.MatMul.weight".
-    5. Nodes are named "<module>/<op>", outputs of loratrf ops "<module>.output".
-    6. bfloat16 inputs and outputs of the graph become float32: numpy has no bfloat16, so ONNX Runtime's Python takes
-       and gives none.
-    """
-    _add_functions(model, opset)
-    _name_axes(model.graph)
-    _keep_modules_only(model)
-    _float32_at_the_ends(model.graph)
-    _name_initializers(model.graph)
-    _name_nodes(model.graph)
-    model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "loratrf-deploy", None
+    """Makes a traced graph one to ship, in place: `PASSES`, one after the other. Requires a graph from `trace`."""
+    for run in PASSES:
+        run(model, opset)
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
+    """Every loratrf operator that occurs has its definition in standard ops as a model-local function."""
     for node in [node for node in model.graph.all_nodes() if node.domain == DOMAIN]:
         attribute = node.attributes.get("filter_input")
         filter_input = attribute.as_string() if attribute is not None else "adapted"
@@ -101,8 +85,9 @@ def _add_functions(model: ir.Model, opset: int) -> None:
         model.graph.opset_imports[DOMAIN] = VERSION
 
 
-def _name_axes(graph: ir.Graph) -> None:
-    names: dict[str, str] = {}
+def _name_axes(model: ir.Model, opset: int) -> None:
+    """Dynamic axes are named batch and sequence; torch calls them s18, s41."""
+    graph, names = model.graph, dict[str, str]()
     for value in graph.inputs:
         for axis, dim in zip(_AXES.get(value.name or "", _TEXT_AXES), value.shape or (), strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
@@ -123,9 +108,11 @@ def _module(node: ir.Node) -> str:
     return node.metadata_props.get("module", "")
 
 
-def _keep_modules_only(model: ir.Model) -> None:
-    import ast
+def _keep_modules_only(model: ir.Model, opset: int) -> None:
+    """A node's metadata says in "module" which torch module's output it computes, and nothing else.
 
+    torch's own has source lines and paths of the machine that exported.
+    """
     for node in model.graph.all_nodes():
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         module = ast.literal_eval(scopes)[-2] if scopes and scopes.count(",") else ""
@@ -142,7 +129,9 @@ def _keep_modules_only(model: ir.Model) -> None:
     model.doc_string = model.graph.doc_string = None
 
 
-def _float32_at_the_ends(graph: ir.Graph) -> None:
+def _float32_at_the_ends(model: ir.Model, opset: int) -> None:
+    """No input and output of the graph is bfloat16: numpy has none, so ONNX Runtime's Python takes and gives none."""
+    graph = model.graph
     for value in graph.inputs:
         if value.dtype == ir.DataType.BFLOAT16:
             readers = tuple(value.uses())
@@ -165,7 +154,13 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
     return node
 
 
-def _name_initializers(graph: ir.Graph) -> None:
+def _name_initializers(model: ir.Model, opset: int) -> None:
+    """Initializers are named after modules. Requires `_keep_modules_only`.
+
+    torch's own names stay; a weight that was transposed for MatMul is "<module>.MatMul.weight", siblings that were
+    packed into one are "<parent>.<a>_<b>_<c>.MatMul.weight".
+    """
+    graph = model.graph
     for value in list(graph.initializers.values()):
         if "." in (value.name or "") or value.shape is None or len(value.shape) < 2:
             continue  # named by torch already, or a constant of the graph's own arithmetic
@@ -201,12 +196,31 @@ def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
     graph.initializers[unique] = value
 
 
-def _name_nodes(graph: ir.Graph) -> None:
+def _name_nodes(model: ir.Model, opset: int) -> None:
+    """Nodes are named "<module>/<op>", outputs of loratrf ops "<module>.output". Requires `_keep_modules_only`."""
     counts: dict[str, int] = {}
-    for node in graph:
+    for node in model.graph:
         stem = f"{_module(node)}/{node.op_type}"
         counts[stem] = counts.get(stem, 0) + 1
         node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
         if node.domain == DOMAIN and node.op_type in FUNCTIONS and not node.outputs[0].is_graph_output():
             # A shared layer (DeBERTa's position projections) is called more than once.
             node.outputs[0].name = f"{_module(node)}.output" + ("" if counts[stem] == 1 else f"_{counts[stem]}")
+
+
+def _sign(model: ir.Model, opset: int) -> None:
+    """The file says who made it, in an IR version that every runtime we support reads."""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "loratrf-deploy", None
+
+
+PASSES: tuple[Callable[[ir.Model, int], None], ...] = (
+    _add_functions,
+    _name_axes,
+    _keep_modules_only,
+    _float32_at_the_ends,
+    _name_initializers,
+    _name_nodes,
+    _sign,
+)
+"""Each leaves in the model, in place, what its docstring says. They are given the opset, for functions."""

@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
 from ..errors import UserError, some
-from ..formats.adapter_file import SUFFIX, adapter_facts, file_facts, write_adapter_file
+from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_swappable, fit
+from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
 from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, MAX_RANK
+from ..ops.dtypes import DType
+from ..ops.schemas import ADAPTER_IDS, DOMAIN
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import GENERATION, load_base
+from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..runtime.slots import Slots
 from .files import check_writable
+from .options import DEFAULT_OPSET, ExportOptions, check_ranks
 from .proven import (
     Clock,
     ExportResult,
-    check_opset,
     collector_off,
     common_facts,
+    filter_input_of,
     traced_inputs,
     write_companions,
     write_proven,
@@ -32,24 +33,20 @@ from .proven import (
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
-    from ..parity.single import ParityReport
+    from ..parity.result import ParityReport
     from ..pytorch.base import BaseModel
 
 __all__ = ["export_grouped"]
 
-_DTYPES = ("float32", "float16")
+_OF_ONE = ("mode", "swappable", "device", "quantize", "bundle_library")
 
 
 def export_grouped(
     adapters: Mapping[str, str | Path],
     out: str | Path,
+    options: ExportOptions = ExportOptions(),
     *,
-    base_model: str | Path | None = None,
-    dtype: str = "float32",
-    opset: int | None = None,
-    check: bool = True,
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
     """Writes one model that holds all `adapters` (name -> folder), in slots in their order; rows choose by adapter_ids.
@@ -61,8 +58,11 @@ def export_grouped(
     base, task or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, expected for several adapters: {' or '.join(_DTYPES)}.")
+    if flag := options.given(_OF_ONE):
+        raise UserError(
+            f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
+            f"can be refilled at run time: drop {flag}."
+        )
     check_writable(out)
     for name in adapters:
         if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
@@ -71,16 +71,15 @@ def export_grouped(
                 "letters, digits, spaces and . _ + -, not beginning with a dot."
             )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
-    _check_together(loaded, base_model)
-    opset = check_opset(opset)
+    _check_together(loaded, options.base_model)
 
-    def write(model: Path, clock: Clock) -> dict[str, Any]:
-        return _write_model(loaded, base_model, model, dtype, opset, clock)
+    def write(model: Path, clock: Clock) -> Manifest:
+        return _write_model(loaded, model, clock, options)
 
-    def prove(model: Path, _: dict[str, Any]) -> ParityReport:
-        return check_grouped_parity(model, {name: adapter.path for name, adapter in loaded.items()}, base_model)
+    def prove(model: Path, _: Manifest, step: Callable[[str], None]) -> ParityReport:
+        return check_grouped_parity(model, loaded, options.base_model, step=step)
 
-    return write_proven(out, write, prove if check else None, step)
+    return write_proven(out, write, prove if options.check else None, step)
 
 
 def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | None) -> None:
@@ -90,11 +89,8 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
         check_swappable(adapter)
-        if high := [path for path, layer in adapter.layers.items() if max(layer.rank, layer.filter_rank) > MAX_RANK]:
-            raise UserError(
-                f"The adapter {adapter.path} has ranks over {MAX_RANK} at {some(high)}, more than the "
-                "operators take. Leave it out and export it merged: --adapter PATH --mode merged."
-            )
+        remedy = "Leave it out and export it merged: --adapter PATH --mode merged."
+        check_ranks(adapter, merges=False, device="cpu", remedy=remedy)
         if adapter.task_type != first.task_type:
             raise UserError(
                 f"The adapters {first_name} and {name} were trained for different tasks ({first.task_type} and "
@@ -108,34 +104,33 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
             )
 
 
-def _write_model(
-    adapters: Mapping[str, Adapter], base_model: str | Path | None, out: Path, dtype: str, opset: int, clock: Clock
-) -> dict[str, Any]:
-    clock("importing torch and transformers")
+def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
     import onnx_ir as ir
     import torch
 
     from .graph import finish, trace
     from .swappable import weights_to_inputs
 
+    opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
     clock("loading the base model")
-    base = load_base(next(iter(adapters.values())), base_model)
+    first, *_ = adapters.values()
+    base = load_base(first, options.base_model)
     if base.task == GENERATION:
         raise UserError(
-            "Several adapters in one model (--adapters) isn't for causal language models: ONNX Runtime GenAI feeds the "
-            "graph and knows no adapter ids. Export each by itself: --adapter PATH."
+            "Several adapters in one model (--adapters) isn't for causal language models yet. Export each by itself: "
+            "--adapter PATH."
         )
     shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
         check_fits(adapter, shapes)
     clock("adapting")
-    filter_input = _filter_input(adapters.values())
+    filter_input = filter_input_of(list(adapters.values()))
     layers = _union(adapters.values(), shapes)
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
     weights += _head_weights(adapters, base, dtype)
     slots = Slots(weights, len(adapters))
-    values = [fit(adapter, weights, filter_input) for adapter in adapters.values()]
-    for slot, own in enumerate(values):
+    values = {name: fit(adapter, weights, filter_input) for name, adapter in adapters.items()}
+    for slot, own in enumerate(values.values()):
         slots.put(slot, own)
     _attach(base, layers, weights, filter_input)
     base.model.to(getattr(torch, dtype))
@@ -149,45 +144,34 @@ def _write_model(
     weights_to_inputs(program.graph, {weight.name: ("slots", *weight.shape) for weight in weights}, slots.values)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, next(iter(adapters.values())), out.parent)
-    manifest = common_facts(base, out, "grouped", dtype, opset)
-    manifest["adapter"] = {"filter_input": filter_input, "parameters": sum(map(_parameters, adapters.values()))}
-    manifest["layers"] = [_row(layer, slots) for layer in layers.values()]
-    manifest["swappable"] = {
-        "default": "adapter",
-        "slots": {name: slot for slot, name in enumerate(adapters)},
-        "adapters": {name: adapter_facts(adapter) for name, adapter in adapters.items()},
-        "weights": [weight.to_dict() for weight in weights],
-    }
-    for (name, adapter), own in zip(adapters.items(), values, strict=True):
-        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, file_facts(adapter, manifest))
+    write_companions(base, first, out.parent)
+    swappable = Swappable(
+        "adapter",
+        tuple(weights),
+        slots={name: slot for slot, name in enumerate(adapters)},
+        adapters={name: AdapterId.of(adapter) for name, adapter in adapters.items()},
+    )
+    rows = [_row(layer, slots) for layer in layers.values()]
+    manifest = common_facts(base, list(adapters.values()), out, options, opset, rows, swappable=swappable)
+    for name, own in values.items():
+        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest))
     return manifest
 
 
-def _filter_input(adapters: Iterable[Adapter]) -> str:
-    """That of the first adapter for which it makes a difference; `fit` holds the others to it."""
-    for adapter in adapters:
-        if any(layer.A is not None and layer.tau is not None for layer in adapter.layers.values()):
-            return adapter.filter_input
-    return "adapted"
-
-
 def _union(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerAdapter]:
-    """Every layer that an adapter has, with both halves at rank 1, in random numbers of which no two are equal.
+    """Every layer that an adapter has, with both halves at rank 1; the weights proper come after the trace."""
+    from .swappable import Noise
 
-    Exporters merge weights of equal values and fold what they see; the weights proper come after the trace.
-    """
-    rng = np.random.default_rng(0)
-    layers = {}
+    noise, layers = Noise(), {}
     for path in sorted({path for adapter in adapters for path in adapter.layers}):
         outs, ins = shapes[f"{path}.weight"]
         sizes = {"A": (1, ins), "B": (outs, 1), "tau": (outs,), "C": (1, outs), "D": (outs, 1)}
-        parts: dict[str, Any] = {part: rng.random(size, np.float32) for part, size in sizes.items()}
+        parts: dict[str, Any] = {part: noise.of(*size) for part, size in sizes.items()}
         layers[path] = LayerAdapter(path, **parts, lora_bias=None, scale=1.0, gamma=1.0)
     return layers
 
 
-def _head_weights(adapters: Mapping[str, Adapter], base: BaseModel, dtype: str) -> list[RuntimeWeight]:
+def _head_weights(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) -> list[RuntimeWeight]:
     """One weight per parameter of the modules that adapters save whole: linear layers with a bias, and nothing else."""
     from torch import nn
 
@@ -215,25 +199,24 @@ def _attach(
     """Puts one slot of placeholders into the base model: GroupedLoraTrf on `layers`, GroupedLinear on saved heads."""
     import torch
 
-    from .adapted import AdaptedLinear
-
-    def wrap(path: str, op: str, values: dict[str, torch.Tensor], attributes: dict[str, str]) -> None:
-        parent, _, child = path.rpartition(".")
-        owner = base.model.get_submodule(parent)
-        setattr(owner, child, AdaptedLinear(owner.get_submodule(child), op, values, attributes))
+    from .adapted import wrap
+    from .swappable import Noise
 
     for path, layer in layers.items():
         values = {part: torch.from_numpy(getattr(layer, part))[None] for part in LAYER_PARTS}
-        wrap(path, "GroupedLoraTrf", values, {"filter_input": filter_input})
-    generator = torch.Generator().manual_seed(0)
+        wrap(base.model, path, "GroupedLoraTrf", values, {"filter_input": filter_input})
+    noise = Noise()
     heads = {weight.name.rpartition(".slots.")[0]: None for weight in weights if not weight.in_layer}
     for path in heads:
         linear = base.model.get_submodule(path)
         for kind, parameter in linear.named_parameters():
             if f"{path}.{kind}" in base.untrained:  # what row -1 gives must not be by chance
                 parameter.data.zero_()
-        noise = [torch.rand(1, *parameter.shape, generator=generator) for parameter in (linear.weight, linear.bias)]
-        wrap(path, "GroupedLinear", dict(zip("Wb", noise, strict=True)), {})
+        values = {
+            "W": torch.from_numpy(noise.of(1, *linear.weight.shape)),
+            "b": torch.from_numpy(noise.of(1, *linear.bias.shape)),
+        }
+        wrap(base.model, path, "GroupedLinear", values)
 
 
 def _add_adapter_ids(graph: ir.Graph) -> None:
@@ -266,17 +249,6 @@ def _grouped_nodes(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph.all_nodes() if node.domain == DOMAIN]
 
 
-def _parameters(adapter: Adapter) -> int:
-    return sum(layer.parameters for layer in adapter.layers.values())
-
-
-def _row(layer: LayerAdapter, slots: Slots) -> dict[str, Any]:
+def _row(layer: LayerAdapter, slots: Slots) -> LayerRow:
     rank, filter_rank = (slots.values[f"{layer.name}.{LAYER_PARTS[part]}"].shape[1] for part in "AC")
-    return {
-        "module": layer.name,
-        "op": "GroupedLoraTrf",
-        "rank": rank,
-        "filter_rank": filter_rank,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-    }
+    return LayerRow(layer.name, "GroupedLoraTrf", rank, filter_rank, layer.in_features, layer.out_features)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
-from ..formats.adapter_file import SUFFIX, file_facts, write_adapter_file
+from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import fit
-from ..formats.swappable import Swappable, read_swappable
+from ..formats.manifest import Manifest, read_swappable
 from ..pytorch.base import TASKS
 from .files import base_sha256, check_writable, written_aside
 
@@ -38,39 +38,39 @@ def convert_adapter(
     """
     out = Path(out)
     check_writable(out, SUFFIX)
-    swappable = read_swappable(onto)
+    manifest, swappable = read_swappable(onto)
     loaded = read_adapter(adapter)
-    base_by = _check_origin(loaded, swappable, base_model)
-    values = fit(loaded, swappable.weights, swappable.filter_input)
+    base_by = _check_origin(loaded, onto, manifest, base_model)
+    values = fit(loaded, swappable.weights, manifest.adapter.filter_input)
     with written_aside(out) as aside:
-        write_adapter_file(aside / out.name, values, file_facts(loaded, swappable.manifest))
+        write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest))
         size = (aside / out.name).stat().st_size
     modules = {weight.module for weight in swappable.weights if weight.in_layer}
     return Converted(out, size, len(loaded.layers), len(modules), base_by)
 
 
-def _check_origin(adapter: Adapter, swappable: Swappable, base_model: str | Path | None) -> str:
+def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_model: str | Path | None) -> str:
     """Whether task and base are the model's; how the base was told. Raises UserError where they aren't."""
     task = TASKS.get(adapter.task_type or "")
-    if task is not None and task != swappable.manifest["task"] and swappable.manifest["task"] != "image-classification":
+    if task is not None and task != manifest.task and manifest.task != "image-classification":
         raise UserError(
-            f"The adapter {adapter.path} was trained for {task}, the model {swappable.model} was exported for "
-            f"{swappable.manifest['task']}. Export a model for its task."
+            f"The adapter {adapter.path} was trained for {task}, the model {model} was exported for "
+            f"{manifest.task}. Export a model for its task."
         )
-    base, name = swappable.manifest["base"], str(base_model or adapter.base_model or "")
+    base, name = manifest.base, str(base_model or adapter.base_model or "")
     own = base_sha256(Path(name)) if name else None
-    if own is not None and base.get("sha256") is not None:
-        if own != base["sha256"]:
+    if own is not None and base.sha256 is not None:
+        if own != base.sha256:
             raise UserError(
-                f"The adapter {adapter.path} was trained on {name} (sha256 {own[:12]}), and {swappable.model} was "
-                f"exported from {base.get('name')} (sha256 {str(base['sha256'])[:12]}): their weights differ. Pass the "
+                f"The adapter {adapter.path} was trained on {name} (sha256 {own[:12]}), and {model} was "
+                f"exported from {base.name} (sha256 {base.sha256[:12]}): their weights differ. Pass the "
                 "folder of the right base, --base-model PATH, or export a model from this adapter."
             )
         return "hash"
-    if Path(name).name != base.get("name"):
+    if Path(name).name != base.name:
         raise UserError(
             f"The adapter {adapter.path} was trained on {name or 'a base that it does not name'}, the model "
-            f"{swappable.model} was exported from {base.get('name')}. Their weights can't be compared, since the first "
+            f"{model} was exported from {base.name}. Their weights can't be compared, since the first "
             "is no folder here with safetensors files. Pass the folder of the adapter's base: --base-model PATH."
         )
     return "name"

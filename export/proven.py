@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter
-from ..errors import UserError
-from ..formats.manifest import MANIFEST, file_sha256
-from ..pytorch.base import load_tokenizer, sample_inputs
+from ..formats.manifest import (
+    AdapterId,
+    AdapterPart,
+    BaseId,
+    LayerRow,
+    Manifest,
+    ModelId,
+    Swappable,
+    file_sha256,
+    write_manifest,
+)
+from ..ops.dtypes import DType
+from ..ops.schemas import FilterInput
+from ..pytorch.base import BaseModel, sample_inputs, tokenizer_of
 from ..pytorch.quiet import quiet
 from ..version import __version__
 from .files import base_sha256, written_aside
+from .options import ExportOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from ..parity.single import ParityReport
-    from ..pytorch.base import BaseModel
+    from ..parity.result import ParityReport
 
 __all__ = [
     "Clock",
     "ExportResult",
     "ParityFailed",
-    "check_opset",
     "collector_off",
     "common_facts",
+    "filter_input_of",
     "traced_inputs",
     "write_companions",
     "write_proven",
@@ -42,10 +53,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made. `manifest` is loratrf.json's content, `seconds` the time by stage."""
+    """What an export made: loratrf.json's content, the files' sizes in bytes, the time by stage in seconds."""
 
     model: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     parity: ParityReport | None
     sizes: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -59,53 +70,43 @@ class ParityFailed(Exception):
         self.report = report
 
 
+Step = Callable[[str], None]
+
+
 def write_proven(
     out: Path,
-    write: Callable[[Path, Clock], dict[str, Any]],
-    prove: Callable[[Path, dict[str, Any]], ParityReport] | None,
-    step: Callable[[str], None],
+    write: Callable[[Path, Clock], Manifest],
+    prove: Callable[[Path, Manifest, Step], ParityReport] | None,
+    step: Step,
 ) -> ExportResult:
     """Writes a model aside, proves it, and moves it into place with its manifest.
 
     `write` writes the model and what belongs to it beside the path that it is given, and returns the manifest; `prove`
-    is given both, None skips the proof. Raises ParityFailed where the proof fails, UserError where `out` can't be
-    written; then nothing is left behind.
+    is given both and what tells its steps, None skips the proof. Raises ParityFailed where the proof fails, UserError
+    where `out` can't be written; then nothing is left behind.
     """
     with written_aside(out) as aside:
         model, clock = aside / out.name, Clock(step)
         report = None
         with quiet():
+            clock("importing torch and transformers")
             manifest = write(model, clock)
-            _write_manifest(aside, manifest)
+            write_manifest(manifest, aside)
             if prove:
                 gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
-                report = prove(model, manifest)
+                report = prove(model, manifest, lambda text: step(f"checking parity: {text}"))
                 if not report.passed:
                     raise ParityFailed(report)
-                manifest["parity"] = report.summary()
+                manifest = dataclasses.replace(manifest, parity=report.summary())
         clock("writing")
-        _write_manifest(aside, manifest)
+        write_manifest(manifest, aside)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds)
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def check_opset(opset: int | None) -> int:
-    """`opset`, or the default for None. Raises UserError for one that can't be exported."""
-    from .graph import DEFAULT_OPSET, OPSETS
-
-    opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise UserError(f"--opset is {opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
-    return opset
-
-
-def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
+def traced_inputs(base: BaseModel, dtype: DType) -> dict[str, torch.Tensor]:
     """What a model is traced with: random inputs, floats in `dtype`."""
     import torch
 
@@ -114,30 +115,56 @@ def traced_inputs(base: BaseModel, dtype: str) -> dict[str, torch.Tensor]:
     return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def common_facts(base: BaseModel, out: Path, mode: str, dtype: str, opset: int) -> dict[str, Any]:
-    """What every kind of export's manifest says of the model written to `out`; "adapter" and "layers" are to come."""
-    return {
-        "format": 1,
-        "loratrf_deploy": __version__,
-        "mode": mode,
-        "task": base.task,
-        "dtype": dtype,
-        "opset": opset,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "onnx_ir")},
-        "adapter": {},
-        "base": {"name": Path(base.path).name, "sha256": base_sha256(Path(base.path))},
-        "model": {"sha256": file_sha256(out)},
-        "layers": [],
-        "parity": None,
-    }
+def common_facts(
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    out: Path,
+    options: ExportOptions,
+    opset: int,
+    layers: Sequence[LayerRow],
+    *,
+    swappable: Swappable | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Manifest:
+    """The manifest of the model written to `out`; `layers` are its adapted ones, `versions` of further packages."""
+    grouped = swappable is not None and bool(swappable.slots)
+    identity = {} if grouped else dataclasses.asdict(AdapterId.of(adapters[0]))
+    packages = ("torch", "transformers", "peft", "onnx_ir")
+    return Manifest(
+        loratrf_deploy=__version__,
+        mode="grouped" if grouped else "merged" if options.merges else "separate",
+        task=base.task,
+        dtype=options.dtype,
+        opset=opset,
+        versions={name: metadata.version(name) for name in packages} | dict(versions or {}),
+        adapter=AdapterPart(
+            filter_input_of(adapters),
+            sum(layer.parameters for adapter in adapters for layer in adapter.layers.values()),
+            **identity,
+        ),
+        base=BaseId(Path(base.path).name, base_sha256(Path(base.path))),
+        model=ModelId(file_sha256(out)),
+        layers=tuple(layers),
+        quantize=options.quantize,
+        device=options.device,
+        swappable=swappable,
+    )
+
+
+def filter_input_of(adapters: Sequence[Adapter]) -> FilterInput:
+    """That of the first adapter for which it makes a difference; `fit` holds others to it."""
+    for adapter in adapters:
+        if any(layer.A is not None and layer.tau is not None for layer in adapter.layers.values()):
+            return adapter.filter_input
+    return adapters[0].filter_input if len(adapters) == 1 else "adapted"
 
 
 def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
     base.model.config.save_pretrained(folder)
     if "input_ids" in base.input_names:
-        own = (adapter.path / "tokenizer_config.json").is_file()
-        if tokenizer := load_tokenizer(adapter.path if own else base.path):
+        tokenizer, _ = tokenizer_of(adapter, base.path)
+        if tokenizer:
             # What the tokenizer returns is what the graph takes: a caller passes it on as it is.
             tokenizer.model_input_names = list(base.input_names)
             tokenizer.save_pretrained(folder)
@@ -160,7 +187,7 @@ def collector_off() -> Iterator[None]:
 class Clock:
     """Tells `step` what begins and keeps how long each stage took, in seconds."""
 
-    def __init__(self, step: Callable[[str], None]):
+    def __init__(self, step: Step):
         self.seconds: dict[str, float] = {}
         self._step, self._stage, self._begin = step, "", time.perf_counter()
 

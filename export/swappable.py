@@ -14,74 +14,81 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX
 from ..formats.fit import fit
-from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
+from ..formats.manifest import Swappable
+from ..formats.swappable import LAYER_PARTS, Default, RuntimeWeight, layer_weights, zeros
+from ..ops.dtypes import DType
 from ..ops.schemas import DOMAIN, OPS
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["Swap", "find_weights", "placeholders", "weights_to_inputs"]
+__all__ = ["Noise", "Swap", "find_weights", "placeholders", "weights_to_inputs"]
 
 
 class Swap:
-    """A swappable export in the making: attach `placeholders`, trace, finish, `apply`; then `values` and `facts` hold.
+    """A swappable export in the making: attach `placeholders`, trace, finish, `apply`. Requires `check_swappable`."""
 
-    `values` are `adapter`'s by graph input, `facts` what the manifest says of the graph. `default` is "base" or
-    "adapter". Requires `check_swappable`.
-    """
-
-    def __init__(self, adapter: Adapter, base: BaseModel, dtype: str, default: str):
+    def __init__(self, adapter: Adapter, base: BaseModel, dtype: DType, default: Default):
         self.placeholders = placeholders(adapter)
-        self.values: dict[str, NDArray[Any]] = {}
-        self.facts: dict[str, Any] = {}
         self._adapter, self._dtype, self._default, self._untrained = adapter, dtype, default, base.untrained
         state = base.model.state_dict()
         saved = [f"{module}.{name}" for module, tensors in adapter.modules_to_save.items() for name in tensors]
         self._own = {name: state[name].float().numpy().copy() for name in saved}
 
-    def apply(self, graph: ir.Graph) -> None:
-        """Makes the adapter's weights in the finished `graph` inputs with defaults."""
+    def apply(self, graph: ir.Graph) -> tuple[dict[str, NDArray[Any]], Swappable]:
+        """Makes the adapter's weights in the finished `graph` inputs with defaults.
+
+        Returns the adapter's own values by graph input, and what the manifest says of the graph.
+        """
         weights = find_weights(graph, self.placeholders, self._dtype, self._default, self._untrained)
-        self.values = fit(self._adapter, weights, self._adapter.filter_input)
-        weights_to_inputs(
-            graph, {weight.name: weight.shape for weight in weights}, _defaults(weights, self.values, self._own)
-        )
-        self.facts = {
-            "default": self._default,
-            "file": f"{self._adapter.path.resolve().name}{SUFFIX}",
-            "weights": [weight.to_dict() for weight in weights],
-        }
+        values = fit(self._adapter, weights, self._adapter.filter_input)
+        shapes = {weight.name: weight.shape for weight in weights}
+        weights_to_inputs(graph, shapes, _defaults(weights, values, self._own))
+        file = f"{self._adapter.path.resolve().name}{SUFFIX}"
+        return values, Swappable(self._default, tuple(weights), file=file)
+
+
+class Noise:
+    """Random weights of which no two are equal: exporters merge weights of equal values and fold what they see.
+
+    Around 1, since an exporter may drop what adds 0 or multiplies by 1. Exact in float16, so that values compare.
+    """
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+
+    def of(self, *shape: int) -> NDArray[np.float32]:
+        """float32 values of `shape`."""
+        return self._rng.integers(512, 1024, shape).astype(np.float32) / np.float32(512)
+
+    def like(self, value: NDArray[Any] | None) -> Any:
+        """Values of the shape of `value`, None for None."""
+        return None if value is None else self.of(*value.shape)
 
 
 def placeholders(adapter: Adapter) -> Adapter:
     """`adapter` with random numbers in place of its own: what a swappable graph is traced with.
 
-    Exporters merge weights of equal values (the B of a fresh adapter: all zero) and fold what they see. No two weights
-    are equal here, and each can be told by its values afterwards.
+    The B of a fresh adapter is all zero, and each weight must be told by its values afterwards.
     """
-    rng = np.random.default_rng(0)
-
-    def noise(value: NDArray[Any] | None) -> Any:
-        # Around 1: an exporter may drop what adds 0 or multiplies by 1. Exact in float16, so that values compare.
-        return None if value is None else rng.integers(512, 1024, value.shape).astype(np.float32) / 512
-
+    noise = Noise()
     return dataclasses.replace(
         adapter,
         layers={
             name: dataclasses.replace(
-                layer, **{part: noise(getattr(layer, part)) for part in LAYER_PARTS}, scale=1.0, gamma=1.0
+                layer, **{part: noise.like(getattr(layer, part)) for part in LAYER_PARTS}, scale=1.0, gamma=1.0
             )
             for name, layer in adapter.layers.items()
         },
         modules_to_save={
-            module: {name: noise(value) for name, value in tensors.items()}
+            module: {name: noise.like(value) for name, value in tensors.items()}
             for module, tensors in adapter.modules_to_save.items()
         },
     )
 
 
 def find_weights(
-    graph: ir.Graph, traced: Adapter, dtype: str, default: str, untrained: Collection[str]
+    graph: ir.Graph, traced: Adapter, dtype: DType, default: Default, untrained: Collection[str]
 ) -> list[RuntimeWeight]:
     """The run-time weights in a finished graph that was traced with `traced`: layers first, in the graph's order.
 

@@ -19,12 +19,12 @@ import pytest
 
 from .cli.parity import positive, run
 from .errors import UserError
-from .parity.result import NO_ADAPTER, VARIANTS
+from .parity.result import VARIANTS
 from .reports.formats import check_report_path, write_report
 from .reports.rows import reasons
 
 if TYPE_CHECKING:
-    from .parity.single import ParityReport
+    from .parity.result import ParityReport
 
 __all__: list[str] = []
 
@@ -64,13 +64,13 @@ def parity(pytestconfig: pytest.Config) -> ParityReport:
     return report
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, NO_ADAPTER])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_parity(parity: ParityReport, variant: str) -> None:
     """with and without library: max|onnx - torch| / max|torch| <= tolerance; base-off: the adapter has an effect;
-    no adapter: a swappable model's default is what its manifest says."""
+    no adapter: a swappable model's default is what its manifest says; quantised: its weights are the base's own."""
     checks = [check for check in parity.checks if check.variant == variant]
     if not checks:
-        pytest.skip(f"{variant}: only swappable models run without one")
+        pytest.skip(f"{variant}: this model has no such comparison")
     lines = "\n".join(line for line in reasons(parity) if line.startswith(f"{variant},"))
     if any(check.status == "failed" for check in checks):
         pytest.fail(f"{lines}\n{parity.verdict}", pytrace=False)

@@ -43,7 +43,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
 @pytest.fixture(scope="session")
 def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory):
     """make_export(family, task, kind, mode=, swappable=, dtype=, **adapter options) -> Exported, not checked."""
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     made: dict[Any, Exported] = {}
 
@@ -61,7 +61,9 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
         if key not in made:
             base, adapter = make_tiny(family, task, kind, **options)
             out = tmp_path_factory.mktemp("export") / "model.onnx"
-            export_adapter(adapter, out, base_model=base, mode=mode, swappable=swappable, dtype=dtype, check=False)
+            export_adapter(
+                adapter, out, ExportOptions(base_model=base, mode=mode, swappable=swappable, dtype=dtype, check=False)
+            )
             made[key] = Exported(base, adapter, out)
         return made[key]
 
@@ -119,7 +121,7 @@ def exported(
     make_llm: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """exported(kind, **export options) -> model.onnx of tiny LLaMA, unchecked, to read only."""
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     made: dict[str, Path] = {}
 
@@ -128,7 +130,7 @@ def exported(
         if key not in made:
             base, adapter = make_llm("llama", kind)
             out = tmp_path_factory.mktemp("genai") / "model.onnx"
-            export_adapter(adapter, out, base_model=base, check=False, **options)
+            export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **options))
             made[key] = out
         return made[key]
 

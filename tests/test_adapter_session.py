@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from conftest import Exported
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
 
@@ -48,7 +49,9 @@ def zoo(make_export: Callable, make_tiny: Callable, tmp_path_factory: pytest.Tem
     convert_adapter(small, exported.model, files["small"])
     expected: dict[str | None, np.ndarray] = {}
     for name, adapter in (("ours", exported.adapter), ("small", small)):
-        export_adapter(adapter, folder / name / "model.onnx", base_model=base, mode="merged", check=False)
+        export_adapter(
+            adapter, folder / name / "model.onnx", ExportOptions(base_model=base, mode="merged", check=False)
+        )
         expected[name] = create_session(folder / name / "model.onnx").run(None, IDS)[0]
     expected[None] = create_session(exported.model).run(None, IDS)[0]
     return Zoo(exported, files, expected)
@@ -115,9 +118,9 @@ def test_trap_two_adapters_of_one_name(zoo: Zoo) -> None:
 
 def rewritten(zoo: Zoo, path: Path, change: Callable[[dict[str, np.ndarray], dict], None]) -> Path:
     file = read_adapter_file(zoo.files["ours"])
-    values, facts = dict(file.values), dict(file.facts)
+    values, facts = dict(file.values), {}
     change(values, facts)
-    write_adapter_file(path, values, facts)
+    write_adapter_file(path, values, dataclasses.replace(file.origin, **facts))
     return path
 
 

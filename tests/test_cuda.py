@@ -11,6 +11,7 @@ import pytest
 
 from loratrf_deploy import AdapterSession, library_path
 from loratrf_deploy.ops import reference, schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
@@ -89,7 +90,7 @@ def run_into(out, op, tensors, filter_input="adapted"):
     return scratch
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "filter_input"), CASES)
 def test_matches_reference(op, filter_input, dtype):
     for seed, sizes in enumerate(SIZES):
@@ -105,7 +106,7 @@ def test_matches_reference(op, filter_input, dtype):
         assert torch.equal(tensors[0], out), f"{what}: in place differs"
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_grouped(dtype, tokens):
     base, x, *weights = tensors_of("LoraTrf", 7 * tokens, 264, 520, 19, 8, dtype)
@@ -172,7 +173,7 @@ def cuda_session(ort, model, **provider_options):
 
 
 @pytest.mark.parametrize("constant", [(), ("A", "B", "tau", "C", "D")], ids=["inputs", "constants"])
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "adapted")])
 def test_onnx_runtime(ort, models, op, filter_input, dtype, constant):
     for T in ((2, 1), (3, 70)):
@@ -271,19 +272,21 @@ def test_one_adapter_per_run(both, make_export, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_one_adapter_per_row(both, adapters, make_tiny, dtype, tmp_path):
-    from loratrf_deploy.export import export_grouped
+    from loratrf_deploy.export import ExportOptions, export_grouped
 
     model = tmp_path / "model.onnx"
-    export_grouped({"ours": adapters["ours"]}, model, base_model=make_tiny()[0], dtype=dtype, check=False)
+    export_grouped(
+        {"ours": adapters["ours"]}, model, ExportOptions(base_model=make_tiny()[0], dtype=dtype, check=False)
+    )
     cpu, gpu, copied = both(model)
     rows = [["ours", "small", "later"] * 2, [None] * 6, ["later", None, None, "ours", "ours", "small"], ["small"] * 6]
     assert_same(cpu, gpu, dtype, adapters=rows[0])
-    bound = gpu._slots.weights()
+    bound = gpu._way.weights()
     assert {value.device_name() for value in bound._values.values()} == {"cuda"}
     copied.clear()
     for names in rows:
         assert_same(cpu, gpu, dtype, adapters=names)
-    assert gpu._slots.weights() is bound
+    assert gpu._way.weights() is bound
     assert copied == []
     for session in (cpu, gpu):
         session.unload("small")
@@ -292,10 +295,10 @@ def test_one_adapter_per_row(both, adapters, make_tiny, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["merged", "separate"])
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_an_export_is_proven_on_the_gpu(ort, adapters, make_tiny, dtype, mode, tmp_path):
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     options = {"base_model": make_tiny()[0], "mode": mode, "dtype": dtype, "device": "cuda"}
-    result = export_adapter(adapters["ours"], tmp_path / "model.onnx", **options)
+    result = export_adapter(adapters["ours"], tmp_path / "model.onnx", ExportOptions(**options))
     assert result.parity.passed

@@ -94,16 +94,16 @@ def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, monkeypatch)
 
 
 def test_what_cuda_has_no_kernels_for_is_refused_before_it_is_written(make_tiny, tmp_path):
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     base, adapter = make_tiny()
     _, high = make_tiny(r=257)
     out = tmp_path / "out" / "model.onnx"
     options = {"base_model": base, "mode": "separate", "device": "cuda", "check": False}
     with pytest.raises(UserError, match=r"ranks over 256 at .*operators take on cuda.*--mode merged"):
-        export_adapter(high, out, **options)
+        export_adapter(high, out, ExportOptions(**options))
     with pytest.raises(UserError, match=r"--swappable has no --dtype bfloat16: .*Take float16"):
-        export_adapter(adapter, out, dtype="bfloat16", swappable="base", **options)
+        export_adapter(adapter, out, ExportOptions(dtype="bfloat16", swappable="base", **options))
     assert not out.parent.exists()
 
 
@@ -111,11 +111,13 @@ def test_what_cuda_has_no_kernels_for_is_refused_before_it_is_written(make_tiny,
 def test_export_for_a_gpu_needs_none_without_the_check(make_tiny, tmp_path, dtype):
     import onnx_ir as ir
 
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     base, adapter = make_tiny()
     out = tmp_path / "model.onnx"
-    export_adapter(adapter, out, base_model=base, mode="separate", dtype=dtype, device="cuda", check=False)
+    export_adapter(
+        adapter, out, ExportOptions(base_model=base, mode="separate", dtype=dtype, device="cuda", check=False)
+    )
     graph = ir.load(out).graph
     nodes = [node for node in graph if node.op_type == "LoraTrf"]
     expected = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
@@ -131,11 +133,11 @@ def test_export_for_a_gpu_needs_none_without_the_check(make_tiny, tmp_path, dtyp
 def test_bfloat16_pixels_are_given_as_float32(make_tiny, tmp_path):
     import onnx_ir as ir
 
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     base, adapter = make_tiny("vit", "image-classification")
     out = tmp_path / "model.onnx"
-    export_adapter(adapter, out, base_model=base, dtype="bfloat16", device="cuda", check=False)
+    export_adapter(adapter, out, ExportOptions(base_model=base, dtype="bfloat16", device="cuda", check=False))
     graph = ir.load(out).graph
     (pixels,), (logits,) = graph.inputs, graph.outputs
     assert (pixels.dtype, logits.dtype) == (ir.DataType.FLOAT, ir.DataType.FLOAT)

@@ -123,10 +123,12 @@ def test_kinds_that_only_merge(make_export: Callable, options: dict) -> None:
 @pytest.mark.parametrize("opset", [18, 23])
 def test_opset(make_tiny: Callable, tmp_path: Path, opset: int) -> None:
     from conftest import Exported
-    from loratrf_deploy.export import export_adapter
+    from loratrf_deploy.export import ExportOptions, export_adapter
 
     base, adapter = make_tiny("bert", "text-classification", "loratrf")
-    export_adapter(adapter, tmp_path / "model.onnx", base_model=base, mode="separate", opset=opset, check=False)
+    export_adapter(
+        adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, mode="separate", opset=opset, check=False)
+    )
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
     assert_parity(Exported(base, adapter, tmp_path / "model.onnx"))
@@ -155,6 +157,14 @@ def test_the_folder_and_the_graph_are_clean(make_export: Callable) -> None:
     kinds = {node.op_type for node in model.graph.node}
     assert {"SkipLayerNormalization", "BiasGelu", "LoraTrf"} <= kinds
     assert b"site-packages" not in exported.model.read_bytes()
+
+
+def test_a_merged_lora_leaves_operators_of_onnx_and_onnx_runtime_alone(make_export: Callable) -> None:
+    """No custom-op library is needed; but "pure standard ONNX" it is not."""
+    model = onnx.load(make_export("bert", "text-classification", "lora").model, load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {"", "com.microsoft"}
+    assert {node.op_type for node in model.graph.node} >= {"SkipLayerNormalization", "BiasGelu"}
+    assert not model.functions
 
 
 def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:

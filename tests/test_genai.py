@@ -19,7 +19,7 @@ import transformers
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import _insert, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
@@ -39,7 +39,7 @@ def operators(model: Path) -> dict[str, int]:
 
 def prove(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Exports with the parity check, which must hold in every comparison; returns the manifest."""
-    result = export_adapter(adapter, out, base_model=base, **options)
+    result = export_adapter(adapter, out, ExportOptions(base_model=base, **options))
     assert result.parity is not None
     assert {check.status for check in result.parity.checks} == {"passed"}
     greedy = [check for check in result.parity.checks if check.output == "64 greedy tokens"]
@@ -58,10 +58,10 @@ def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm
     base, adapter = make_llm(family, kind)
     manifest = prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
     layers = 2 * len(tiny_llm.targets(family))
-    assert len(manifest["layers"]) == layers
+    assert len(manifest.layers) == layers
     op = {"lora": "LowRank", "loratrf": "LoraTrf"}[kind] if mode == "separate" else "TaskFilter"
     assert operators(tmp_path / "model.onnx") == ({} if (kind, mode) == ("lora", "merged") else {op: layers})
-    assert (manifest["task"], manifest["quantize"], manifest["device"]) == ("text-generation", quantize, "cpu")
+    assert (manifest.task, manifest.quantize, manifest.device) == ("text-generation", quantize, "cpu")
 
 
 @pytest.mark.parametrize(("mode", "quantize"), [("merged", "none"), ("separate", "int8"), ("merged", "int4")])
@@ -202,17 +202,21 @@ def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tm
     shutil.copytree(full, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 100}))
-    good = export_adapter(adapter, tmp_path / "good" / "model.onnx", base_model=base, quantize="int4").parity
+    good = export_adapter(
+        adapter, tmp_path / "good" / "model.onnx", ExportOptions(base_model=base, quantize="int4")
+    ).parity
     assert good is not None
     assert good.passed
     # The same folder with the bare base's weights in it.
     nothing = tmp_path / "nothing"
     shutil.copytree(adapter, nothing)
     (nothing / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e-6}))
-    export_adapter(nothing, tmp_path / "bare" / "model.onnx", base_model=base, quantize="int4", check=False)
+    export_adapter(
+        nothing, tmp_path / "bare" / "model.onnx", ExportOptions(base_model=base, quantize="int4", check=False)
+    )
     report = check_parity(tmp_path / "bare" / "model.onnx", adapter, base)
     failed = [check for check in report.checks if check.status == "failed"]
-    assert [check.output for check in failed] == ["quantised weights"]
+    assert [check.variant for check in failed] == ["quantised"]
     size = re.search(r"merged adapter is in them at (\S+)", failed[0].reason)
     assert size is not None
     assert abs(float(size[1])) < 0.4

@@ -17,10 +17,10 @@ from loratrf_deploy import create_session, read_adapter
 from loratrf_deploy.cli import inspect as inspect_cli
 from loratrf_deploy.cli import parity as parity_cli
 from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import export_grouped
+from loratrf_deploy.export import ExportOptions, export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.formats.fit import fit
-from loratrf_deploy.formats.swappable import read_swappable
+from loratrf_deploy.formats.manifest import read_swappable
 from loratrf_deploy.parity.grouped import check_grouped_parity
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
@@ -45,7 +45,7 @@ def grouped(make_tiny, tmp_path_factory):
     for name, options in ADAPTERS.items():
         base, adapters[name] = make_tiny("bert", "text-classification", **options)
     out = tmp_path_factory.mktemp("grouped") / "model.onnx"
-    export_grouped(adapters, out, base_model=base, check=False)
+    export_grouped(adapters, out, ExportOptions(base_model=base, check=False))
     return base, adapters, out
 
 
@@ -128,10 +128,10 @@ def test_slots_are_refilled_without_a_new_session(grouped, make_tiny, tmp_path):
         "filter on key": make_tiny("bert", "text-classification", "loratrf", seed=32, target_modules=["key"])[1],
         "both": adapters["both"],
     }
-    contract = read_swappable(model)
+    manifest, contract = read_swappable(model)
     slots = Slots(contract.weights, 3)
     for slot, path in enumerate(newcomers.values()):
-        slots.put(slot, fit(read_adapter(path), contract.weights, contract.filter_input))
+        slots.put(slot, fit(read_adapter(path), contract.weights, manifest.adapter.filter_input))
     session = create_session(model)
     rows = ["new", None, "both", "filter on key", "new"]
     ids = np.array([0, -1, 2, 1, 0])
@@ -139,7 +139,7 @@ def test_slots_are_refilled_without_a_new_session(grouped, make_tiny, tmp_path):
     results = torch_outputs(base, newcomers, inputs)
     assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
     # Replaced in place: the slot is the newcomer's, the others are as they were.
-    slots.put(0, fit(read_adapter(adapters["plain"]), contract.weights, contract.filter_input))
+    slots.put(0, fit(read_adapter(adapters["plain"]), contract.weights, manifest.adapter.filter_input))
     results = torch_outputs(base, adapters | newcomers, inputs)
     rows = ["plain", None, "both", "filter on key", "plain"]
     assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
@@ -190,7 +190,7 @@ def test_ids_out_of_range_are_errors(grouped, library):
 def test_families_and_tasks(make_tiny, tmp_path, family, task, dtype):
     base, first = make_tiny(family, task, "loratrf")
     adapters = {"first": first, "second": make_tiny(family, task, "loratrf", r=7, seed=2)[1]}
-    export_grouped(adapters, tmp_path / "model.onnx", base_model=base, dtype=dtype, check=False)
+    export_grouped(adapters, tmp_path / "model.onnx", ExportOptions(base_model=base, dtype=dtype, check=False))
     inputs = sample(base, first, 4, 11)
     results = torch_outputs(base, adapters, inputs, dtype)
     feeds = {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in inputs.items()}
@@ -203,7 +203,7 @@ def test_families_and_tasks(make_tiny, tmp_path, family, task, dtype):
 def test_filter_on_the_base_output(make_tiny, tmp_path):
     base, first = make_tiny("bert", kind="loratrf", filter_input="base")
     adapters = {"first": first, "second": make_tiny("bert", kind="loratrf", filter_input="base", seed=2)[1]}
-    export_grouped(adapters, tmp_path / "model.onnx", base_model=base, check=False)
+    export_grouped(adapters, tmp_path / "model.onnx", ExportOptions(base_model=base, check=False))
     inputs = sample(base, first, 3, 11)
     results = torch_outputs(base, adapters, inputs)
     for library in (True, False):
@@ -218,7 +218,7 @@ def test_a_base_without_a_head_gives_zeros_for_no_adapter(make_tiny, tmp_path):
     with_head, adapter = make_tiny("bert", "text-classification", "loratrf")
     # The adapter's own base has the same sizes, so its weights fit.
     assert with_head != base
-    result = export_grouped({"a": adapter}, tmp_path / "out" / "model.onnx", base_model=base)
+    result = export_grouped({"a": adapter}, tmp_path / "out" / "model.onnx", ExportOptions(base_model=base))
     assert result.parity is not None
     assert result.parity.passed
     inputs = sample(base, adapter, 2, 5)

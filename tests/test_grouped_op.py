@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy.ops import reference, schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from test_ort_ops import expected_of, model_of, run, session_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
@@ -63,7 +64,7 @@ def compute(tensors, filter_input="adapted", *, out=None, **options):
     return out.double().numpy(), expected
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("filter_input", schemas.FILTER_INPUTS)
 def test_matches_reference(isa, dtype, filter_input):
     for sizes in SIZES:
@@ -98,7 +99,7 @@ def test_each_row_is_its_own_adapters(isa, order):
             assert_close(actual[row], expected.double(), "float32", f"{order}, {tokens} tokens, row {row}")
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_an_adapter_are_base_to_the_bit(dtype):
     for halves in ((4, 7), (0, 0)):
         tensors = tensors_of((9, 5, 19, 99, *halves, 2), dtype, ids=[-1, 0, -1, -1, 1, 1, -1, 0, -1])
@@ -109,7 +110,7 @@ def test_rows_without_an_adapter_are_base_to_the_bit(dtype):
         assert torch.equal(out[away].view(bits), tensors[0][away].view(bits))
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place(isa, dtype):
     for ids in ([0, 1, 1, -1, 2, 0], [1] * 6):
         tensors = tensors_of((6, 30, 99, 600, 8, 19, 3), dtype, ids=ids)
@@ -141,7 +142,7 @@ def test_zero_padding_of_ranks_changes_nothing(isa):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_token_and_its_slot(isa, dtype, tokens):
     tensors = tensors_of((6, tokens + 1, 19, 99, 4, 5, 4), dtype, ids=[0, 1, -1, 1, 3, 0])
     tensors[0][4, tokens, 7] = float("nan")

@@ -81,7 +81,7 @@ def test_model_by_file_and_by_folder(make_export):
     assert facts["kind"] == "model"
     assert facts["bytes"] == sum((model.parent / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert facts["operators"] == {"LoraTrf": 4}
-    assert facts["standard_operators_only"] is False
+    assert facts["custom_operators"] == ["LoraTrf"]
     assert facts["adapter"]["sha256"] == inspect_path(adapter)["sha256"]
     # The fixture exports without the check.
     assert [warning[:22] for warning in facts["warnings"]] == ["parity was not checked"]
@@ -99,9 +99,9 @@ def test_quantisation_is_shown(make_export, tmp_path, capsys):
 
 def test_merged_lora_needs_nothing(make_export, capsys):
     model = make_export(kind="lora", mode="merged").model
-    assert inspect_path(model)["standard_operators_only"] is True
+    assert inspect_path(model)["custom_operators"] == []
     assert inspect_cli.main([str(model)]) == 0
-    assert "standard ONNX operators alone" in capsys.readouterr().out
+    assert "ONNX Runtime's own operators alone" in capsys.readouterr().out
 
 
 def test_changed_or_incomplete_model_is_noticed(make_export, tmp_path):

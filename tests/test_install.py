@@ -107,14 +107,24 @@ def test_public_names() -> None:
         "Adapter",
         "AdapterInfo",
         "AdapterSession",
+        "ExportOptions",
         "LayerAdapter",
         "UserError",
         "__version__",
+        "check_parity",
         "create_session",
+        "export_adapter",
         "library_path",
         "read_adapter",
     ]
     assert loratrf_deploy.__version__ == metadata.version("loratrf-deploy")
-    assert sorted(loratrf_deploy.export.__all__) == ["ExportResult", "export_adapter", "export_grouped"]
+    assert sorted(loratrf_deploy.export.__all__) == [
+        "ExportOptions",
+        "ExportResult",
+        "ParityFailed",
+        "convert_adapter",
+        "export_adapter",
+        "export_grouped",
+    ]
     for module in (loratrf_deploy, loratrf_deploy.export):
         assert all(hasattr(module, name) for name in module.__all__)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy.ops import reference, schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
@@ -19,7 +20,6 @@ kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
-DTYPES = list(schemas.TYPES)
 
 # (T, K, N, R, F): one token to several tiles, on both sides of every plan's limits; sizes that no lane count divides.
 SIZES = [

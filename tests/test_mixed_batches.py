@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.export import export_adapter, export_grouped
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 
@@ -43,14 +43,18 @@ def team(make_tiny: Callable, make_export: Callable, tmp_path_factory: pytest.Te
         "later": make_tiny("bert", kind="loratrf", r=11, filter_rank=6, seed=8)[1],
     }
     model = folder / "model.onnx"
-    export_grouped({name: adapters[name] for name in ("first", "lora")}, model, base_model=base, check=False)
+    export_grouped(
+        {name: adapters[name] for name in ("first", "lora")}, model, ExportOptions(base_model=base, check=False)
+    )
     files = {name: model.with_name(f"{name}.onnx_adapter") for name in adapters}
     assert files["first"].is_file()
     assert files["lora"].is_file()
     convert_adapter(adapters["later"], model, files["later"])
     expected: dict[str | None, np.ndarray] = {}
     for name, adapter in adapters.items():
-        export_adapter(adapter, folder / name / "model.onnx", base_model=base, mode="merged", check=False)
+        export_adapter(
+            adapter, folder / name / "model.onnx", ExportOptions(base_model=base, mode="merged", check=False)
+        )
         expected[name] = create_session(folder / name / "model.onnx").run(None, IDS)[0]
     swappable = make_export("bert", "text-classification", "loratrf", swappable="base")
     expected[None] = create_session(swappable.model).run(None, IDS)[0]
@@ -87,12 +91,12 @@ def test_slots_are_used_again_and_grow(team: Team) -> None:
         session.load(str(number), team.files[("first", "lora")[number % 2]])
     known = {str(number): ("first", "lora")[number % 2] for number in range(20)}
     assert_rows(session, team, [str(number) for number in range(ROWS)], known)
-    count = session._slots._count
+    count = session._way._count
     for turn in range(60):
         session.load("0", team.files["later"], replace=True)
         session.unload(str(1 + turn % 19))
         session.load(str(1 + turn % 19), team.files["later"])
-    assert session._slots._count == count
+    assert session._way._count == count
     assert_rows(session, team, [str(number) for number in range(ROWS)], dict.fromkeys(known, "later"))
 
 
@@ -132,7 +136,7 @@ def test_what_is_not_one_adapter_per_row(team: Team, make_export: Callable, tmp_
     with pytest.raises(UserError, match="another export"):
         session.load("bad", swappable.model.with_name(f"{swappable.adapter.name}.onnx_adapter"))
     with pytest.raises(UserError, match="'a/b', which is to be a file's too"):
-        export_grouped({"a/b": swappable.adapter}, tmp_path / "model.onnx", base_model=swappable.base)
+        export_grouped({"a/b": swappable.adapter}, tmp_path / "model.onnx", ExportOptions(base_model=swappable.base))
 
 
 def test_a_limit_in_bytes(team: Team) -> None:

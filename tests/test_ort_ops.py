@@ -16,6 +16,7 @@ import pytest
 
 from loratrf_deploy import UserError, library_path
 from loratrf_deploy.ops import reference, schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from tolerances import assert_close, assert_rounded_once
 
 ir = pytest.importorskip("onnx_ir")
@@ -141,7 +142,7 @@ def test_matches_reference_and_function_body(op, filter_input, dtype, constant):
 @pytest.mark.parametrize("op", schemas.OPS)
 def test_registered_as_in_the_table(op):
     schema = schemas.OPS[op]
-    for dtype in schemas.TYPES:
+    for dtype in DTYPES:
         values = values_of(op)
         session_of(model_of(op, values, dtype, functions=False))
         with pytest.raises(Exception, match=r"(?i)input|arity|invalid|in position"):

@@ -20,7 +20,7 @@ import tiny
 from conftest import Exported
 from loratrf_deploy import UserError, create_session, read_adapter
 from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.formats.inspection import inspect_path
@@ -100,7 +100,7 @@ def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, t
             tensors[name] = first.copy()
     save_file(tensors, fresh / "adapter_model.safetensors")
     model = tmp_path / "out" / "model.onnx"
-    export_adapter(fresh, model, base_model=base, mode="separate", swappable="adapter", check=False)
+    export_adapter(fresh, model, ExportOptions(base_model=base, mode="separate", swappable="adapter", check=False))
     graph = onnx.load(model, load_external_data=False).graph
     inputs = {value.name for value in graph.input} - set(IDS)
     assert len(inputs) == 4 * 5 + 2
@@ -122,8 +122,10 @@ def test_a_base_without_a_head_keeps_the_adapters(make_tiny: Callable, tmp_path:
         {"format": "pt"},
     )
     model = tmp_path / "out" / "model.onnx"
-    result = export_adapter(adapter, model, base_model=headless, mode="separate", swappable="base", check=False)
-    defaults = {weight["name"]: weight["default"] for weight in result.manifest["swappable"]["weights"]}
+    result = export_adapter(
+        adapter, model, ExportOptions(base_model=headless, mode="separate", swappable="base", check=False)
+    )
+    defaults = {weight.name: weight.default for weight in result.manifest.swappable.weights}
     assert {name for name, default in defaults.items() if default == "adapter"} == {
         "classifier.weight",
         "classifier.bias",
@@ -264,20 +266,22 @@ def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path:
     assert "can't be swapped" in capsys.readouterr().err
     biased = make_tiny("bert", kind="lora", bias="all")[1]
     with pytest.raises(UserError, match="biases"):
-        export_adapter(biased, tmp_path / "o" / "model.onnx", base_model=base, mode="separate", swappable="base")
+        export_adapter(
+            biased, tmp_path / "o" / "model.onnx", ExportOptions(base_model=base, mode="separate", swappable="base")
+        )
     assert not (tmp_path / "o").exists()
 
 
 def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) -> None:
     from loratrf_deploy.formats.fit import fit
-    from loratrf_deploy.formats.swappable import read_swappable
+    from loratrf_deploy.formats.manifest import read_swappable
 
     exported = make_export("roberta", "text-classification", "loratrf", swappable="base", dtype="float16")
-    adapter, swappable = read_adapter(exported.adapter), read_swappable(exported.model)
+    adapter, (manifest, swappable) = read_adapter(exported.adapter), read_swappable(exported.model)
     name, layer = next(iter(adapter.layers.items()))
     loud = dataclasses.replace(adapter, layers=adapter.layers | {name: dataclasses.replace(layer, scale=1e7)})
     with pytest.raises(UserError, match=rf"{name}.lora_B.weight exceeds float16"):
-        fit(loud, swappable.weights, swappable.filter_input)
+        fit(loud, swappable.weights, manifest.adapter.filter_input)
 
 
 def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path) -> None:
@@ -293,7 +297,7 @@ def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path
     assert "4 adapted of the model's 4" in result.stdout
     again, first = read_adapter_file(out), read_adapter_file(adapter_file(exported))
     assert all(np.array_equal(again.values[name], value) for name, value in first.values.items())
-    assert again.facts == first.facts
+    assert again.origin == first.origin
 
 
 def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loratrf_deploy.ops import reference, schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
@@ -25,7 +26,7 @@ def inputs_of(op, dtype="float32"):
     return values + [torch.tensor([2, -1])] * (op == "GroupedLoraTrf")
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_matches_reference(op, dtype):
     tensors = inputs_of(op, dtype)

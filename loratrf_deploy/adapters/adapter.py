@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
+from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
 from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
 
@@ -111,7 +112,7 @@ class Adapter:
     config: dict[str, Any]
     peft_type: str
     task_type: str | None
-    filter_input: str
+    filter_input: FilterInput
     layers: dict[str, LayerAdapter]
     biases: dict[str, NDArray]
     modules_to_save: dict[str, dict[str, NDArray]]

@@ -6,15 +6,16 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from ..errors import UserError
 from ..export.grouped import export_grouped
 from ..export.onto import Converted, convert_adapter
+from ..export.options import DEFAULTS, MODES, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
-from ..export.single import DTYPES, MODES, QUANTIZATIONS, export_adapter
-from ..formats.manifest import export_line
-from ..formats.swappable import DEFAULTS
+from ..export.single import export_adapter
+from ..ops.dtypes import DTYPES
 from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
 from .shared import command, named_paths, progress
@@ -36,21 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         with progress() as step:
-            common = {"base_model": args.base_model, "dtype": args.dtype, "opset": args.opset, "check": args.check}
+            options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
             if args.adapters is not None:
-                result = export_grouped(named_paths(args.adapters), args.out, **common, step=step)
+                result = export_grouped(named_paths(args.adapters), args.out, options, step=step)
             else:
-                result = export_adapter(
-                    args.adapter,
-                    args.out,
-                    mode=args.mode or ("separate" if args.swappable else "merged"),
-                    swappable=args.swappable,
-                    quantize=args.quantize,
-                    device=args.device,
-                    bundle_library=args.bundle_library,
-                    **common,
-                    step=step,
-                )
+                result = export_adapter(args.adapter, args.out, options, step=step)
     except ParityFailed as failure:
         print_report(failure.report)
         print(
@@ -161,14 +152,14 @@ def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
 
 
 def _swappable_row(result: ExportResult) -> dict[str, str]:
-    facts = result.manifest.get("swappable")
-    if facts is None:
+    swappable = result.manifest.swappable
+    if swappable is None:
         return {}
-    if names := facts.get("slots"):
+    if names := swappable.slots:
         return {"slots": ", ".join(f"{slot} {name}" for name, slot in names.items()) + "; -1 is the base"}
-    own = any(weight["default"] == "adapter" for weight in facts["weights"]) and facts["default"] == "base"
-    default = f"the {facts['default']}'s" + (", with the adapter's head: the base has none" if own else "")
-    return {"swaps": f"{result.model.with_name(facts['file'])}; without an adapter the output is {default}"}
+    own = any(weight.default == "adapter" for weight in swappable.weights) and swappable.default == "base"
+    default = f"the {swappable.default}'s" + (", with the adapter's head: the base has none" if own else "")
+    return {"swaps": f"{result.model.with_name(str(swappable.file))}; without an adapter the output is {default}"}
 
 
 def _print_summary(result: ExportResult) -> None:
@@ -176,16 +167,13 @@ def _print_summary(result: ExportResult) -> None:
     from rich.markup import escape
 
     manifest, console = result.manifest, Console(highlight=False, soft_wrap=True)
-    ops: dict[str, int] = {}
-    for layer in manifest["layers"]:
-        ops[layer["op"]] = ops.get(layer["op"], 0) + 1
-    kinds = ", ".join(f"{count} {op}" for op, count in ops.items()) or "none"
+    kinds = ", ".join(f"{count} {op}" for op, count in manifest.operators.items()) or "none"
     weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
     rows = {
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
-        "mode": export_line(manifest),
+        "mode": manifest.summary,
         **_swappable_row(result),
-        "layers": f"{len(manifest['layers'])} adapted ({kinds})",
+        "layers": f"{len(manifest.layers)} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",
     }
     for name, text in rows.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
 from ..formats.inspection import inspect_path
-from ..formats.manifest import export_line
+from ..parity.result import LIBRARY
 from .shared import command
 
 if TYPE_CHECKING:
@@ -135,15 +135,15 @@ def _show_model(console: Console, facts: dict[str, Any]) -> None:
     operators = ", ".join(f"{count} {op}" for op, count in facts["operators"].items())
     rows = {
         "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
-        "export": export_line(facts),
+        "export": facts["export"],
         "made by": ", ".join([f"loratrf-deploy {facts['loratrf_deploy']}", *_versions(facts["versions"])]),
         "adapter": _adapter_sentence(facts),
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
         "swaps": _swappable_sentence(facts["swappable"]),
-        "runs": "anywhere: standard ONNX operators alone"
-        if facts["standard_operators_only"]
-        else "with the custom-op library or without it, on the definitions in the file",
+        "runs": "with the custom-op library or without it, on the definitions in the file"
+        if facts["custom_operators"]
+        else "without the custom-op library: ONNX's and ONNX Runtime's own operators alone",
         "parity": _parity_sentence(parity),
     }
     _rows(console, rows)
@@ -173,7 +173,7 @@ def _parity_sentence(parity: dict[str, Any] | None) -> str:
     errors = [
         check["relative"]
         for check in parity.get("checks", [])
-        if isinstance(check.get("relative"), int | float) and check.get("variant") != "base-off"
+        if isinstance(check.get("relative"), int | float) and check.get("variant") in LIBRARY
     ]
     largest = f", largest relative error {max(errors):.2e} (tolerance {parity.get('tolerance')})" if errors else ""
     return ("holds" if parity.get("passed") else "failed") + largest

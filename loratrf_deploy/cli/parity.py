@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..ops.schemas import Device
 from ..parity.grouped import check_grouped_parity
 from ..parity.single import check_parity
 from ..pytorch.quiet import quiet
@@ -18,7 +19,7 @@ from ..runtime.session import PROVIDERS
 from .shared import command, named_paths, progress
 
 if TYPE_CHECKING:
-    from ..parity.single import ParityReport
+    from ..parity.result import ParityReport
 
 __all__ = ["main", "positive", "run"]
 
@@ -44,7 +45,7 @@ def run(
     base_model: str | None = None,
     inputs: Path | None = None,
     tolerance: float | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     step: Callable[[str], None] = lambda text: None,
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.

@@ -13,7 +13,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,31 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
+from ..ops.dtypes import RUN_TIME_DTYPES
+from .decode import decode
+from .manifest import AdapterId, Manifest
 
-__all__ = ["SUFFIX", "AdapterFile", "adapter_facts", "file_facts", "read_adapter_file", "write_adapter_file"]
+__all__ = ["SUFFIX", "AdapterFile", "Origin", "read_adapter_file", "write_adapter_file"]
 
 SUFFIX = ".onnx_adapter"
 _MAGIC = b"LORATRF1"
 _END = struct.Struct("<QI8s")
-_TYPES: dict[int, Any] = {1: np.float32, 10: np.float16}
-"""ONNX's element types that run-time weights have."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an .onnx_adapter says of itself: which adapter it is, of which base, for which export (model.onnx)."""
+
+    adapter: AdapterId
+    base_sha256: str | None
+    model_sha256: str
+    format: int = _FORMAT
+
+    @classmethod
+    def of(cls, adapter: Adapter, manifest: Manifest) -> Origin:
+        """That of `adapter` for the model that `manifest` describes."""
+        return cls(AdapterId.of(adapter), manifest.base.sha256, manifest.model.sha256)
 
 
 @dataclass(frozen=True)
@@ -38,30 +55,13 @@ class AdapterFile:
 
     path: Path
     values: dict[str, NDArray[Any]]
-    facts: dict[str, Any]
+    origin: Origin
     bytes: int
     crc32: int
 
 
-def adapter_facts(adapter: Adapter) -> dict[str, Any]:
-    """What identifies an adapter, in a manifest and in an .onnx_adapter."""
-    return {"name": adapter.path.resolve().name, "sha256": adapter.sha256, "peft_type": adapter.peft_type}
-
-
-def file_facts(adapter: Adapter, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What an .onnx_adapter says of itself: which adapter it is, of which base, for which export."""
-    return {
-        "adapter": adapter_facts(adapter),
-        "base_sha256": manifest["base"]["sha256"],
-        "model_sha256": manifest["model"]["sha256"],
-    }
-
-
-def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
-    """Writes `values` (graph input -> float32 or float16) and `facts` (JSON-ready) to `path`, then reads them back.
-
-    `facts` are those of `file_facts`.
-    """
+def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], origin: Origin) -> None:
+    """Writes `values` (graph input -> float32 or float16) and `origin` to `path`, then reads them back."""
     import onnxruntime
 
     content = onnxruntime.AdapterFormat()
@@ -69,7 +69,7 @@ def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], facts: Ma
     content.set_model_version(1)
     content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
     content.export_adapter(str(path))
-    text = json.dumps({**facts, "format": 1}).encode()
+    text = json.dumps(asdict(origin)).encode()
     with path.open("r+b") as file:
         checksum = zlib.crc32(text, zlib.crc32(file.read()))
         file.write(text + _END.pack(len(text), checksum, _MAGIC))
@@ -103,25 +103,13 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
     try:
         if zlib.crc32(raw[: -_END.size]) != checksum:
             raise ValueError("its checksum is wrong")
-        facts = json.loads(bytes(raw[end : -_END.size]))
-        if not _are_facts(facts):
-            raise ValueError("its description is not what loratrf-export writes")
-        if facts["format"] != 1:
-            raise ValueError(f"its format is {facts['format']!r}, this version of loratrf-deploy reads 1")
+        origin = decode(Origin, json.loads(bytes(raw[end : -_END.size])), "its description")
+        if origin.format != _FORMAT:
+            raise ValueError(f"its format is {origin.format}, this version of loratrf-deploy reads {_FORMAT}")
         values = _Reader(block[:end]).parameters()
     except (ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{path} is damaged ({error}). Convert or copy the adapter again.") from error
-    return AdapterFile(path, values, facts, len(raw), checksum)
-
-
-def _are_facts(facts: Any) -> bool:
-    return (
-        isinstance(facts, dict)
-        and isinstance(facts.get("adapter"), dict)
-        and isinstance(facts.get("base_sha256"), str | None)
-        and isinstance(facts.get("model_sha256"), str)
-        and "format" in facts
-    )
+    return AdapterFile(path, values, origin, len(raw), checksum)
 
 
 class _Reader:
@@ -156,7 +144,7 @@ class _Reader:
             raise ValueError(f"{name} has {count} dimensions")
         shape = struct.unpack_from(f"<{count}q", self._raw, start)
         kind = self._field(table, 2)
-        dtype = _TYPES.get(0 if kind is None else self._int("<i", kind))
+        dtype = RUN_TIME_DTYPES.get(0 if kind is None else self._int("<i", kind))
         if dtype is None:
             raise ValueError(f"{name} is neither float32 nor float16")
         start, count = self._vector(self._field(table, 3), 1)

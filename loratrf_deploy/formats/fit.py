@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
-from .swappable import _DTYPES, RuntimeWeight, zeros
+from ..ops.dtypes import NUMPY
+from .swappable import RuntimeWeight, zeros
 
 __all__ = ["check_swappable", "fit"]
 
@@ -49,7 +50,7 @@ def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -
     for weight in weights if not problems else ():
         value = _value(adapter, weight)
         with np.errstate(over="ignore"):
-            values[weight.name] = np.ascontiguousarray(value, dtype=_DTYPES[weight.dtype])
+            values[weight.name] = np.ascontiguousarray(value, dtype=NUMPY[weight.dtype])
         if not np.isfinite(values[weight.name]).all():
             problems.append(f"{weight.name} exceeds {weight.dtype}, which the model computes in")
     if problems:

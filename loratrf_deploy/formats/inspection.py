@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
 from ..errors import UserError
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
-from .manifest import MANIFEST, MANIFEST_FIELDS, file_sha256, read_manifest
+from .manifest import MANIFEST, Manifest, file_sha256, read_manifest
 from .swappable import LAYER_PARTS
 
 __all__ = ["inspect_path"]
@@ -113,9 +114,9 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
         "path": str(file.path),
         "bytes": file.bytes,
         "dtype": ", ".join(sorted({str(value.dtype) for value in file.values.values()})),
-        "adapter": file.facts["adapter"],
-        "base_sha256": file.facts["base_sha256"],
-        "model_sha256": file.facts["model_sha256"],
+        "adapter": asdict(file.origin.adapter),
+        "base_sha256": file.origin.base_sha256,
+        "model_sha256": file.origin.model_sha256,
         "parameters": sum(int(value.size) for value in file.values.values()),
         "layers": [{"module": name, **ranks} for name, ranks in sorted(layers.items())],
         "saved": saved,
@@ -124,7 +125,7 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
 
 def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
     manifest = read_manifest(folder / MANIFEST)
-    expected = (manifest.get("model") or {}).get("sha256")
+    expected = manifest.model.sha256
     models = [model] if model is not None else sorted(folder.glob("*.onnx"))
     if not models:
         raise UserError(f"{folder} has a {MANIFEST} but no .onnx file: the export is incomplete. Export it again.")
@@ -133,49 +134,45 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
     data = model.with_name(f"{model.name}.data")
     files = {path.name: path.stat().st_size for path in (model, data) if path.is_file()}
     warnings = []
-    if expected is not None and hashes[model] != expected:
+    if hashes[model] != expected:
         warnings.append(
             f"{model.name} is not the file that {MANIFEST} describes: it was changed or replaced after the export, so "
             "what is said here may not hold for it."
         )
     if not data.is_file():
         warnings.append(f"{data.name} is missing: the weights lie in it, so the model can't be run without it.")
-    if manifest.get("parity") is None:
+    if manifest.parity is None:
         warnings.append("parity was not checked on export (--no-check): run loratrf-parity.")
-    operators: dict[str, int] = {}
-    for layer in manifest["layers"]:
-        operators[layer["op"]] = operators.get(layer["op"], 0) + 1
     return {
         "kind": "model",
         "path": str(model),
         "bytes": sum(files.values()),
         "files": files,
-        **{key: manifest.get(key) for key in (*MANIFEST_FIELDS, "quantize")},
+        **manifest.to_dict(),
+        "export": manifest.summary,
         "swappable": _swappable_facts(manifest, folder),
-        "operators": operators,
-        "standard_operators_only": all(op == "merged" for op in operators),
+        "operators": manifest.operators,
+        "custom_operators": sorted(set(manifest.operators) - {"merged"}),
         "warnings": warnings,
     }
 
 
-def _swappable_facts(manifest: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
     """What the model takes at run time, and the adapter files beside it that were made for it; None: not swappable."""
-    facts = manifest.get("swappable")
-    if not isinstance(facts, dict) or not isinstance(facts.get("weights"), list):
+    if manifest.swappable is None:
         return None
     files: list[str] = []
     others: list[str] = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
-            fits = read_adapter_file(path).facts["model_sha256"] == (manifest.get("model") or {}).get("sha256")
+            fits = read_adapter_file(path).origin.model_sha256 == manifest.model.sha256
         except UserError:
             fits = False
         (files if fits else others).append(path.name)
-    slots = facts.get("slots") if isinstance(facts.get("slots"), dict) else {}
     return {
-        "default": facts.get("default"),
-        "weights": len(facts["weights"]),
-        "slots": slots,
+        "default": manifest.swappable.default,
+        "weights": len(manifest.swappable.weights),
+        "slots": manifest.swappable.slots,
         "files": files,
         "other_files": others,
     }

@@ -1,70 +1,211 @@
-"""loratrf.json, which says what is in the exported model beside it: read and checked."""
+"""loratrf.json, which says what is in the exported model beside it: its fields, its one writer and its one reader."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..adapters.adapter import Adapter
 from ..errors import UserError
-from ..ops.schemas import OPS
+from ..ops.dtypes import DType
+from ..ops.schemas import OPS, Device
+from .decode import decode
+from .swappable import Default, RuntimeWeight
 
-__all__ = ["MANIFEST", "MANIFEST_FIELDS", "export_line", "file_sha256", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "AdapterId",
+    "AdapterPart",
+    "BaseId",
+    "LayerRow",
+    "Manifest",
+    "Mode",
+    "ModelId",
+    "ParitySummary",
+    "Quantization",
+    "Swappable",
+    "file_sha256",
+    "read_manifest",
+    "read_swappable",
+    "write_manifest",
+]
 
 MANIFEST = "loratrf.json"
-MANIFEST_FIELDS = {
-    "loratrf_deploy": str,
-    "mode": str,
-    "task": str,
-    "dtype": str,
-    "opset": int,
-    "versions": dict,
-    "adapter": dict,
-    "base": dict,
-    "layers": list,
-    "parity": (dict, type(None)),
-}
-"""Fields of a manifest that are shown, and the JSON types they may have."""
+_FORMAT = 1
+
+Mode = Literal["merged", "separate", "grouped"]
+Quantization = Literal["none", "int4", "int8"]
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What an export wrote to loratrf.json at `path`, its fields' types checked. Raises UserError."""
+@dataclass(frozen=True)
+class AdapterId:
+    """What identifies an adapter: its folder's name, its PEFT kind and the sha256 of its weights file."""
+
+    name: str
+    sha256: str
+    peft_type: str
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> AdapterId:
+        """That of an adapter that was read."""
+        return cls(adapter.path.resolve().name, adapter.sha256, adapter.peft_type)
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """Of the adapter, or of all of a grouped model's: which one (None if several), filter_input, trained values."""
+
+    filter_input: str
+    parameters: int
+    name: str | None = None
+    sha256: str | None = None
+    peft_type: str | None = None
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """The base model's name, and one sha256 over its weights; None where it was a hub's, not a folder."""
+
+    name: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """The sha256 of the graph's file, model.onnx."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of an adapted layer: the operator behind it, or "merged"; ranks are those that stay in the graph."""
+
+    module: str
+    op: str
+    rank: int = 0
+    filter_rank: int = 0
+    in_features: int | None = None
+    out_features: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in {*OPS, "merged"}:
+            raise ValueError(self.op)
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    """What the proof found when the model was exported; each of `checks` is a row as `ParityReport` writes it."""
+
+    passed: bool
+    tolerance: float
+    inputs: int
+    checks: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Swappable:
+    """What a model takes at run time: graph inputs that are `weights` of an adapter, and what it computes without one.
+
+    `file` is the .onnx_adapter beside it. In a grouped model there is one per adapter instead: `slots` has its
+    adapters' slots by name, and each of `weights` a leading dimension of slots (`runtime.slots`).
+    """
+
+    default: Default
+    weights: tuple[RuntimeWeight, ...]
+    file: str | None = None
+    slots: dict[str, int] = field(default_factory=dict)
+    adapters: dict[str, AdapterId] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if list(self.slots.values()) != list(range(len(self.slots))):
+            raise ValueError(f"slots {self.slots}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of loratrf.json. `loratrf_deploy` is the version that wrote it, `versions` are other packages'."""
+
+    loratrf_deploy: str
+    mode: Mode
+    task: str
+    dtype: DType
+    opset: int
+    versions: dict[str, str]
+    adapter: AdapterPart
+    base: BaseId
+    model: ModelId
+    layers: tuple[LayerRow, ...]
+    parity: ParitySummary | None = None
+    quantize: Quantization = "none"
+    device: Device = "cpu"
+    swappable: Swappable | None = None
+
+    @property
+    def summary(self) -> str:
+        """How the model was exported, on one line: mode, quantisation where there is one, type, opset, task."""
+        quantized = "" if self.quantize == "none" else f"{self.quantize} weights, "
+        return f"{self.mode}, {quantized}{self.dtype}, opset {self.opset}, {self.task}"
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Number of adapted layers by what became of them."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            counts[layer.op] = counts.get(layer.op, 0) + 1
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """As parsing what is written gives it: lists for tuples."""
+        return json.loads(json.dumps({"format": _FORMAT, **asdict(self)}))
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes loratrf.json into `folder`."""
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What an export wrote to the loratrf.json at `path`, every field checked. Raises UserError."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}). Export the model again with loratrf-export.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != 1:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(
-            f"{path} has the format {found!r}, and this version of loratrf-deploy reads 1. Update loratrf-deploy, or "
-            "export the model again."
+            f"{path} has the format {found!r}, and this version of loratrf-deploy reads {_FORMAT}. Update "
+            "loratrf-deploy, or export the model again."
         )
-    wrong = [name for name, kind in MANIFEST_FIELDS.items() if not isinstance(manifest.get(name), kind)]  # type: ignore[arg-type]
-    rows = manifest["layers"] if "layers" not in wrong else []
-    if not all(isinstance(row, dict) and isinstance(row.get("module"), str) and _is_op(row.get("op")) for row in rows):
-        wrong.append("layers")
-    if not isinstance(manifest.get("model"), dict | None):
-        wrong.append("model")
-    checks = (manifest.get("parity") or {}).get("checks", []) if "parity" not in wrong else []
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        wrong.append("parity")
-    if wrong:
+    try:
+        return decode(Manifest, content)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Export the model again.") from error
+
+
+def read_swappable(model: str | Path) -> tuple[Manifest, Swappable]:
+    """What the model at `model` takes at run time, from the loratrf.json beside it.
+
+    Raises UserError where there is none, it describes another file, or the model takes no adapters.
+    """
+    model = Path(model)
+    if not model.is_file():
+        raise UserError(f"No model at {model}: expected a model.onnx of loratrf-export --swappable.")
+    path = model.with_name(MANIFEST)
+    if not path.is_file():
+        raise UserError(f"{model} has no {MANIFEST} beside it, which says what adapters it takes. Keep them together.")
+    manifest = read_manifest(path)
+    if manifest.swappable is None:
+        raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
+    if manifest.model.sha256 != file_sha256(model):
         raise UserError(
-            f"{path} is damaged: {', '.join(wrong)} missing or not what loratrf-export writes. Export the model again."
+            f"{model} is not the file that {path.name} describes: it was changed or replaced after the export. Export "
+            "it again."
         )
-    return manifest
-
-
-def export_line(manifest: dict[str, Any]) -> str:
-    """How a model was exported, on one line: mode, quantisation where there is one, type, opset, task."""
-    quantize = manifest.get("quantize") or "none"
-    quantized = "" if quantize == "none" else f"{quantize} weights, "
-    return f"{manifest['mode']}, {quantized}{manifest['dtype']}, opset {manifest['opset']}, {manifest['task']}"
-
-
-def _is_op(value: Any) -> bool:
-    return isinstance(value, str) and value in {*OPS, "merged"}
+    return manifest, manifest.swappable
 
 
 def file_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import onnxruntime_genai
 
-__all__ = ["CONFIG_FILE", "generate_tokens", "load_model", "read_config"]
+__all__ = ["CONFIG_FILE", "decoder_config", "generate_tokens", "load_model", "read_config"]
 
 CONFIG_FILE = "genai_config.json"
 
@@ -54,6 +54,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}). Export the model again with loratrf-export.") from error
     return config
+
+
+def decoder_config(model: Path) -> dict[str, Any] | None:
+    """The genai_config.json beside `model`, None where it is no decoder that onnxruntime-genai loads."""
+    if not (model.parent / CONFIG_FILE).is_file():
+        return None
+    config = read_config(model.parent)
+    return config if config["model"]["decoder"].get("filename") == model.name else None
 
 
 def generate_tokens(

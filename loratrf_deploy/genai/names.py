@@ -1,4 +1,4 @@
-"""The names that ONNX Runtime GenAI's model builder gives to the modules of a torch model."""
+"""The names that ONNX Runtime GenAI's model builder gives: to the modules of a torch model, and to caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["genai_name", "linear_nodes"]
+__all__ = ["genai_name", "is_cache", "linear_nodes"]
 
 _ALIASES = {"dense": "o_proj", "out_proj": "o_proj"}
 
@@ -36,3 +36,8 @@ def genai_name(path: str) -> str | None:
         group = "attn" if "attn" in group or "attention" in group else group
         return f"/model/layers.{layer}/{group}/{_ALIASES.get(name, name)}"
     return None
+
+
+def is_cache(name: str) -> bool:
+    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
+    return name.startswith(("past_key_values.", "present."))

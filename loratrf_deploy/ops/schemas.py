@@ -7,7 +7,7 @@ exported model as a model-local function: ONNX Runtime inlines it where the cust
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .reference import EPSILON
 
@@ -22,16 +22,19 @@ __all__ = [
     "MAX_CUDA_RANK",
     "MAX_RANK",
     "OPS",
-    "TYPES",
     "VERSION",
+    "Device",
+    "FilterInput",
     "OpSchema",
     "function_body",
 ]
 
 DOMAIN = "com.loratrf"
 VERSION = 1
-TYPES = ("float32", "float16", "bfloat16")
-FILTER_INPUTS = ("adapted", "base")
+Device = Literal["cpu", "cuda"]
+"""Where the kernels run."""
+FilterInput = Literal["adapted", "base"]
+FILTER_INPUTS: tuple[FilterInput, ...] = get_args(FilterInput)
 ADAPTER_IDS = "adapter_ids"
 """The input that says which slot each batch row uses: of the grouped operators, and of a grouped model's graph."""
 MAX_RANK = 1024
@@ -42,7 +45,7 @@ MAX_CUDA_RANK = 256
 
 @dataclass(frozen=True)
 class OpSchema:
-    """An operator's name, inputs in order, string attributes with their defaults, and formula.
+    """An operator's name, inputs in order, and string attributes with their defaults. Its meaning: `reference`.
 
     All inputs are of one type but adapter_ids, which is int64.
     """
@@ -50,40 +53,33 @@ class OpSchema:
     name: str
     inputs: tuple[str, ...]
     attributes: dict[str, str]
-    formula: str
 
 
 OPS: dict[str, OpSchema] = {
     schema.name: schema
     for schema in (
-        OpSchema("LowRank", ("base", "x", "A", "B"), {}, "y = base + (x Aᵀ) Bᵀ"),
-        OpSchema("TaskFilter", ("z", "tau", "C", "D"), {}, "y = z + ((s·z) Cᵀ) Dᵀ"),
+        OpSchema("LowRank", ("base", "x", "A", "B"), {}),
+        OpSchema("TaskFilter", ("z", "tau", "C", "D"), {}),
         OpSchema(
             "LoraTrf",
             ("base", "x", "A", "B", "tau", "C", "D"),
             {"filter_input": "adapted"},
-            "h = base + (x Aᵀ) Bᵀ; z = h if adapted, base if base; y = h + ((s·z) Cᵀ) Dᵀ",
         ),
         # Weights have a leading S. A layer without a low-rank half has R = 0, one without a filter F = 0.
         OpSchema(
             "GroupedLoraTrf",
             ("base", "x", "A", "B", "tau", "C", "D", ADAPTER_IDS),
             {"filter_input": "adapted"},
-            "y[row] = LoraTrf with the weights of slot adapter_ids[row]; base[row] for id -1",
         ),
     )
 }
 """What the custom-op library runs as kernels."""
 
 FUNCTIONS: dict[str, OpSchema] = OPS | {
-    "GroupedLinear": OpSchema(
-        "GroupedLinear",
-        ("base", "x", "W", "b", ADAPTER_IDS),
-        {},
-        "y[row] = x W[id]ᵀ + b[id] with id = adapter_ids[row]; base[row] for id -1",
-    )
+    "GroupedLinear": OpSchema("GroupedLinear", ("base", "x", "W", "b", ADAPTER_IDS), {})
 }
-"""The operators, and GroupedLinear (a head per adapter), which is a function only: W (S,N,K), b (S,N)."""
+"""The operators, and GroupedLinear, which is a function only, a head per adapter: y[row] = x W[id]ᵀ + b[id] with
+id = adapter_ids[row], W (S,N,K), b (S,N); base[row] for id -1."""
 
 
 def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Function:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _kernels  # type: ignore[attr-defined]
+from .. import _kernels
 
 __all__ = ["grouped_lora_trf", "lora_trf", "low_rank", "task_filter"]
 

@@ -1,4 +1,4 @@
-"""From outputs on both sides to verdicts: within the tolerance, or not; and whether the adapter has an effect."""
+"""The fourth step of a parity check: from outputs on both sides to verdicts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,46 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..pytorch.base import Outputs
+from .case import Case
 from .figures import Figures, compare, valid, worst
-from .onnx_runs import NotComparable
-from .result import VARIANTS, Check
+from .onnx_runs import NotComparable, OnnxRuns, Run
+from .result import BASE_OFF, LIBRARY, NO_ADAPTER, Check, Status, Variant
+from .torch_runs import TorchOutputs
 
-__all__ = ["EFFECT", "TOLERANCES", "effect_checks", "parity_checks", "worst_batch"]
-
-TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-"""Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
-
+__all__ = ["EFFECT", "effect_checks", "judge", "parity_checks", "worst_batch"]
 
 EFFECT = 10.0
 """The adapter has an effect where it changes an output by more than this many tolerances."""
 
+Masks = Sequence[NDArray[np.bool_] | None]
+
+
+def judge(case: Case, expected: TorchOutputs, runs: OnnxRuns) -> list[Check]:
+    """Every variant within the tolerance or not, whether the adapter has an effect, and what the weights say."""
+    outputs, masks, tolerance = case.outputs, case.masks, case.tolerance
+    checks = [
+        check
+        for variant in LIBRARY
+        for check in parity_checks(variant, runs.by_variant[variant], outputs, expected.on, masks, tolerance)
+    ]
+    checks += effect_checks(runs.outputs, outputs, expected.on, expected.off, masks, tolerance)
+    checks += case.weight_checks
+    if (run := runs.by_variant.get(NO_ADAPTER)) is not None:
+        checks += parity_checks(NO_ADAPTER, run, outputs, expected.default, masks, tolerance)
+    return checks
+
 
 def parity_checks(
-    variant: str,
-    run: list[Outputs] | UserError,
+    variant: Variant,
+    run: Run,
     outputs: Sequence[str],
     expected: Sequence[Outputs],
-    masks: Sequence[NDArray[np.bool_] | None],
+    masks: Masks,
     tolerance: float,
 ) -> list[Check]:
+    """Whether each of `outputs` is within `tolerance` of what is `expected`, over all batches together."""
     if isinstance(run, UserError):
-        status = "skipped" if isinstance(run, NotComparable) else "failed"
+        status: Status = "skipped" if isinstance(run, NotComparable) else "failed"
         return [Check(variant, name, status, str(run)) for name in outputs]
     checks = []
     for name in outputs:
@@ -58,7 +74,7 @@ def effect_checks(
     outputs: Sequence[str],
     expected: Sequence[Outputs],
     base_off: Sequence[Outputs],
-    masks: Sequence[NDArray[np.bool_] | None],
+    masks: Masks,
     tolerance: float,
 ) -> list[Check]:
     """Whether the export differs from PyTorch with the adapter's layers off by clearly more than the tolerance."""
@@ -66,7 +82,8 @@ def effect_checks(
     for name in outputs:
         exported = _over_batches(run, base_off, name, masks, tolerance)
         true = _over_batches(expected, base_off, name, masks, tolerance).relative
-        status, reason = "passed", ""
+        status: Status = "passed"
+        reason = ""
         if not exported.relative > EFFECT * tolerance:
             if true > EFFECT * tolerance:
                 status = "failed"
@@ -80,7 +97,7 @@ def effect_checks(
                     f"the adapter itself changes nothing that could be told from rounding: relative difference "
                     f"{true:.2e} in PyTorch, looked for more than {EFFECT * tolerance:g}"
                 )
-        checks.append(Check(VARIANTS[2], name, status, reason, exported))
+        checks.append(Check(BASE_OFF, name, status, reason, exported))
     return checks
 
 
@@ -88,7 +105,7 @@ def _over_batches(
     run: Sequence[Outputs],
     expected: Sequence[Outputs],
     name: str,
-    masks: Sequence[NDArray[np.bool_] | None],
+    masks: Masks,
     tolerance: float,
 ) -> Figures:
     """Figures over all batches together: a row with an undecided answer, scores near 0, has no scale of its own."""
@@ -102,12 +119,9 @@ def _over_batches(
     )
 
 
-def worst_batch(
-    run: list[Outputs],
-    outputs: Sequence[str],
-    expected: Sequence[Outputs],
-    masks: Sequence[NDArray[np.bool_] | None],
-) -> int:
+def worst_batch(run: Sequence[Outputs], outputs: Sequence[str], expected: Sequence[Outputs], masks: Masks) -> int:
+    """The number of the batch with the largest absolute error."""
+
     def error(number: int) -> float:
         got, right = run[number], expected[number]
         figures = [compare(got[name], right[name], name=name, mask=masks[number]) for name in outputs]

@@ -1,8 +1,9 @@
-"""What parity adds for causal language models: quantised bases, and greedy generation token by token."""
+"""What parity adds for causal language models: greedy generation, token by token."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -16,35 +17,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..genai.generate import CONFIG_FILE, generate_tokens, load_model, read_config
+from ..genai.generate import CONFIG_FILE, generate_tokens, load_model
 from ..runtime.session import library_path
+from .case import Case
 from .figures import Figures
-from .result import VARIANTS, Check
+from .result import LIBRARY, Check, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-    from ..pytorch.base import BaseModel
 
-__all__ = ["TOKENS", "check_greedy", "is_generating", "linked_folder"]
+__all__ = ["TOKENS", "check_greedy", "linked_folder"]
 
 TOKENS = 64
 _PROMPT = 12
 
 
-def is_generating(model: Path) -> bool:
-    """Whether `model` is the decoder of a folder that onnxruntime-genai loads."""
-    if not (model.parent / CONFIG_FILE).is_file():
-        return False
-    return read_config(model.parent)["model"]["decoder"].get("filename") == model.name
-
-
 @contextlib.contextmanager
-def linked_folder(model: Path, graph: ir.Model, *, library: bool) -> Iterator[Path]:
-    """Yields a copy of the model's folder with `graph` for the model, and the custom-op library registered or not.
+def linked_folder(model: Path, graph: ir.Model, config: dict[str, Any], *, library: bool) -> Iterator[Path]:
+    """Yields a copy of the model's folder with `graph` for the model, the custom-op library registered or not.
 
-    The weights are hard links where the file system has them: onnxruntime-genai reads nothing outside its folder.
+    `config` is its genai_config.json. The weights are hard links where the file system has them, since
+    onnxruntime-genai reads nothing outside its folder.
     """
     import onnx_ir as ir
 
@@ -61,7 +56,7 @@ def linked_folder(model: Path, graph: ir.Model, *, library: bool) -> Iterator[Pa
                 except OSError:
                     shutil.copy(file, folder)
         (folder / model.name).write_bytes(ir.to_proto(graph).SerializeToString())
-        config = read_config(model.parent)
+        config = copy.deepcopy(config)
         options = config["model"]["decoder"]["session_options"]
         options.pop("custom_ops_library", None)
         if library:
@@ -73,32 +68,34 @@ def linked_folder(model: Path, graph: ir.Model, *, library: bool) -> Iterator[Pa
         yield folder
 
 
-def check_greedy(model: Path, graph: ir.Model, base: BaseModel, tolerance: float) -> list[Check]:
+def check_greedy(case: Case) -> list[Check]:
     """Whether onnxruntime-genai takes the tokens that PyTorch takes: greedy, TOKENS of them, with and without library.
 
     A token that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is
-    another text and isn't compared.
+    another text and isn't compared. Requires a case with a genai_config.
     """
-    rng = np.random.default_rng(0)
-    length = min(read_config(model.parent)["model"].get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
+    config = case.genai_config
+    assert config is not None
+    facts, rng = config["model"], np.random.default_rng(0)
+    length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
-    prompt = rng.integers(0, base.model.config.vocab_size, length - count)
-    tokens, scores = _torch_greedy(base.model, prompt, count, _stops(model))
-    checks = []
-    for variant in VARIANTS[:2]:
-        name = f"{count} greedy tokens"
+    prompt = rng.integers(0, case.base.model.config.vocab_size, length - count)
+    stops = facts.get("eos_token_id") or []
+    tokens, scores = _torch_greedy(case.base.model, prompt, count, [stops] if isinstance(stops, int) else stops)
+    checks, name = [], f"{count} greedy tokens"
+    for variant, library in LIBRARY.items():
         try:
-            with linked_folder(model, graph, library=variant == VARIANTS[0]) as folder:
+            with linked_folder(case.model, case.graph, config, library=library) as folder:
                 got = list(generate_tokens(load_model(folder), prompt.tolist(), count, stop=False))
         except UserError as error:
             checks.append(Check(variant, name, "skipped", re.sub(r"/\.?loratrf-parity-\w+", "", str(error))))
             continue
-        checks.append(_compare_tokens(variant, name, got, tokens, scores, tolerance))
+        checks.append(_compare_tokens(variant, name, got, tokens, scores, case.tolerance))
     return checks
 
 
 def _compare_tokens(
-    variant: str, name: str, got: list[int], tokens: list[int], scores: list[NDArray[Any]], tolerance: float
+    variant: Variant, name: str, got: list[int], tokens: list[int], scores: list[NDArray[Any]], tolerance: float
 ) -> Check:
     equal = next((at for at, pair in enumerate(zip(got, tokens, strict=False)) if pair[0] != pair[1]), len(got))
     share = equal / len(tokens)
@@ -135,8 +132,3 @@ def _torch_greedy(
             scores.append(score)
             ids = torch.tensor([[tokens[-1]]])
     return tokens, scores
-
-
-def _stops(model: Path) -> list[int]:
-    stops = read_config(model.parent)["model"].get("eos_token_id")
-    return [stops] if isinstance(stops, int) else list(stops or [])

@@ -1,139 +1,148 @@
-"""Does a grouped model compute, row by row, what PyTorch computes with that row's adapter?"""
+"""Does a grouped model compute, row by row, what PyTorch computes with that row's adapter? In five steps too."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.adapter import read_adapter
+from ..adapters.adapter import Adapter
 from ..errors import UserError, some
-from ..formats.swappable import read_swappable
+from ..formats.manifest import read_swappable
+from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS
-from ..pytorch.base import Inputs, Outputs, load_base
-from ..pytorch.oracle import load_reference, run_torch
-from .checks import TOLERANCES, effect_checks, parity_checks
+from ..pytorch.base import Inputs, Outputs
+from ..pytorch.oracle import bare_reference, load_reference, run_torch
+from .case import TOLERANCES, adapter_of, load_graph, model_dtype
+from .checks import effect_checks, parity_checks
 from .inputs import default_inputs, padding_mask
-from .onnx_runs import load_graph, model_dtype, run_batches
-from .result import VARIANTS, Check, ParityReport
-from .single import versions
-
-if TYPE_CHECKING:
-    from ..pytorch.base import BaseModel
+from .onnx_runs import Run, run_batches
+from .result import LIBRARY, WITH_LIBRARY, Check, ParityReport, Step, Variant, versions
 
 __all__ = ["check_grouped_parity"]
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A grouped model, its adapters in the order of their slots, and what it gives."""
+
+    model: Path
+    adapters: dict[str, Adapter]
+    base_model: str | Path | None
+    dtype: DType
+    tolerance: float
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _TorchOutputs:
+    """Of the same `batches`: by adapter, the bare base last, with the adapter `on` and with its layers `off`."""
+
+    batches: Sequence[Inputs]
+    on: Sequence[Sequence[Outputs]]
+    off: Sequence[Sequence[Outputs]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which slot each row of each batch takes; -1 is the base."""
+
+    name: str
+    ids: Sequence[NDArray[np.int64]]
+
+
 def check_grouped_parity(
     model: str | Path,
-    adapters: Mapping[str, str | Path],
+    adapters: Mapping[str, Adapter | str | Path],
     base_model: str | Path | None = None,
     *,
     tolerance: float | None = None,
-    step: Callable[[str], None] = lambda text: None,
+    step: Step = lambda text: None,
 ) -> ParityReport:
     """For each row, max|onnx - torch| / max|torch| <= tolerance, torch being PEFT with the adapter of that row alone.
 
-    `adapters` (name -> folder) are all of the model's, by its own names. Every batch runs with each adapter on all
-    rows, with the base on all rows (id -1) and with adapters and base mixed, with the library and without; and each
-    adapter must make a difference to the base, as in `check_parity`. Outputs are named "logits (NAME)", "logits
-    (id -1)" and "logits (mixed rows)". Raises UserError where model, adapters or base are at fault.
+    `adapters` (name -> folder, or what `read_adapter` gave) are all of the model's, by its own names. Every batch runs
+    with each adapter on all rows, with the base on all rows (id -1) and with adapters and base mixed, with the library
+    and without; and each adapter must make a difference to the base, as in `check_parity`. Outputs are named "logits
+    (NAME)", "logits (id -1)" and "logits (mixed rows)". Raises UserError where model, adapters or base are at fault.
     """
     begin = time.perf_counter()
-    model = Path(model)
-    known = read_swappable(model).slots
-    if set(known) != set(adapters):
-        raise UserError(
-            f"{model} holds the adapters {some(known) or '(none: it is no grouped model)'}, and was to be compared "
-            f"with {some(adapters)}. Name all of its own, and no other: --adapters NAME=PATH ..."
-        )
-    adapters = {name: adapters[name] for name in known}
-    graph = load_graph(model)
-    dtype = model_dtype(graph)
-    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-    outputs = tuple(value.name or "" for value in graph.graph.outputs)
-    del graph
-
-    batches: list[Inputs] = []
-    expected: list[list[Outputs]] = []  # by adapter, the base last, then by batch
-    base_off: list[list[Outputs]] = []
-    for name, path in adapters.items():
-        step(f"running PyTorch with {name}")
-        reference = _reference(path, base_model, dtype)
-        batches = batches or default_inputs(reference)
-        expected.append([run_torch(reference, batch) for batch in batches])
-        base_off.append([run_torch(reference, batch, adapter_on=False) for batch in batches])
-        del reference
-    step("running PyTorch with the base")
-    base = _bare(next(iter(adapters.values())), base_model, dtype)
-    expected.append([run_torch(base, batch) for batch in batches])
-
-    masks = [padding_mask(batch) for batch in batches]
-    # Each adapter alone, the base alone, and all of them side by side in every batch.
-    slots = [*range(len(adapters)), -1]
-    names = [*adapters, "id -1", "mixed rows"]
-    plans = [_ids(batches, plan) for plan in (*([slot] for slot in slots), slots)]
-    fed = [batch | {ADAPTER_IDS: rows} for ids in plans for batch, rows in zip(batches, ids, strict=True)]
-    runs: dict[str, list[Outputs] | UserError] = {}
-    for library, variant in ((True, VARIANTS[0]), (False, VARIANTS[1])):
-        step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(model, fed, outputs, library=library)
-    worked = [ran for ran in runs.values() if isinstance(ran, list)]
-    if not worked:
-        raise next(ran for ran in reversed(runs.values()) if isinstance(ran, UserError))
-
-    checks: list[Check] = []
-
-    def add(found: Sequence[Check], name: str) -> None:
-        checks.extend(dataclasses.replace(check, output=f"{check.output} ({name})") for check in found)
-
-    def part(ran: list[Outputs], number: int) -> list[Outputs]:
-        return ran[number * len(batches) : (number + 1) * len(batches)]
-
-    for variant, ran in runs.items():
-        for number, ids in enumerate(plans):
-            own = ran if isinstance(ran, UserError) else part(ran, number)
-            right = _pick(expected, ids, outputs)
-            add(parity_checks(variant, own, outputs, right, masks, tolerance), names[number])
-    for number, name in enumerate(adapters):
-        own = part(worked[0], number)
-        add(effect_checks(own, outputs, expected[number], base_off[number], masks, tolerance), name)
+    case = _prepare(Path(model), adapters, base_model, tolerance)
+    expected = _run_pytorch(case, step)
+    plans = _plans(case, expected.batches)
+    runs = _run_onnx(case, expected.batches, plans, step)
+    checks = _judge(case, expected, plans, runs)
     failed = any(check.status == "failed" for check in checks)
+    shapes = [{name: tuple(value.shape) for name, value in batch.items()} for batch in expected.batches]
     return ParityReport(
         model=str(model),
-        adapter=", ".join(f"{name}={path}" for name, path in adapters.items()),
-        dtype=dtype,
-        tolerance=tolerance,
+        adapter=", ".join(f"{name}={adapter.path}" for name, adapter in case.adapters.items()),
+        dtype=case.dtype,
+        tolerance=case.tolerance,
         checks=tuple(checks),
         layers=(),
-        layers_variant=VARIANTS[0],
+        layers_variant=WITH_LIBRARY,
         layers_skipped=0,
         layers_reason="to see which layer drifts, export the adapter that fails on its own" if failed else "",
-        inputs=tuple({name: tuple(value.shape) for name, value in batch.items()} for batch in fed),
+        inputs=tuple(
+            own | {ADAPTER_IDS: ids.shape} for plan in plans for own, ids in zip(shapes, plan.ids, strict=True)
+        ),
         versions=versions(),
         seconds=time.perf_counter() - begin,
     )
 
 
-def _reference(adapter: str | Path, base_model: str | Path | None, dtype: str) -> BaseModel:
-    return load_reference(read_adapter(adapter), base_model, dtype=dtype)
+def _prepare(
+    model: Path,
+    adapters: Mapping[str, Adapter | str | Path],
+    base_model: str | Path | None,
+    tolerance: float | None,
+) -> _Case:
+    known = read_swappable(model)[1].slots
+    if set(known) != set(adapters):
+        raise UserError(
+            f"{model} holds the adapters {some(known) or '(none: it is no grouped model)'}, and was to be compared "
+            f"with {some(adapters)}. Name all of its own, and no other: --adapters NAME=PATH ..."
+        )
+    graph = load_graph(model)
+    dtype = model_dtype(graph)
+    return _Case(
+        model,
+        {name: adapter_of(adapters[name]) for name in known},
+        base_model,
+        dtype,
+        TOLERANCES[dtype] if tolerance is None else tolerance,
+        tuple(value.name or "" for value in graph.graph.outputs),
+    )
 
 
-def _bare(adapter: str | Path, base_model: str | Path | None, dtype: str) -> BaseModel:
-    """The base without any adapter, rounded to `dtype`; parameters that it has no values of its own for are zero."""
-    import torch
+def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
+    batches: list[Inputs] = []
+    on, off = [], []
+    for name, adapter in case.adapters.items():
+        step(f"running PyTorch with {name}")
+        reference = load_reference(adapter, case.base_model, dtype=case.dtype)
+        batches = batches or default_inputs(reference)
+        on.append([run_torch(reference, batch) for batch in batches])
+        off.append([run_torch(reference, batch, adapter_on=False) for batch in batches])
+        del reference  # its memory is the next one's
+    step("running PyTorch with the base")
+    base = bare_reference(next(iter(case.adapters.values())), case.base_model, dtype=case.dtype)
+    on.append([run_torch(base, batch) for batch in batches])
+    return _TorchOutputs(batches, on, off)
 
-    base = load_base(read_adapter(adapter), base_model, dtype="float32")
-    for name, parameter in base.model.named_parameters():
-        if name in base.untrained:
-            parameter.data.zero_()
-    base.model.to(getattr(torch, dtype)).float()
-    return base
+
+def _plans(case: _Case, batches: Sequence[Inputs]) -> list[_Plan]:
+    """Each adapter alone, the base alone, and all of them side by side in every batch."""
+    slots = [*range(len(case.adapters)), -1]
+    names = [*case.adapters, "id -1", "mixed rows"]
+    chosen: list[list[int]] = [*([slot] for slot in slots), slots]
+    return [_Plan(name, _ids(batches, own)) for name, own in zip(names, chosen, strict=True)]
 
 
 def _ids(batches: Sequence[Inputs], slots: Sequence[int]) -> list[NDArray[np.int64]]:
@@ -144,6 +153,44 @@ def _ids(batches: Sequence[Inputs], slots: Sequence[int]) -> list[NDArray[np.int
         ids.append(np.array([slots[(rows + row) % len(slots)] for row in range(count)], np.int64))
         rows += count
     return ids
+
+
+def _run_onnx(case: _Case, batches: Sequence[Inputs], plans: Sequence[_Plan], step: Step) -> dict[Variant, list[Run]]:
+    """By variant, what each plan gave. Raises UserError where ONNX Runtime runs the model neither way."""
+    fed = [batch | {ADAPTER_IDS: ids} for plan in plans for batch, ids in zip(batches, plan.ids, strict=True)]
+    runs: dict[Variant, list[Run]] = {}
+    refusals = []
+    for variant, library in LIBRARY.items():
+        step(f"running ONNX Runtime {variant}")
+        ran = run_batches(case.model, fed, case.outputs, library)
+        if isinstance(ran, UserError):
+            refusals.append(ran)
+            runs[variant] = [ran for _ in plans]
+        else:
+            runs[variant] = [ran[at : at + len(batches)] for at in range(0, len(ran), len(batches))]
+    if len(refusals) == len(runs):
+        raise refusals[-1]
+    return runs
+
+
+def _judge(
+    case: _Case, expected: _TorchOutputs, plans: Sequence[_Plan], runs: Mapping[Variant, Sequence[Run]]
+) -> list[Check]:
+    masks = [padding_mask(batch) for batch in expected.batches]
+    checks: list[Check] = []
+
+    def add(found: Sequence[Check], name: str) -> None:
+        checks.extend(dataclasses.replace(check, output=f"{check.output} ({name})") for check in found)
+
+    for variant, by_plan in runs.items():
+        for plan, run in zip(plans, by_plan, strict=True):
+            right = _pick(expected.on, plan.ids, case.outputs)
+            add(parity_checks(variant, run, case.outputs, right, masks, case.tolerance), plan.name)
+    worked = next(by_plan for by_plan in runs.values() if isinstance(by_plan[0], list))
+    for name, run, on, off in zip(case.adapters, worked, expected.on, expected.off, strict=False):
+        assert isinstance(run, list)
+        add(effect_checks(run, case.outputs, on, off, masks, case.tolerance), name)
+    return checks
 
 
 def _pick(

@@ -1,58 +1,66 @@
-"""Error by layer: the outputs of torch modules held against the ONNX nodes that compute them."""
+"""The last step of a parity check: the outputs of torch modules held against the ONNX nodes that compute them."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pytorch.base import Inputs
+from ..ops.schemas import Device
 from ..pytorch.oracle import plain_name, run_torch
+from .case import Case
+from .checks import worst_batch
 from .figures import relative_error, valid
-from .onnx_runs import run_onnx, session_in_memory
-from .result import LayerError
+from .onnx_runs import OnnxRuns, run_session, session_in_memory
+from .result import LIBRARY, Check, LayerError, LayerTrace
+from .torch_runs import TorchOutputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
     import torch
 
-    from ..pytorch.base import BaseModel
-__all__ = ["compare_layers"]
+__all__ = ["compare_layers", "trace_layers"]
 
 
-def compare_layers(
-    graph: ir.Model,
-    model: Path,
-    base: BaseModel,
-    batch: Inputs,
-    *,
-    weights: Mapping[str, NDArray[Any]],
-    library: bool,
-    mask: NDArray[np.bool_] | None,
-    tolerance: float,
-    folded: Collection[str] = (),
-    device: str = "cpu",
-) -> tuple[list[LayerError], int]:
+def trace_layers(case: Case, expected: TorchOutputs, runs: OnnxRuns, checks: Sequence[Check]) -> LayerTrace:
+    """Error by layer under the first variant that failed, else the first that ran, on the batch with the largest error.
+
+    The verdict stands without this picture: where a runtime refuses to give inner values, `reason` says so.
+    """
+    failed = next((check.variant for check in checks if check.status == "failed" and check.figures), runs.worked)
+    variant = failed if failed in LIBRARY else runs.worked
+    run = runs.by_variant[variant]
+    assert isinstance(run, list)  # a check with figures
+    number = worst_batch(run, case.outputs, expected.on, case.masks)
+    try:
+        layers, skipped = compare_layers(case, number, library=LIBRARY[variant])
+    except Exception as error:
+        return LayerTrace(variant, reason=f"layers could not be compared: {error}")
+    return LayerTrace(variant, tuple(layers), skipped)
+
+
+def compare_layers(case: Case, number: int, *, library: bool) -> tuple[list[LayerError], int]:
     """Error of every module that both sides compute, in the graph's order, then of the outputs; and the number skipped.
 
-    `graph` is what onnx_ir loaded from `model`, unchanged on return. A module is compared where it is a leaf or an
+    On batch `number` of `case`, whose graph is unchanged on return. A module is compared where it is a leaf or an
     adapted layer of the torch model, a node bears its name, and the shapes agree: fusions leave some without a value
-    of their own. The frozen layers inside `folded` ones are left out: in the graph they hold the adapter too. ONNX
-    Runtime computes on `device`.
+    of their own. The frozen layers inside folded ones are left out: in the graph they hold the adapter too.
     """
-    nodes = _nodes_by_module(graph)
-    for name in folded:
+    batch, mask = case.batches[number], case.masks[number]
+    nodes = _nodes_by_module(case.graph)
+    for name in case.folded:
         nodes.pop(f"{name}.base_layer", None)
-    with _recorded(base.model, set(nodes)) as seen:
-        expected = run_torch(base, batch)
-    session, names = _session_with_outputs(graph, model, {name: nodes[name] for name in seen}, library, device)
-    got = run_onnx(session, batch, weights=weights)
+    with _recorded(case.base.model, set(nodes)) as seen:
+        expected = run_torch(case.base, batch)
+    chosen = {name: nodes[name] for name in seen}
+    session, names = _session_with_outputs(case.graph, case.model, chosen, library, case.device)
+    got = run_session(session, batch, weights=case.weights)
 
     layers, skipped = [], 0
     for name, node in nodes.items():
@@ -62,10 +70,10 @@ def compare_layers(
         if a.shape != b.shape or not a.size:
             skipped += 1
             continue
-        layers.append(_error(name, node.op_type, a, b, mask, tolerance))
+        layers.append(_error(name, node.op_type, a, b, mask, case.tolerance))
     for name in expected:
         if name in got and got[name].shape == expected[name].shape:
-            layers.append(_error(name, "output", got[name], expected[name], mask, tolerance, output=name))
+            layers.append(_error(name, "output", got[name], expected[name], mask, case.tolerance, output=name))
     return layers, skipped
 
 
@@ -150,7 +158,7 @@ def _bias(module: torch.nn.Module) -> torch.Tensor | None:
 
 
 def _session_with_outputs(
-    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: str = "cpu"
+    graph: ir.Model, model: Path, nodes: dict[str, ir.Node], library: bool, device: Device = "cpu"
 ) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
     """A session that also gives the first output of `nodes`, and module -> output name."""
     outputs = graph.graph.outputs

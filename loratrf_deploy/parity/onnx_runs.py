@@ -1,32 +1,122 @@
-"""Running an exported model for comparison: as it is shipped, with the custom-op library and without it."""
+"""The third step of a parity check: the exported model in ONNX Runtime, with the custom-op library and without it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..genai.names import is_cache
+from ..ops.schemas import Device
 from ..pytorch.base import Inputs, Outputs
 from ..runtime.session import PROVIDERS, create_session, library_path, with_options
+from .case import Case
+from .result import LIBRARY, NO_ADAPTER, Step, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
 
+__all__ = ["NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"]
 
-__all__ = ["NotComparable", "is_cache", "load_graph", "model_dtype", "run_batches", "run_onnx", "session_in_memory"]
+Run: TypeAlias = "list[Outputs] | UserError"
+"""Outputs by batch, or why there are none."""
 
 
-def run_onnx(
+class NotComparable(UserError):
+    """What is needed for a comparison is absent, such as the custom-op library: it is skipped, not failed."""
+
+
+@dataclass(frozen=True)
+class OnnxRuns:
+    """What each variant gave; `outputs` are those of `worked`, the first one of them that ran."""
+
+    by_variant: dict[Variant, Run]
+    worked: Variant
+    outputs: list[Outputs]
+
+
+def run_onnx(case: Case, step: Step) -> OnnxRuns:
+    """Every batch of `case` with the library and without; a swappable model also without an adapter.
+
+    Raises UserError where ONNX Runtime runs it neither way.
+    """
+    runs: dict[Variant, Run] = {}
+    graph = case.graph if case.quantised else None
+    for variant, library in LIBRARY.items():
+        step(f"running ONNX Runtime {variant}")
+        runs[variant] = run_batches(
+            case.model, case.batches, case.outputs, library, case.device, weights=case.weights, graph=graph
+        )
+    ran = {variant: run for variant, run in runs.items() if isinstance(run, list)}
+    if not ran:
+        raise next(run for run in reversed(runs.values()) if isinstance(run, UserError))
+    worked = next(iter(ran))
+    if case.manifest is not None:
+        step("running ONNX Runtime without an adapter")
+        runs[NO_ADAPTER] = _foreign_default(case) or run_batches(
+            case.model, case.batches, case.outputs, LIBRARY[worked], case.device
+        )
+    return OnnxRuns(runs, worked, ran[worked])
+
+
+def _foreign_default(case: Case) -> NotComparable | None:
+    """Why the model without an adapter can't be compared: it then has weights of another one than `case` has."""
+    assert case.manifest is not None
+    swappable, first = case.manifest.swappable, case.manifest.adapter
+    if first.sha256 == case.adapter.sha256 or not swappable:
+        return None
+    if not any(weight.default == "adapter" for weight in swappable.weights):
+        return None
+    return NotComparable(
+        f"the model's default has weights of the adapter that it was exported with, {first.name}, and this is another "
+        "one"
+    )
+
+
+def run_batches(
+    model: Path,
+    batches: Sequence[Inputs],
+    outputs: Sequence[str],
+    library: bool,
+    device: Device = "cpu",
+    *,
+    weights: Mapping[str, NDArray[Any]] | None = None,
+    graph: ir.Model | None = None,
+) -> Run:
+    """Outputs by batch on `device`, with the run-time `weights`; a UserError where the library isn't built, or ONNX
+    Runtime refuses model or inputs.
+
+    `graph` stands for the model in the file: the same one, made to compute exactly, on the CPU.
+    """
+    if library:
+        try:
+            library_path()
+        except UserError as error:
+            return NotComparable(str(error))
+    try:
+        if graph is None:
+            session = create_session(model, library=library, providers=[PROVIDERS[device]])
+        else:
+            session = session_in_memory(graph, model, library=library)
+        return [run_session(session, batch, outputs, weights) for batch in batches]
+    except UserError as error:
+        return error
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        return UserError(f"ONNX Runtime fails in {model}: {error}")
+
+
+def run_session(
     session: onnxruntime.InferenceSession,
     batch: Inputs,
     outputs: Sequence[str] | None = None,
     weights: Mapping[str, NDArray[Any]] | None = None,
-) -> dict[str, NDArray[Any]]:
+) -> Outputs:
     """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
 
     `weights` are fed as they are: those of an adapter, to a swappable model. A key/value cache starts empty.
@@ -43,13 +133,8 @@ def run_onnx(
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def is_cache(name: str) -> bool:
-    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
-    return name.startswith(("past_key_values.", "present."))
-
-
 def session_in_memory(
-    graph: ir.Model, model: Path, *, library: bool, device: str = "cpu"
+    graph: ir.Model, model: Path, *, library: bool, device: Device = "cpu"
 ) -> onnxruntime.InferenceSession:
     """A session of `graph` on `device`; its weights lie in the folder of `model`.
 
@@ -65,66 +150,3 @@ def session_in_memory(
         options.register_custom_ops_library(str(library_path()))
     content = ir.to_proto(graph).SerializeToString()
     return onnxruntime.InferenceSession(content, options, providers=with_options([PROVIDERS[device]]))
-
-
-def model_dtype(model: ir.Model) -> str:
-    """The float type that most of the model's weights have, by number of values: "float32", "float16", "bfloat16"."""
-    import onnx_ir as ir
-
-    names = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
-    sizes: dict[str, int] = {}
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.is_floating_point():
-            name = names.get(tensor.dtype, "float32")
-            sizes[name] = sizes.get(name, 0) + tensor.size
-    return max(sizes, key=lambda name: sizes[name], default="float32")
-
-
-def load_graph(model: Path) -> ir.Model:
-    import onnx_ir as ir
-
-    if not model.is_file():
-        raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
-    try:
-        return ir.load(model)
-    except Exception as error:  # protobuf and onnx_ir raise many classes
-        raise UserError(
-            f"{model} is not a readable ONNX model ({error}). Export it again with loratrf-export."
-        ) from error
-
-
-def run_batches(
-    model: Path,
-    batches: Sequence[Inputs],
-    outputs: Sequence[str],
-    *,
-    library: bool,
-    weights: Mapping[str, NDArray[Any]] | None = None,
-    device: str = "cpu",
-    graph: ir.Model | None = None,
-) -> list[Outputs] | UserError:
-    """Outputs by batch on `device`, with the run-time `weights`; a UserError where the library isn't built, or ONNX
-    Runtime refuses model or inputs.
-
-    `graph` stands for the model in the file: the same one, made to compute exactly, on the CPU.
-    """
-    if library:
-        try:
-            library_path()
-        except UserError as error:
-            return NotComparable(str(error))
-    try:
-        if graph is None:
-            session = create_session(model, library=library, providers=[PROVIDERS[device]])
-        else:
-            session = session_in_memory(graph, model, library=library)
-        return [run_onnx(session, batch, outputs, weights) for batch in batches]
-    except UserError as error:
-        return error
-    except Exception as error:  # onnxruntime's exceptions share no public base class
-        return UserError(f"ONNX Runtime fails in {model}: {error}")
-
-
-class NotComparable(UserError):
-    """What is needed for a comparison is absent, such as the custom-op library: it is skipped, not failed."""

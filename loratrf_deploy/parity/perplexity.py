@@ -6,7 +6,6 @@ perplexity = exp(mean of -log p(token | what comes before it in its window)), th
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import read_adapter
 from ..errors import UserError
-from ..pytorch.base import GENERATION, load_tokenizer, max_sequence
+from ..formats.manifest import MANIFEST, read_manifest
+from ..pytorch.base import GENERATION, max_sequence, tokenizer_of
 from ..pytorch.oracle import load_reference, run_torch
 from ..runtime.session import create_session
-from .onnx_runs import run_onnx
+from .onnx_runs import run_session
 
 __all__ = ["WINDOW", "Row", "perplexities"]
 
@@ -64,9 +64,7 @@ def perplexities(
     base = load_reference(read, base_model)
     if base.task != GENERATION:
         raise UserError(f"The adapter {adapter} is for {base.task}; perplexity is for causal language models.")
-    own = (read.path / "tokenizer_config.json").is_file()
-    source = str(read.path if own else base.path)
-    tokenizer = load_tokenizer(source)
+    tokenizer, source = tokenizer_of(read, base.path)
     if tokenizer is None:
         raise UserError(f"There is no tokenizer in {source}. Save it with the base model or the adapter.")
     tokens = np.asarray(tokenizer(content)["input_ids"], dtype=np.int64)
@@ -91,7 +89,7 @@ def perplexities(
     base.model.to("meta")  # its memory is the next model's
     for model in models:
         name = _name(Path(model))
-        losses[name] = judged(name, functools.partial(run_onnx, create_session(model), outputs=["logits"]))
+        losses[name] = judged(name, functools.partial(run_session, create_session(model), outputs=["logits"]))
     return [Row(name, math.exp(loss), loss - losses["PyTorch"]) for name, loss in losses.items()]
 
 
@@ -106,8 +104,7 @@ def _negative_log_likelihood(logits: NDArray[Any], tokens: NDArray[np.int64]) ->
 def _name(model: Path) -> str:
     """The path, with what the manifest beside it says of the export."""
     try:
-        manifest = json.loads((model.parent / "loratrf.json").read_text())
-        quantize = "" if manifest["quantize"] == "none" else f", {manifest['quantize']}"
-        return f"{model} ({manifest['mode']}{quantize})"
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_manifest(model.with_name(MANIFEST))
+    except UserError:  # a model of another maker
         return str(model)
+    return f"{model} ({manifest.mode}{'' if manifest.quantize == 'none' else f', {manifest.quantize}'})"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..genai.names import genai_name, linear_nodes
 from ..pytorch.oracle import merge_adapter, plain_name
 from .figures import Figures
-from .result import VARIANTS, Check
+from .result import QUANTISED, Check, Status
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -162,7 +162,7 @@ class _WeightSums:
 
     def check(self) -> Check:
         reason = f"quantised weights are within {self.steps:.2f} steps of their own values"
-        status = "passed" if self.steps <= _STEPS else "failed"
+        status: Status = "passed" if self.steps <= _STEPS else "failed"
         if status == "failed":
             reason += f", expected 1 (worst: {self.where})"
         if self.delta_delta:
@@ -174,4 +174,4 @@ class _WeightSums:
                 status = "failed"
         relative = self.absolute / self.largest if self.largest else 0.0
         figures = Figures(self.absolute, relative, float("nan"), None, 0, 0, self.values)
-        return Check(VARIANTS[2], "quantised weights", status, reason, figures)
+        return Check(QUANTISED, "weights", status, reason, figures)

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from importlib import metadata
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ..formats.manifest import ParitySummary
+from ..version import __version__
 from .figures import Figures
 
-__all__ = ["NO_ADAPTER", "VARIANTS", "Check", "LayerError", "ParityReport"]
+__all__ = [
+    "BASE_OFF",
+    "LIBRARY",
+    "NO_ADAPTER",
+    "QUANTISED",
+    "VARIANTS",
+    "WITHOUT_LIBRARY",
+    "WITH_LIBRARY",
+    "Check",
+    "LayerError",
+    "LayerTrace",
+    "ParityReport",
+    "Status",
+    "Step",
+    "Variant",
+    "versions",
+]
 
-VARIANTS = ("with library", "without library", "base-off")
-NO_ADAPTER = "no adapter"
-"""A fourth comparison for swappable models."""
+Step = Callable[[str], None]
+"""Is told what is being done."""
+
+Status = Literal["passed", "failed", "skipped", "no effect"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+Variant = Literal["with library", "without library", "base-off", "quantised", "no adapter"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+WITH_LIBRARY, WITHOUT_LIBRARY, BASE_OFF, QUANTISED, NO_ADAPTER = VARIANTS
+LIBRARY: dict[Variant, bool] = {WITH_LIBRARY: True, WITHOUT_LIBRARY: False}
+"""The comparisons with PyTorch that every model has, and whether they register the custom-op library."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of one output. `status`: "passed", "failed", "skipped", or "no effect" (a finding, see `reason`).
+    """One comparison of one output. The status "no effect" is a finding, see `reason`.
 
     "with library" and "without library" hold ONNX Runtime against PyTorch with the adapter. "base-off" holds the export
-    against PyTorch without the adapter's layers, where a large error is what passes. "no adapter" holds a swappable
-    export that is given no adapter against what its default is: PyTorch's base or the adapter.
+    against PyTorch without the adapter's layers, where a large error is what passes. "quantised" holds a quantised
+    base's weights against its own, in steps of the quantisation. "no adapter" holds a swappable export that is given no
+    adapter against what its default is: PyTorch's base or the adapter.
     """
 
-    variant: str
+    variant: Variant
     output: str
-    status: str
+    status: Status
     reason: str = ""
     figures: Figures | None = None
 
@@ -44,6 +74,16 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class LayerTrace:
+    """Errors of the layers under one variant, in the graph's order, outputs last; how many were skipped, and why."""
+
+    variant: Variant
+    layers: tuple[LayerError, ...] = ()
+    skipped: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """What was compared and what came out. `layers` follow the graph's order, outputs last; `inputs` are shapes."""
 
@@ -53,7 +93,7 @@ class ParityReport:
     tolerance: float
     checks: tuple[Check, ...]
     layers: tuple[LayerError, ...]
-    layers_variant: str
+    layers_variant: Variant
     layers_skipped: int
     inputs: tuple[dict[str, tuple[int, ...]], ...]
     versions: dict[str, str] = field(default_factory=dict)
@@ -65,7 +105,7 @@ class ParityReport:
         """Whether nothing failed and at least one comparison with PyTorch passed: skipped is not passed."""
         statuses = [check.status for check in self.checks]
         return "failed" not in statuses and any(
-            check.status == "passed" and check.variant in VARIANTS[:2] for check in self.checks
+            check.status == "passed" and check.variant in LIBRARY for check in self.checks
         )
 
     @property
@@ -74,9 +114,9 @@ class ParityReport:
         return None if self.passed else next((layer for layer in self.layers if layer.drifts), None)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Status, int]:
         """Number of checks by status; every status is there."""
-        counts = dict.fromkeys(("passed", "failed", "skipped", "no effect"), 0)
+        counts = dict.fromkeys(STATUSES, 0)
         for check in self.checks:
             counts[check.status] += 1
         return counts
@@ -98,14 +138,9 @@ class ParityReport:
             return f"Parity failed ({parts}). No layer drifts on its own: see the reasons of the failed checks."
         return f"Parity is not proven ({parts}): no comparison could be run."
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> ParitySummary:
         """The figures that an export's manifest keeps: verdict, tolerance and one row per check; JSON-ready."""
-        return {
-            "passed": self.passed,
-            "tolerance": self.tolerance,
-            "inputs": len(self.inputs),
-            "checks": [_check_dict(check) for check in self.checks],
-        }
+        return ParitySummary(self.passed, self.tolerance, len(self.inputs), tuple(map(_check_dict, self.checks)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-ready: non-finite numbers become strings ("inf", "nan"), which JSON has no numbers for."""
@@ -136,3 +171,15 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return value
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a comparison was made with, and of Python."""
+    packages = ("onnxruntime", "onnxruntime-gpu", "torch", "transformers", "peft")
+    versions = {"loratrf-deploy": __version__}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions | {"python": platform.python_version(), "machine": platform.machine()}

@@ -27,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "max_sequence",
     "sample_inputs",
+    "tokenizer_of",
 ]
 
 Inputs = dict[str, NDArray[Any]]
@@ -241,6 +242,12 @@ def _input_names(model: PreTrainedModel, name: str, task: str) -> tuple[str, ...
     elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
         names.append("token_type_ids")
     return tuple(names)
+
+
+def tokenizer_of(adapter: Adapter, base: str | Path) -> tuple[Any | None, Path]:
+    """The adapter's own tokenizer where its folder has one, else that of the folder or hub name `base`; and where."""
+    source = adapter.path if (adapter.path / "tokenizer_config.json").is_file() else Path(base)
+    return load_tokenizer(source), source
 
 
 def load_tokenizer(path: str | Path) -> Any | None:

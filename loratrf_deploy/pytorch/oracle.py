@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
+from ..ops.dtypes import DType
 from .base import BaseModel, Inputs, load_base
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["load_reference", "merge_adapter", "plain_name", "run_torch"]
+__all__ = ["bare_reference", "load_reference", "merge_adapter", "plain_name", "run_torch"]
 
 
 def load_reference(
-    adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "float32", merge: bool = False
+    adapter: Adapter, base_model: str | Path | None = None, *, dtype: DType = "float32", merge: bool = False
 ) -> BaseModel:
     """The adapter as PEFT itself runs it, in float32: PeftModel.from_pretrained on `load_base`. The oracle of parity.
 
@@ -44,6 +45,18 @@ def load_reference(
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
     return BaseModel(model, base.path, base.task, base.input_names, base.untrained)
+
+
+def bare_reference(adapter: Adapter, base_model: str | Path | None = None, *, dtype: DType = "float32") -> BaseModel:
+    """The base without its adapter, rounded to `dtype`; parameters that it has no values of its own for are zero."""
+    import torch
+
+    base = load_base(adapter, base_model, dtype="float32")
+    for name, parameter in base.model.named_parameters():
+        if name in base.untrained:
+            parameter.data.zero_()
+    base.model.to(getattr(torch, dtype)).float()
+    return base
 
 
 def merge_adapter(model: Any) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..parity.figures import Figures
-    from ..parity.single import ParityReport
+    from ..parity.result import ParityReport
 
 __all__ = ["FORMATS", "check_report_path", "print_report", "to_json", "to_junit", "to_markdown", "write_report"]
 

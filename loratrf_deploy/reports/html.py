@@ -12,7 +12,7 @@ from ..errors import printable
 from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
 
 if TYPE_CHECKING:
-    from ..parity.single import LayerError, ParityReport
+    from ..parity.result import LayerError, ParityReport
 
 __all__ = ["page"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..parity.single import Check, ParityReport
+    from ..parity.result import Check, ParityReport
 
 __all__ = ["BASE_OFF_NOTE", "COLUMNS", "facts", "number", "reasons", "row"]
 

@@ -10,24 +10,21 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
 from ..formats.adapter_file import AdapterFile, read_adapter_file
-from ..formats.swappable import check_matches, read_swappable
-from ..ops.schemas import ADAPTER_IDS
-from .bound import BoundWeights
-from .session import create_session
-from .slots import Slot, SlotBank
+from ..formats.manifest import read_swappable
+from ..formats.swappable import Default, check_matches
+from ..ops.schemas import ADAPTER_IDS, Device
+from .bound import BoundWeights, OnePerRun, Request
+from .session import PROVIDERS, create_session
+from .slots import OnePerRow, Slot
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = ["AdapterInfo", "AdapterSession"]
-
-_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-"""Where an execution provider keeps its weights; the others work in host memory."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,23 @@ class AdapterSession:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: onnxruntime.SessionOptions | None = None,
     ):
-        self._swappable = read_swappable(model)
+        self._model = Path(model)
+        self._manifest, self._swappable = read_swappable(model)
         self._session = create_session(model, library=library, providers=providers, options=options)
-        self._device = _DEVICES.get(self._session.get_providers()[0], "cpu")
         self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}  # least recently used first
-        self._default = BoundWeights(self._session, self._device, {})
-        self._scaled = [weight.name for weight in self._swappable.weights if weight.part in ("B", "D")]
-        self._slots = SlotBank(self._session, self._device, self._swappable.weights) if self._swappable.slots else None
+        # Where the weights are kept.
+        device: Device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+        way = OnePerRow if self._swappable.slots else OnePerRun
+        self._way: OnePerRun | OnePerRow = way(self._session, device, self._swappable)
 
     @property
-    def default(self) -> str:
+    def default(self) -> Default:
         """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
-        return "base" if self._slots else self._swappable.default
+        return self._way.default
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -97,7 +95,7 @@ class AdapterSession:
         file = self._read(Path(path))
         if self._max_bytes is not None and file.bytes > self._max_bytes:
             raise UserError(f"{file.path} takes {file.bytes} bytes, more than max_bytes, which is {self._max_bytes}.")
-        entry = _Entry(file.path, file.bytes, file.crc32, self._place(file))
+        entry = _Entry(file.path, file.bytes, file.crc32, self._way.place(file.values))
         with self._lock:
             known = self._entries.pop(name, None)
             if known is not None and not replace:
@@ -145,35 +143,8 @@ class AdapterSession:
             raise TypeError("run() takes either adapter=NAME or adapters=[NAME, ...], one per row")
         if not (isinstance(scale, int | float) and math.isfinite(scale)):
             raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
-        if self._slots is not None:
-            if scale != 1:
-                raise UserError(f"scale is {scale}, but a model of --adapters has no scale per run. Expected 1.")
-            rows = (np.shape(inputs[self._inputs[0]]) or (0,))[0]
-            names = [adapter] * rows if adapters is None else list(adapters)
-            return self._run_rows(inputs, names, rows, chosen)  # type: ignore[arg-type]
-        if adapters is not None:
-            raise UserError(
-                f"{self._swappable.model} runs one adapter per batch: name it with adapter=. For one per row, export a "
-                "model with loratrf-export --adapters NAME=PATH ..."
-            )
-        if adapter is None:
-            if scale != 1:
-                raise UserError(f"scale is {scale} but no adapter is named: there is nothing to scale.")
-            return self._default.run(inputs, chosen)
-        weights = self._resident(adapter)
-        assert isinstance(weights, BoundWeights)
-        return (weights if scale == 1 else weights.scaled(scale, self._scaled)).run(inputs, chosen)
-
-    def _run_rows(
-        self, inputs: Mapping[str, Any], names: Sequence[str | None], rows: int, outputs: Sequence[str]
-    ) -> dict[str, NDArray[Any]]:
-        if len(names) != rows:
-            raise UserError(f"adapters names {len(names)} adapters for {rows} rows: expected one per row.")
-        assert self._slots is not None
-        # Held until the run ends: a slot is free for others when nobody has it any more.
-        slots: dict[str | None, Any] = {name: self._resident(name) for name in dict.fromkeys(names) if name is not None}
-        ids = [slots[name].number if name is not None else -1 for name in names]
-        return self._slots.weights().run({**inputs, ADAPTER_IDS: np.array(ids, np.int64)}, outputs)
+        request = Request(inputs, chosen, adapter, adapters, scale)
+        return self._way.run(request, self._resident)  # type: ignore[arg-type]  # it gives what this way placed
 
     def _resident(self, name: Any) -> BoundWeights | Slot:
         with self._lock:
@@ -192,7 +163,7 @@ class AdapterSession:
                         f"The adapter {name!r} was put aside to stay within max_bytes, and its file {entry.path} has "
                         "changed since it was loaded. Load it again with replace=True."
                     )
-                weights = self._place(file)
+                weights = self._way.place(file.values)
                 with self._lock:
                     entry.weights = weights
                     self._put_aside(entry)
@@ -213,29 +184,22 @@ class AdapterSession:
 
     def _read(self, path: Path) -> AdapterFile:
         file = read_adapter_file(path)
-        manifest, facts = self._swappable.manifest, file.facts
+        origin, base, graph = file.origin, self._manifest.base.sha256, self._manifest.model.sha256
         convert = (
-            f"Convert the adapter for this model: loratrf-export --adapter PATH --onto {self._swappable.model} --out "
-            f"{path.name}."
+            f"Convert the adapter for this model: loratrf-export --adapter PATH --onto {self._model} --out {path.name}."
         )
-        if facts["base_sha256"] != manifest["base"].get("sha256"):
+        if origin.base_sha256 != base:
             raise UserError(
-                f"{path} was made for another base model (sha256 {str(facts['base_sha256'])[:12]}) than that of "
-                f"{self._swappable.model} ({str(manifest['base'].get('sha256'))[:12]}). {convert}"
+                f"{path} was made for another base model (sha256 {str(origin.base_sha256)[:12]}) than that of "
+                f"{self._model} ({str(base)[:12]}). {convert}"
             )
-        if facts["model_sha256"] != manifest["model"]["sha256"]:
+        if origin.model_sha256 != graph:
             raise UserError(
-                f"{path} was made for another export (graph sha256 {facts['model_sha256'][:12]}) than "
-                f"{self._swappable.model} ({manifest['model']['sha256'][:12]}). {convert}"
+                f"{path} was made for another export (graph sha256 {origin.model_sha256[:12]}) than {self._model} "
+                f"({graph[:12]}). {convert}"
             )
         check_matches(file.values, self._swappable.weights, path)
         return file
-
-    def _place(self, file: AdapterFile) -> BoundWeights | Slot:
-        if self._slots is not None:
-            return self._slots.place(file.values)
-        # In host memory the weights stay the file's one block; elsewhere they are copied once, here.
-        return BoundWeights(self._session, self._device, file.values)
 
     def _unknown(self, name: object) -> UserError:
         loaded = some([repr(known) for known in self._entries], limit=20) or "none"

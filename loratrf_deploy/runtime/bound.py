@@ -1,23 +1,37 @@
-"""Adapters in memory, as ONNX Runtime takes them: one adapter's own weights, or the slots that many share."""
+"""One adapter a run: its weights in memory, bound to the graph's inputs as ONNX Runtime takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..formats.manifest import Swappable
+from ..ops.schemas import Device
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["BoundWeights"]
+__all__ = ["BoundWeights", "OnePerRun", "Request"]
 
 _SPARE_BINDINGS = 4
 """Bindings kept ready for threads that run at once; each is some 20 kB."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `AdapterSession.run` was asked for: an `adapter` for all rows (... where none was named) or one per row."""
+
+    inputs: Mapping[str, Any]
+    outputs: Sequence[str]
+    adapter: str | EllipsisType | None
+    adapters: Sequence[str | None] | None
+    scale: float
 
 
 class BoundWeights:
@@ -29,7 +43,7 @@ class BoundWeights:
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        device: str,
+        device: Device,
         values: Mapping[str, NDArray[Any]],
         there: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
     ):
@@ -77,3 +91,33 @@ class BoundWeights:
         scaled = {name: self._arrays[name] * self._arrays[name].dtype.type(scale) for name in names}
         rest = {name: value for name, value in self._values.items() if name not in scaled}
         return BoundWeights(self._session, self._device, {**self._arrays, **scaled}, rest)
+
+
+class OnePerRun:
+    """The adapters of a swappable model: each one's weights are graph inputs of their own."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: Device, swappable: Swappable):
+        self.default = swappable.default
+        self._session, self._device = session, device
+        self._without = BoundWeights(session, device, {})
+        self._scaled = [weight.name for weight in swappable.weights if weight.part in ("B", "D")]
+
+    def place(self, values: Mapping[str, NDArray[Any]]) -> BoundWeights:
+        """An adapter's weights on the session's device: in host memory they stay the file's one block."""
+        return BoundWeights(self._session, self._device, values)
+
+    def run(self, request: Request, resident: Callable[[Any], BoundWeights]) -> dict[str, NDArray[Any]]:
+        """Output name -> value under the one adapter of `request`; `resident` gives what `place` made, by name."""
+        if request.adapters is not None:
+            raise UserError(
+                "This model runs one adapter per batch: name it with adapter=. For one per row, export a model with "
+                "loratrf-export --adapters NAME=PATH ..."
+            )
+        if request.adapter is None:
+            if request.scale != 1:
+                raise UserError(f"scale is {request.scale} but no adapter is named: there is nothing to scale.")
+            return self._without.run(request.inputs, request.outputs)
+        weights = resident(request.adapter)
+        if request.scale != 1:
+            weights = weights.scaled(request.scale, self._scaled)
+        return weights.run(request.inputs, request.outputs)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..ops.schemas import Device
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = ["PROVIDERS", "check_providers", "create_session", "library_path", "with_options"]
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by the device names of the command lines."""
 
 _OPTIONS = {PROVIDERS["cuda"]: {"use_tf32": "0"}}
@@ -30,8 +31,8 @@ def library_path() -> Path:
     if not path.is_file():
         raise UserError(
             f"The custom-op library is not built: {path} does not exist. Build it with `pip install .` from the "
-            "repository (needs a C++17 compiler and cmake), or open the model without it (library=False): results are "
-            "the same, only slower."
+            "repository (needs a C++17 compiler and cmake), or open the model without it (library=False): operators "
+            "then run by their definitions in the file."
         )
     return path
 

@@ -1,4 +1,4 @@
-"""The adapters of a grouped model: its graph inputs hold one adapter's weights per slot. numpy alone.
+"""One adapter a row: the adapters of a grouped model, whose graph inputs hold one adapter's weights per slot.
 
 A grouped export writes into loratrf.json which weights those are (`RuntimeWeight`, without the slots' dimension), and
 `fit` turns an adapter into values for them; here they become the (S, ...) arrays that the graph takes.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.swappable import RuntimeWeight
-from .bound import BoundWeights
+from ..errors import UserError
+from ..formats.manifest import Swappable
+from ..formats.swappable import Default, RuntimeWeight
+from ..ops.schemas import ADAPTER_IDS, Device
+from .bound import BoundWeights, Request
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Slot", "SlotBank", "Slots"]
+__all__ = ["OnePerRow", "Slot", "Slots"]
 
 
 class Slots:
@@ -82,18 +85,20 @@ _FIRST_SLOTS = 8
 
 
 class Slot:
-    """The place of one adapter in a SlotBank, its own for as long as anybody refers to this object."""
+    """The place of one adapter, its own for as long as anybody refers to this object."""
 
     def __init__(self, number: int):
         self.number = number
 
 
-class SlotBank:
+class OnePerRow:
     """Many adapters in the (S, ...) arrays of a grouped model. Slots that no run names are not read by the kernels."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: str, weights: Sequence[RuntimeWeight]):
+    default: Default = "base"
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: Device, swappable: Swappable):
         self._session, self._device = session, device
-        self._slots, self._count = Slots(weights, _FIRST_SLOTS), _FIRST_SLOTS
+        self._slots, self._count = Slots(swappable.weights, _FIRST_SLOTS), _FIRST_SLOTS
         self._free = list(range(_FIRST_SLOTS))
         self._bound: BoundWeights | None = None
         self._lock = threading.Lock()
@@ -120,3 +125,16 @@ class SlotBank:
             if self._bound is None:
                 self._bound = BoundWeights(self._session, self._device, dict(self._slots.values))
             return self._bound
+
+    def run(self, request: Request, resident: Callable[[Any], Slot]) -> dict[str, NDArray[Any]]:
+        """Output name -> value, each row under its own adapter; `resident` gives what `place` made, by name."""
+        if request.scale != 1:
+            raise UserError(f"scale is {request.scale}, but a model of --adapters has no scale per run. Expected 1.")
+        rows = (np.shape(next(iter(request.inputs.values()))) or (0,))[0]
+        names = [request.adapter] * rows if request.adapters is None else list(request.adapters)
+        if len(names) != rows:
+            raise UserError(f"adapters names {len(names)} adapters for {rows} rows: expected one per row.")
+        # Held until the run ends: a slot is free for others when nobody has it any more.
+        slots = {name: resident(name) for name in dict.fromkeys(names) if name is not None}
+        ids = np.array([slots[name].number if name is not None else -1 for name in names], np.int64)
+        return self.weights().run({**request.inputs, ADAPTER_IDS: ids}, request.outputs)

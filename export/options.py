@@ -1,0 +1,106 @@
+"""How to export: `ExportOptions`, and what of it nothing can be exported with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from ..adapters.adapter import Adapter
+from ..errors import UserError, some
+from ..formats.manifest import Mode, Quantization
+from ..formats.swappable import Default
+from ..ops.dtypes import DTYPES, RUN_TIME_DTYPES, DType
+from ..ops.schemas import MAX_CUDA_RANK, MAX_RANK, Device
+
+__all__ = ["DEFAULTS", "DEFAULT_OPSET", "DEVICES", "MODES", "OPSETS", "QUANTIZATIONS", "ExportOptions", "check_ranks"]
+
+MODES = ("merged", "separate")
+DEFAULTS: tuple[Default, ...] = get_args(Default)
+DEVICES: tuple[Device, ...] = get_args(Device)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+OPSETS = range(18, 24)
+DEFAULT_OPSET = 20
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an adapter becomes a model. Raises UserError for values, and combinations, that nothing is exported with.
+
+    `base_model` is a folder or a hub name; None takes the adapter's own. mode "merged" folds the low-rank halves into
+    the weights and keeps an operator only where there is a task-aware filter; "separate" keeps every half as an
+    operator beside its frozen layer; None is "separate" for a swappable model, else "merged". `swappable` "base" or
+    "adapter" makes the adapter's weights inputs of the graph, which have the values of the one or the other when nobody
+    feeds them, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes the fusions of ONNX Runtime's
+    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` and `bundle_library` (a copy of the
+    custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
+    proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
+    are proven on the CPU.
+    """
+
+    base_model: str | Path | None = None
+    mode: Mode | None = None
+    swappable: Default | None = None
+    dtype: DType = "float32"
+    device: Device = "cpu"
+    opset: int | None = None
+    quantize: Quantization = "none"
+    bundle_library: bool = False
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("--mode", self.mode, (None, *MODES))
+        _one_of("--swappable", self.swappable, (None, *DEFAULTS))
+        _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--device", self.device, DEVICES)
+        _one_of("--quantize", self.quantize, QUANTIZATIONS)
+        if self.opset is not None and self.opset not in OPSETS:
+            raise UserError(f"--opset is {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
+        if self.swappable is not None and self.mode == "merged":
+            raise UserError(
+                f"--swappable is {self.swappable!r} with --mode merged, expected --mode separate: an adapter that is "
+                "folded into the weights can't be swapped."
+            )
+        if self.dtype == "bfloat16" and self.device == "cpu":
+            raise UserError(
+                "--dtype bfloat16 is for --device cuda: ONNX Runtime's CPU has no bfloat16 for most operators. Export "
+                "with --dtype float32 or float16, or add --device cuda."
+            )
+        if self.swappable is not None and self.dtype not in RUN_TIME_DTYPES.values():
+            raise UserError(
+                f"--swappable has no --dtype {self.dtype}: run-time weights are float32 or float16. Take float16."
+            )
+
+    @property
+    def merges(self) -> bool:
+        """Whether low-rank halves are folded into the weights."""
+        return self.mode == "merged" or (self.mode is None and self.swappable is None)
+
+    def given(self, names: Iterable[str]) -> str | None:
+        """The command line's word for the first of the fields `names` that isn't at its default."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                return "--no-check" if field.name == "check" else f"--{field.name.replace('_', '-')}"
+        return None
+
+
+def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in known:
+        raise UserError(f"{option} is {value!r}, expected one of: {', '.join(str(entry) for entry in known if entry)}.")
+
+
+def check_ranks(adapter: Adapter, *, merges: bool, device: Device, remedy: str) -> None:
+    """UserError, ending in `remedy`, where ranks that stay in the graph are over what the operators take on `device`.
+
+    A merged low-rank half has no rank there.
+    """
+    most = MAX_CUDA_RANK if device == "cuda" else MAX_RANK
+    high = [
+        name for name, layer in adapter.layers.items() if max(0 if merges else layer.rank, layer.filter_rank) > most
+    ]
+    if high:
+        raise UserError(
+            f"The adapter {adapter.path} has ranks over {most} at {some(high)}, more than the operators take on "
+            f"{device}. {remedy}".strip()
+        )

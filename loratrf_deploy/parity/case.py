@@ -1,0 +1,180 @@
+"""The first step of a parity check: everything that is compared, read and held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from ..adapters.adapter import Adapter, read_adapter
+from ..errors import UserError, some
+from ..formats.fit import fit
+from ..formats.manifest import Manifest, read_swappable
+from ..genai.generate import decoder_config
+from ..genai.names import is_cache
+from ..ops.dtypes import DTYPES, DType
+from ..ops.schemas import DOMAIN, OPS, Device
+from ..pytorch.base import BaseModel, Inputs
+from ..pytorch.oracle import load_reference
+from ..runtime.session import PROVIDERS, check_providers
+from .inputs import complete, default_inputs, padding_mask, read_inputs
+from .quantised import dequantise_reference, exact_arithmetic
+from .result import Check, Step
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+__all__ = ["TOLERANCES", "Case", "adapter_of", "load_graph", "model_dtype", "prepare"]
+
+TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
+
+GENERATION_TOLERANCE = 1e-4
+"""Of float32 causal language models: rounding adds up over many more layers than an encoder has."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An exported model, PyTorch's model of the same adapter, and what both are fed.
+
+    `weights` are the adapter's for a swappable model, which `manifest` describes; both are empty otherwise. `folded`
+    layers have their low-rank half, or a bias of it, in the graph's weights. `genai_config` is there where the model
+    generates. Where the base is `quantised`, `graph` is
+    the one in the file, made to compute in float32, `base` has its dequantised weights, and `weight_checks` say whether
+    these are its own.
+    """
+
+    model: Path
+    graph: ir.Model
+    genai_config: dict[str, Any] | None
+    dtype: DType
+    tolerance: float
+    device: Device
+    adapter: Adapter
+    base: BaseModel
+    folded: frozenset[str]
+    quantised: bool
+    weight_checks: tuple[Check, ...]
+    manifest: Manifest | None
+    weights: dict[str, NDArray[Any]]
+    batches: tuple[Inputs, ...]
+    masks: tuple[NDArray[np.bool_] | None, ...]
+    outputs: tuple[str, ...]
+
+
+def prepare(
+    model: Path,
+    adapter: Adapter | str | Path,
+    base_model: str | Path | None,
+    inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None,
+    *,
+    tolerance: float | None,
+    device: Device,
+    step: Step,
+) -> Case:
+    """The case that `check_parity` was asked for, with its arguments. Raises UserError where one is at fault."""
+    check_providers([PROVIDERS[device]])
+    step("reading the model")
+    graph = load_graph(model)
+    dtype, genai_config = model_dtype(graph), decoder_config(model)
+    read = adapter_of(adapter)
+    step("loading PyTorch's model")
+    folded = _folded(read, graph)
+    base = load_reference(read, base_model, dtype=dtype, merge=bool(folded))
+    weight_checks = []
+    if quantised := exact_arithmetic(graph):
+        step("dequantising")
+        weight_checks = [dequantise_reference(graph, base, read, merged=bool(folded or read.not_separable))]
+    manifest, weights = None, {}
+    if any(value.name in graph.graph.initializers for value in graph.graph.inputs):
+        manifest, swappable = read_swappable(model)
+        if swappable.slots:
+            raise UserError(
+                f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
+                f"{model} --adapters NAME=PATH ..."
+            )
+        weights = fit(read, swappable.weights, manifest.adapter.filter_input)
+    batches = _batches(inputs, base, model)
+    _check_names(model, graph, base, batches)
+    biased = {name for name, layer in read.layers.items() if layer.lora_bias is not None}
+    return Case(
+        model=model,
+        graph=graph,
+        genai_config=genai_config,
+        dtype=dtype,
+        tolerance=tolerance or (GENERATION_TOLERANCE if genai_config and dtype == "float32" else TOLERANCES[dtype]),
+        device=device,
+        adapter=read,
+        base=base,
+        folded=frozenset(folded | biased),
+        quantised=quantised,
+        weight_checks=tuple(weight_checks),
+        manifest=manifest,
+        weights=weights,
+        batches=tuple(batches),
+        masks=tuple(padding_mask(batch) for batch in batches),
+        outputs=tuple(name for value in graph.graph.outputs if not is_cache(name := value.name or "")),
+    )
+
+
+def adapter_of(adapter: Adapter | str | Path) -> Adapter:
+    """An adapter that was read already, or the one in a folder."""
+    return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+
+
+def load_graph(model: Path) -> ir.Model:
+    """The ONNX model in the file `model`. Raises UserError."""
+    import onnx_ir as ir
+
+    if not model.is_file():
+        raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
+    try:
+        return ir.load(model)
+    except Exception as error:  # protobuf and onnx_ir raise many classes
+        raise UserError(
+            f"{model} is not a readable ONNX model ({error}). Export it again with loratrf-export."
+        ) from error
+
+
+def model_dtype(model: ir.Model) -> DType:
+    """The float type that most of the model's weights have, by number of values."""
+    sizes: dict[DType, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point():
+            own = tensor.dtype.numpy().name
+            name = own if own in DTYPES else "float32"
+            sizes[name] = sizes.get(name, 0) + tensor.size
+    return max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
+    """Layers whose low-rank half lies in the weights of the graph, not in an operator."""
+    ops = {node.metadata_props.get("module"): node.op_type for node in graph.graph if node.domain == DOMAIN}
+    return {
+        name
+        for name, layer in adapter.layers.items()
+        if layer.A is not None and "A" not in (OPS[ops[name]].inputs if ops.get(name) in OPS else ())
+    }
+
+
+def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: BaseModel, model: Path) -> list[Inputs]:
+    if inputs is None:
+        return default_inputs(base)
+    if isinstance(inputs, Path):
+        return read_inputs(inputs, base, model.parent)
+    return [complete(dict(batch), base) for batch in inputs]
+
+
+def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
+    """UserError where the graph takes what the base doesn't: it is another model's."""
+    names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
+    if foreign := sorted({name for name in names if not is_cache(name)} - set(batches[0])):
+        raise UserError(
+            f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
+            "model that loratrf-export made from this adapter and base."
+        )
