@@ -57,7 +57,6 @@ struct OrtApiBase {
   X(KernelInfoGetAttribute_int64, 86, OrtStatus*, (const OrtKernelInfo* info, const char* name, int64_t* out))     \
   X(KernelInfoGetAttribute_string, 87, OrtStatus*,                                                                 \
     (const OrtKernelInfo* info, const char* name, char* out, size_t* size))                                        \
-  X(KernelContext_GetInputCount, 88, OrtStatus*, (const OrtKernelContext* context, size_t* out))                   \
   X(KernelContext_GetInput, 90, OrtStatus*, (const OrtKernelContext* context, size_t index, const OrtValue** out)) \
   X(KernelContext_GetOutput, 91, OrtStatus*,                                                                       \
     (OrtKernelContext * context, size_t index, const int64_t* dims, size_t count, OrtValue** out))                 \

@@ -26,7 +26,7 @@ struct Work {
   Call call;  // of the whole batch, with slot 0's weights
   int64_t element_size;
   const Piece* pieces;
-  Status status;
+  int status;  // a Status; the atomic store takes no enum
 
   const void* At(const void* tensor, int64_t elements) const {
     return tensor ? static_cast<const char*>(tensor) + elements * element_size : nullptr;
@@ -101,7 +101,7 @@ Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t b
   const int64_t T = batch * tokens;
   const Call call{type,         filter_input, T, K,       N, R, F, base, x, tau, {A, nullptr}, {B, nullptr},
                   {C, nullptr}, {D, nullptr}, y, parallel};
-  Work work{isa, call, type == Type::kFloat32 ? 4 : 2, nullptr, Status::kOk};
+  Work work{isa, call, type == Type::kFloat32 ? 4 : 2, nullptr, 0};
 
   const int64_t runs = Cut(adapter_ids, batch, tokens, T, nullptr);
   const bool few = runs <= kFewRuns;
@@ -113,20 +113,22 @@ Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t b
   work.pieces = pieces;
 
   if (few) {
-    for (int64_t i = 0; i < count && work.status == Status::kOk; ++i) work.status = work.Compute(pieces[i], parallel);
+    for (int64_t i = 0; i < count && !work.status; ++i) {
+      work.status = static_cast<int>(work.Compute(pieces[i], parallel));
+    }
   } else {
     const bool serial = T * (R * (K + N) + 2 * F * N) < kSerialWork;
     (serial ? RunSerially : parallel.run)(
         parallel.self, static_cast<size_t>(count),
         [](void* argument, size_t i) {
           Work* shared = static_cast<Work*>(argument);
-          const Status status = shared->Compute(shared->pieces[i], {RunSerially, nullptr});
-          if (status != Status::kOk) __atomic_store_n(&shared->status, status, __ATOMIC_RELAXED);
+          const int status = static_cast<int>(shared->Compute(shared->pieces[i], {RunSerially, nullptr}));
+          if (status) __atomic_store_n(&shared->status, status, __ATOMIC_RELAXED);
         },
         &work);
   }
   free(pieces);
-  return work.status;
+  return static_cast<Status>(work.status);
 }
 
 }  // namespace loratrf
