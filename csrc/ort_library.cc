@@ -125,8 +125,7 @@ void PackConstants(Kernel* kernel, const OrtKernelInfo* info) {
     const Shape shape = ShapeOf(kernel->api, value, &element_type);
     // What doesn't fit is reported by the first run, which knows every shape.
     if (element_type != kernel->element_type || shape.size() != 2 || shape[0] < 1 || shape[1] < 1) continue;
-    const size_t bytes = PackedSize(kernel->isa, shape[0], shape[1]) * sizeof(float);
-    std::shared_ptr<float> packed = TakePackedMemory(bytes);
+    std::shared_ptr<float> packed = TakePackedMemory(PackedSize(kernel->isa, shape[0], shape[1]));
     const Status status = Pack(kernel->isa, kernel->type, shape[0], shape[1], DataOf(kernel->api, value), packed.get());
     if (status != Status::kOk) continue;
     kernel->packed[i] = std::move(packed);

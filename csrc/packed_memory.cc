@@ -1,6 +1,5 @@
 #include "packed_memory.h"
 
-#include <stdlib.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -8,19 +7,17 @@
 #include <mutex>
 #include <new>
 
+#include "kernels/host_memory.h"
+
 namespace loratrf {
 namespace {
 
-constexpr size_t kHugePage = 2 << 20;
-constexpr size_t kAlignment = 64;
-
-size_t RoundUp(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+constexpr int64_t kHugePage = 2 << 20;
 
 // What new blocks are taken from: alive as long as a block of it is.
 struct Current {
   std::mutex mutex;
-  std::weak_ptr<char> chunk;
-  size_t size = 0, used = 0;
+  std::weak_ptr<HostMemory> chunk;
 };
 
 Current& TheCurrent() {
@@ -30,25 +27,22 @@ Current& TheCurrent() {
 
 }  // namespace
 
-std::shared_ptr<float> TakePackedMemory(size_t bytes) {
+std::shared_ptr<float> TakePackedMemory(size_t floats) {
   Current& current = TheCurrent();
   const std::lock_guard<std::mutex> lock(current.mutex);
-  bytes = RoundUp(bytes, kAlignment);
-  std::shared_ptr<char> chunk = current.chunk.lock();
-  if (!chunk || current.size - current.used < bytes) {
-    const size_t size = RoundUp(bytes, kHugePage);
-    char* memory = static_cast<char*>(aligned_alloc(kHugePage, size));
-    if (!memory) throw std::bad_alloc();
+  const auto count = static_cast<int64_t>(floats);
+  const int64_t bytes = HostMemory::Size<float>(count);
+  std::shared_ptr<HostMemory> chunk = current.chunk.lock();
+  if (!chunk || chunk->left() < bytes) {
+    chunk = std::make_shared<HostMemory>(bytes, kHugePage);
+    if (!*chunk) throw std::bad_alloc();
 #ifdef __linux__
-    madvise(memory, size, MADV_HUGEPAGE);  // a wish: without huge pages it is slower, no more
+    // A wish: without huge pages it is slower, no more.
+    madvise(chunk->data(), static_cast<size_t>(chunk->size()), MADV_HUGEPAGE);
 #endif
-    chunk.reset(memory, free);
     current.chunk = chunk;
-    current.size = size, current.used = 0;
   }
-  float* block = reinterpret_cast<float*>(chunk.get() + current.used);
-  current.used += bytes;
-  return {chunk, block};
+  return {chunk, chunk->Take<float>(count)};
 }
 
 }  // namespace loratrf

@@ -10,7 +10,7 @@
 
 namespace loratrf {
 
-// `bytes` of memory, 64-byte aligned; a chunk is freed when its last block is. Throws std::bad_alloc. Any thread.
-std::shared_ptr<float> TakePackedMemory(size_t bytes);
+// `floats` of memory, 64-byte aligned; a chunk is freed when its last block is. Throws std::bad_alloc. Any thread.
+std::shared_ptr<float> TakePackedMemory(size_t floats);
 
 }  // namespace loratrf

@@ -15,28 +15,11 @@ constexpr int64_t kSplitTokens = 32;    // most tokens that the split plan takes
 constexpr int64_t kTileTokens = 24;     // most tokens per tile
 static_assert(kColumns % kPanel == 0 && kSplitColumns % kColumns == 0, "pieces are whole panels");
 
-// 64-byte aligned memory for one task or call; null where there is none.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(RoundUp(floats + 1, 16)) * sizeof(float);
-    next_ = memory_ = static_cast<float*>(aligned_alloc(64, bytes));
-  }
-  ~Scratch() { free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  explicit operator bool() const { return memory_ != nullptr; }
-  static int64_t Size(int64_t floats) { return RoundUp(floats, 16); }
-  float* Take(int64_t floats) {
-    float* taken = next_;
-    next_ += Size(floats);
-    return taken;
-  }
-
- private:
-  float* memory_;
-  float* next_;
-};
+// Bytes of scratch for so many floats each.
+template <class... Counts>
+int64_t ScratchSize(Counts... floats) {
+  return (HostMemory::Size<float>(floats) + ...);
+}
 
 inline void Zero(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
 

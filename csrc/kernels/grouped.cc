@@ -1,8 +1,8 @@
 // GroupedLoraTrf: every run of neighbouring rows with one adapter is a LoraTrf call with that slot's weights.
 // Compiled for the baseline CPU; the instruction set does the calls.
-#include <stdlib.h>
 #include <string.h>
 
+#include "host_memory.h"
 #include "isa.h"
 #include "loratrf.h"
 
@@ -107,8 +107,9 @@ Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t b
   const bool few = runs <= kFewRuns;
   const int64_t piece_tokens = few ? T : Clamp(T / kPieces, kLeastPieceTokens, kPieceTokens);
   const int64_t count = few ? runs : Cut(adapter_ids, batch, tokens, piece_tokens, nullptr);
-  Piece* pieces = static_cast<Piece*>(malloc(static_cast<size_t>(count) * sizeof(Piece)));
-  if (!pieces) return Status::kOutOfMemory;
+  HostMemory memory(HostMemory::Size<Piece>(count));
+  if (!memory) return Status::kOutOfMemory;
+  Piece* pieces = memory.Take<Piece>(count);
   Cut(adapter_ids, batch, tokens, piece_tokens, pieces);
   work.pieces = pieces;
 
@@ -127,7 +128,6 @@ Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t b
         },
         &work);
   }
-  free(pieces);
   return static_cast<Status>(work.status);
 }
 

@@ -1,9 +1,9 @@
 // The kernels for x86-64 with AVX2, FMA and F16C.
 #include <immintrin.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "host_memory.h"
 #include "isa.h"
 
 #define LORATRF_LANES 8

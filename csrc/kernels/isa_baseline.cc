@@ -1,12 +1,12 @@
 // The kernels for any x86-64 (SSE2) and any aarch64 (NEON).
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
+#include "host_memory.h"
 #include "isa.h"
 
 #define LORATRF_LANES 4

@@ -1,8 +1,8 @@
 // The 16-lane source built without AVX-512, so that its arithmetic is tested on machines that lack it.
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "host_memory.h"
 #include "isa.h"
 
 #define LORATRF_LANES 16

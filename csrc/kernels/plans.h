@@ -26,17 +26,17 @@ void RunTiles(Work<E>& work, bool serial) {
     const int64_t t0 = call.T * tile / tiles, tokens = call.T * (tile + 1) / tiles - t0;
     if (!tokens) return;
     const int64_t block_size = IsFloat<E>::value ? 0 : tokens * kColumns;
-    Scratch scratch(Scratch::Size(tokens * work.r_stride) + Scratch::Size(tokens * work.f_stride) +
-                    Scratch::Size(tokens * 2) + Scratch::Size(block_size) + Scratch::Size(tokens * tile_stride));
+    HostMemory scratch(
+        ScratchSize(tokens * work.r_stride, tokens * work.f_stride, tokens * 2, block_size, tokens * tile_stride));
     if (!scratch) {
       __atomic_store_n(&work.failed, true, __ATOMIC_RELAXED);
       return;
     }
-    float* u = scratch.Take(tokens * work.r_stride);
-    float* v = scratch.Take(tokens * work.f_stride);
-    float* sums = scratch.Take(tokens * 2);
-    float* block = scratch.Take(block_size);
-    float* y = scratch.Take(tokens * tile_stride);
+    float* u = scratch.Take<float>(tokens * work.r_stride);
+    float* v = scratch.Take<float>(tokens * work.f_stride);
+    float* sums = scratch.Take<float>(tokens * 2);
+    float* block = scratch.Take<float>(block_size);
+    float* y = scratch.Take<float>(tokens * tile_stride);
     Moments* moments = reinterpret_cast<Moments*>(sums);
     Zero(u, tokens * work.r_stride);
     Zero(v, tokens * work.f_stride);
@@ -84,18 +84,17 @@ void RunSplit(Work<E>& work, bool serial) {
   const int64_t block_size = IsFloat<E>::value ? 0 : T * kColumns;
   const int64_t tile_stride = IsFloat<E>::value ? 0 : RoundUp(N, kColumns);
   // Every piece has sums of its own, behind the total: added up in a fixed order.
-  Scratch scratch(Scratch::Size(u_size * (k.count + 1)) + Scratch::Size(v_size * (n.count + 1)) +
-                  Scratch::Size(sums_size * (n.count + 1)) + Scratch::Size(block_size * k.count) +
-                  Scratch::Size(T * tile_stride));
+  HostMemory scratch(ScratchSize(u_size * (k.count + 1), v_size * (n.count + 1), sums_size * (n.count + 1),
+                                 block_size * k.count, T * tile_stride));
   if (!scratch) {
     work.failed = true;
     return;
   }
-  float* u = scratch.Take(u_size * (k.count + 1));
-  float* v = scratch.Take(v_size * (n.count + 1));
-  float* sums = scratch.Take(sums_size * (n.count + 1));
-  float* blocks = scratch.Take(block_size * k.count);
-  float* y = scratch.Take(T * tile_stride);
+  float* u = scratch.Take<float>(u_size * (k.count + 1));
+  float* v = scratch.Take<float>(v_size * (n.count + 1));
+  float* sums = scratch.Take<float>(sums_size * (n.count + 1));
+  float* blocks = scratch.Take<float>(block_size * k.count);
+  float* y = scratch.Take<float>(T * tile_stride);
   Zero(u, u_size * (k.count + 1));
   Zero(v, v_size * (n.count + 1));
   Zero(sums, sums_size * (n.count + 1));
@@ -157,7 +156,7 @@ Status RunTyped(Call call) {
   const auto want = [&](Weight* weight, int64_t rows, int64_t cols) {
     if (split || call.T <= kTileTokens || weight->packed || rows == 0 || cols == 0) return;
     unpacked[unpacked_count++] = {weight, rows, cols, nullptr};
-    unpacked_size += Scratch::Size(static_cast<int64_t>(PackedSize(rows, cols)));
+    unpacked_size += ScratchSize(static_cast<int64_t>(PackedSize(rows, cols)));
   };
   want(&call.A, call.R, call.K);
   want(&call.B, call.R ? call.N : 0, call.R);
@@ -165,10 +164,10 @@ Status RunTyped(Call call) {
   want(&call.D, call.F ? call.N : 0, call.F);
 
   const int64_t tau_size = call.F && !IsFloat<E>::value ? call.N : 0;
-  Scratch shared(unpacked_size + Scratch::Size(tau_size));
+  HostMemory shared(unpacked_size + ScratchSize(tau_size));
   if (!shared) return Status::kOutOfMemory;
   for (int i = 0; i < unpacked_count; ++i) {
-    unpacked[i].out = shared.Take(static_cast<int64_t>(PackedSize(unpacked[i].rows, unpacked[i].cols)));
+    unpacked[i].out = shared.Take<float>(static_cast<int64_t>(PackedSize(unpacked[i].rows, unpacked[i].cols)));
   }
   if (unpacked_count) PackWeights<E>(call, serial, unpacked, unpacked_count);
 
@@ -177,7 +176,7 @@ Status RunTyped(Call call) {
     if constexpr (IsFloat<E>::value) {
       work.tau = static_cast<const float*>(call.tau);
     } else {
-      float* widened = shared.Take(tau_size);
+      float* widened = shared.Take<float>(tau_size);
       Convert(static_cast<const E*>(call.tau), widened, call.N);
       work.tau = widened;
     }

@@ -1,0 +1,51 @@
+// Host memory: one block, handed out in 64-byte aligned pieces and given back as a whole.
+//
+// In an unnamed namespace, so that each instruction set has its own copy (see lanes.h).
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+namespace loratrf {
+namespace {
+
+class HostMemory {
+ public:
+  // Room for pieces whose Sizes sum up to `bytes`; false as a bool where there is none to be had.
+  explicit HostMemory(int64_t bytes, int64_t alignment = kPiece) : size_(RoundUp(bytes > 0 ? bytes : 1, alignment)) {
+    memory_ = static_cast<char*>(aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size_)));
+  }
+  ~HostMemory() { free(memory_); }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+
+  explicit operator bool() const { return memory_ != nullptr; }
+  void* data() const { return memory_; }
+  int64_t size() const { return size_; }
+  int64_t left() const { return size_ - taken_; }
+
+  // Bytes of a piece of `count` elements, up to the next piece.
+  template <class E>
+  static int64_t Size(int64_t count) {
+    return RoundUp(count * static_cast<int64_t>(sizeof(E)), kPiece);
+  }
+
+  // The next piece, uninitialised.
+  template <class E>
+  E* Take(int64_t count) {
+    E* piece = reinterpret_cast<E*>(memory_ + taken_);
+    taken_ += Size<E>(count);
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t kPiece = 64;
+  static int64_t RoundUp(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+  int64_t size_, taken_ = 0;
+  char* memory_;
+};
+
+}  // namespace
+}  // namespace loratrf
