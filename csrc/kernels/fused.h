@@ -41,50 +41,66 @@ struct Moments {
   float square, along;
 };
 
-// out = src + in W^T over rows [first_row, +count) and k's [k0, +depth) of w (rows, cols), in the form that suits.
+// A (T,cols) tensor of the call, from (t0, column) on.
 template <class E>
-void Product(const Weight& w, int64_t rows, int64_t cols, int64_t first_row, int64_t count, int64_t k0, int64_t depth,
-             int64_t tokens, const float* in, int64_t in_stride, const float* src, int64_t src_stride, float* out,
-             int64_t out_stride, bool padded) {
-  const E* data = static_cast<const E*>(w.data);
-  if (w.packed) {
-    const Stretch stretch{w.packed, rows, cols, first_row, count, k0, depth};
-    Gemm(stretch, tokens, in, in_stride, src, src_stride, out, out_stride, padded);
+View<const E> From(const void* tensor, int64_t cols, int64_t t0, int64_t column) {
+  return View<const E>{static_cast<const E*>(tensor), cols}.from(t0, column);
+}
+
+template <class E>
+View<E> From(void* tensor, int64_t cols, int64_t t0, int64_t column) {
+  return View<E>{static_cast<E*>(tensor), cols}.from(t0, column);
+}
+
+// Half types' first `count` columns into float32, and back; returns where they are now.
+template <class E>
+Floats Widen(View<const E> from, int64_t tokens, int64_t count, Floats to) {
+  for (int64_t t = 0; t < tokens; ++t) Convert(from.row(t), to.row(t), count);
+  return to;
+}
+
+template <class E>
+void Round(ConstFloats from, int64_t tokens, int64_t count, View<E> to) {
+  for (int64_t t = 0; t < tokens; ++t) Convert(from.row(t), to.row(t), count);
+}
+
+// out = src + in W^T over a stretch of the weight, in the form that suits.
+template <class E>
+void Product(const Weight& weight, const Stretch& stretch, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+             bool padded) {
+  const E* data = static_cast<const E*>(weight.data);
+  if (weight.packed) {
+    Gemm(weight.packed, stretch, tokens, in, src, out, padded);
   } else if (tokens <= kMaxDotTokens) {
-    const RawStretch<E> stretch{data, rows, cols, first_row, count, k0, depth};
-    Dots(stretch, tokens, in, in_stride, src, src_stride, out, out_stride);
+    Dots(data, stretch, tokens, in, src, out);
   } else {
-    const RawStretch<E> stretch{data, rows, cols, first_row, count, k0, depth};
-    PackingGemm(stretch, tokens, in, in_stride, src, src_stride, out, out_stride, padded);
+    PackingGemm(data, stretch, tokens, in, src, out, padded);
   }
 }
 
-// u (tokens, r_stride) += x[:, k0:k0+depth] A[:, k0:k0+depth]^T. block: (tokens, kColumns), for half types.
+// u (tokens,R) += x[:, k0:k0+depth] A[:, k0:k0+depth]^T. block: (tokens,kColumns), where half types are widened.
 template <class E>
-void Reduce(const Work<E>& work, int64_t t0, int64_t tokens, int64_t k0, int64_t depth, float* block, float* u) {
+void Reduce(const Work<E>& work, int64_t t0, int64_t tokens, int64_t k0, int64_t depth, float* block, Floats u) {
   const Call& call = work.call;
   // Few tokens of float32 have nothing to keep in a cache: long runs through the weight are what counts.
   const int64_t step = IsFloat<E>::value && tokens <= kMaxDotTokens ? depth : kColumns;
   for (int64_t end = k0 + depth; k0 < end; k0 += step) {
     const int64_t count = Min(step, end - k0);
-    const E* x = static_cast<const E*>(call.x) + t0 * call.K + k0;
-    const float* in;
-    int64_t stride;
+    const View<const E> x = From<E>(call.x, call.K, t0, k0);
+    ConstFloats in;
     if constexpr (IsFloat<E>::value) {
-      in = x, stride = call.K;
+      in = x;
     } else {
-      for (int64_t t = 0; t < tokens; ++t) Convert(x + t * call.K, block + t * kColumns, count);
-      in = block, stride = kColumns;
+      in = Widen(x, tokens, count, {block, kColumns});
     }
-    Product<E>(call.A, call.R, call.K, 0, call.R, k0, count, tokens, in, stride, u, work.r_stride, u, work.r_stride,
-               true);
+    Product<E>(call.A, {call.R, call.K, 0, call.R, k0, count}, tokens, in, u, u, true);
   }
 }
 
-// Adds <z,z> and <z,tau> over columns [n0, n0+count) to the moments.
-inline void AddMoments(const float* z, int64_t stride, const float* tau, int64_t tokens, int64_t count,
-                       Moments* moments) {
-  for (int64_t t = 0; t < tokens; ++t, z += stride) {
+// Adds <z,z> and <z,tau> over the first `count` columns to the tokens' moments.
+inline void AddMoments(ConstFloats rows, const float* tau, int64_t tokens, int64_t count, Moments* moments) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* z = rows.row(t);
     Vec square[2] = {}, along[2] = {};
     int64_t n = 0;
     for (; n + 2 * kLanes <= count; n += 2 * kLanes) {
@@ -107,71 +123,66 @@ inline void AddMoments(const float* z, int64_t stride, const float* tau, int64_t
 }
 
 // y = base + u B^T over columns [n0, n0+count), with the filter's sums over the same columns. `tile` is where half
-// types keep y in float32: (tokens, tile_stride), its column 0 being column n0.
+// types keep y in float32, its column 0 being column n0; v (tokens,F).
 template <class E>
-void Forward(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_t count, const float* u, float* tile,
-             int64_t tile_stride, Moments* moments, float* v) {
+void Forward(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_t count, ConstFloats u, Floats tile,
+             Moments* moments, Floats v) {
   const Call& call = work.call;
   const int64_t N = call.N;
-  for (int64_t end = n0 + count; n0 < end; n0 += kColumns, tile += kColumns) {
+  for (int64_t end = n0 + count; n0 < end; n0 += kColumns, tile.data += kColumns) {
     const int64_t width = Min(kColumns, end - n0);
-    const E* base = static_cast<const E*>(call.base) + t0 * N + n0;
-    const float* z;
-    float* y;
-    int64_t stride;
+    const View<const E> base = From<E>(call.base, N, t0, n0);
+    const View<E> out = From<E>(call.y, N, t0, n0);
+    ConstFloats z;
+    Floats y;
     if constexpr (IsFloat<E>::value) {
-      z = base, y = static_cast<float*>(call.y) + t0 * N + n0, stride = N;
+      z = base, y = out;
     } else {
-      for (int64_t t = 0; t < tokens; ++t) Convert(base + t * N, tile + t * tile_stride, width);
-      z = y = tile, stride = tile_stride;
+      z = y = Widen(base, tokens, width, tile);
     }
     const auto gather = [&] {
-      AddMoments(z, stride, work.tau + n0, tokens, width, moments);
-      Product<E>(call.C, call.F, N, 0, call.F, n0, width, tokens, z, stride, v, work.f_stride, v, work.f_stride, true);
+      AddMoments(z, work.tau + n0, tokens, width, moments);
+      Product<E>(call.C, {call.F, N, 0, call.F, n0, width}, tokens, z, v, v, true);
     };
     const bool from_base = !work.low_rank() || call.filter_input == FilterInput::kBase;
     if (work.filter() && from_base) gather();
     if (work.low_rank()) {
-      Product<E>(call.B, N, call.R, n0, width, 0, call.R, tokens, u, work.r_stride, z, stride, y, stride, false);
+      Product<E>(call.B, {N, call.R, n0, width, 0, call.R}, tokens, u, z, y, false);
       z = y;
     }
     if (work.filter() && !from_base) gather();
     if constexpr (!IsFloat<E>::value) {
-      if (!work.filter()) {
-        E* out = static_cast<E*>(call.y) + t0 * N + n0;
-        for (int64_t t = 0; t < tokens; ++t) Convert(tile + t * tile_stride, out + t * N, width);
-      }
+      if (!work.filter()) Round(tile, tokens, width, out);
     }
   }
 }
 
 // v *= s, token by token.
 template <class E>
-void Score(const Work<E>& work, int64_t tokens, const Moments* moments, float* v) {
-  for (int64_t t = 0; t < tokens; ++t, v += work.f_stride) {
+void Score(const Work<E>& work, int64_t tokens, const Moments* moments, Floats v) {
+  for (int64_t t = 0; t < tokens; ++t) {
     const float norm = __builtin_sqrtf(moments[t].square);
     const float cosine = moments[t].along / ((norm > kEpsilon ? norm : kEpsilon) * work.tau_norm);
     const float score = cosine < 0.0f ? 0.0f : cosine > 1.0f ? 1.0f : cosine;  // a NaN stays a NaN
-    for (int64_t f = 0; f < work.f_stride; ++f) v[f] *= score;
+    for (int64_t f = 0; f < v.stride; ++f) v.row(t)[f] *= score;
   }
 }
 
 // y += v D^T over columns [n0, n0+count); v has been scored. tile as in Forward.
 template <class E>
-void Filter(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_t count, const float* v, float* tile,
-            int64_t tile_stride) {
+void Filter(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_t count, ConstFloats v, Floats tile) {
   const Call& call = work.call;
   const int64_t N = call.N;
-  for (int64_t end = n0 + count; n0 < end; n0 += kColumns, tile += kColumns) {
+  for (int64_t end = n0 + count; n0 < end; n0 += kColumns, tile.data += kColumns) {
     const int64_t width = Min(kColumns, end - n0);
-    E* y = static_cast<E*>(call.y) + t0 * N + n0;
+    const Stretch stretch{N, call.F, n0, width, 0, call.F};
+    const View<E> y = From<E>(call.y, N, t0, n0);
     if constexpr (IsFloat<E>::value) {
-      const float* src = work.low_rank() ? y : static_cast<const float*>(call.base) + t0 * N + n0;
-      Product<E>(call.D, N, call.F, n0, width, 0, call.F, tokens, v, work.f_stride, src, N, y, N, false);
+      const ConstFloats src = work.low_rank() ? y : From<E>(call.base, N, t0, n0);
+      Product<E>(call.D, stretch, tokens, v, src, y, false);
     } else {
-      Product<E>(call.D, N, call.F, n0, width, 0, call.F, tokens, v, work.f_stride, tile, tile_stride, tile,
-                 tile_stride, false);
-      for (int64_t t = 0; t < tokens; ++t) Convert(tile + t * tile_stride, y + t * N, width);
+      Product<E>(call.D, stretch, tokens, v, tile, tile, false);
+      Round(tile, tokens, width, y);
     }
   }
 }

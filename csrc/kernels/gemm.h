@@ -10,6 +10,20 @@
 
 #include "lanes.h"
 
+// Rows of a matrix, `stride` elements apart.
+template <class E>
+struct View {
+  E* data;
+  int64_t stride;
+
+  E* row(int64_t t) const { return data + t * stride; }
+  // The view whose first element is (row, column).
+  View from(int64_t t, int64_t column) const { return {row(t) + column, stride}; }
+  operator View<const E>() const { return {data, stride}; }
+};
+using ConstFloats = View<const float>;
+using Floats = View<float>;
+
 #if LORATRF_LANES == 4
 constexpr int kPanelVecs = 4;
 #else
@@ -30,27 +44,27 @@ inline int64_t PanelVecs(int64_t rows, int64_t first_row) { return Min(kPanelVec
 
 size_t PackedSize(int64_t rows, int64_t cols) { return static_cast<size_t>(RoundUp(rows, kLanes) * cols); }
 
-// out: depth rows of `width` floats, out[k][row] = w[row][k] for row < valid, 0 beyond. w's rows are `stride` apart.
-inline void PackFloats(const float* w, int64_t stride, int64_t valid, int64_t width, int64_t depth, float* out) {
+// out: depth rows of `width` floats, out[k][row] = w[row][k] for row < valid, 0 beyond.
+inline void PackFloats(ConstFloats w, int64_t valid, int64_t width, int64_t depth, float* out) {
   const int64_t whole = depth / 4 * 4;
   int64_t row = 0;
   for (; row + 4 <= valid; row += 4) {
-    const float* from = w + row * stride;
+    const float* from = w.row(row);
     float* to = out + row;
     for (int64_t k = 0; k < whole; k += 4, from += 4, to += 4 * width) {
       Vec4 part[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const LooseVec4*>(from + i * stride);
+      for (int i = 0; i < 4; ++i) part[i] = *reinterpret_cast<const LooseVec4*>(from + i * w.stride);
       Transpose(part[0], part[1], part[2], part[3]);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) *reinterpret_cast<LooseVec4*>(to + i * width) = part[i];
     }
     for (int64_t k = whole; k < depth; ++k) {
-      for (int i = 0; i < 4; ++i) out[k * width + row + i] = w[(row + i) * stride + k];
+      for (int i = 0; i < 4; ++i) out[k * width + row + i] = w.row(row + i)[k];
     }
   }
   for (; row < width; ++row) {
-    for (int64_t k = 0; k < depth; ++k) out[k * width + row] = row < valid ? w[row * stride + k] : 0.0f;
+    for (int64_t k = 0; k < depth; ++k) out[k * width + row] = row < valid ? w.row(row)[k] : 0.0f;
   }
 }
 
@@ -61,28 +75,28 @@ void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, int64_
   const int64_t valid = Min(width, rows - first_row);
   w += first_row * cols + k0;
   if constexpr (IsFloat<E>::value) {
-    PackFloats(w, cols, valid, width, depth, out);
+    PackFloats({w, cols}, valid, width, depth, out);
   } else {
     constexpr int64_t kStep = 64;
     float block[kPanel * kStep];
     for (int64_t done = 0; done < depth; done += kStep) {
       const int64_t count = Min(kStep, depth - done);
       for (int64_t row = 0; row < valid; ++row) Convert(w + row * cols + done, block + row * kStep, count);
-      PackFloats(block, kStep, valid, width, count, out + done * width);
+      PackFloats({block, kStep}, valid, width, count, out + done * width);
     }
   }
 }
 
 // `tokens` rows of in by `panels` whole panels of `vecs` vectors, one register block after the other.
 template <int tokens, int vecs>
-void Block(const float* in, int64_t in_stride, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
-           const float* src, int64_t src_stride, float* out, int64_t out_stride) {
-  for (; panels > 0; --panels, panel += panel_stride, src += vecs * kLanes, out += vecs * kLanes) {
+void Block(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth, ConstFloats src,
+           Floats out) {
+  for (; panels > 0; --panels, panel += panel_stride, src.data += vecs * kLanes, out.data += vecs * kLanes) {
     Vec sum[tokens][vecs];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) sum[t][v] = Load(src + t * src_stride + v * kLanes);
+      for (int v = 0; v < vecs; ++v) sum[t][v] = Load(src.row(t) + v * kLanes);
     }
     for (int64_t k = 0; k < depth; ++k) {
       Vec weight[vecs];
@@ -90,7 +104,7 @@ void Block(const float* in, int64_t in_stride, const float* panel, int64_t panel
       for (int v = 0; v < vecs; ++v) weight[v] = Load(panel + (k * vecs + v) * kLanes);
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
-        const Vec value = Splat(in[t * in_stride + k]);
+        const Vec value = Splat(in.row(t)[k]);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) sum[t][v] += value * weight[v];
       }
@@ -98,41 +112,41 @@ void Block(const float* in, int64_t in_stride, const float* panel, int64_t panel
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) Store(out + t * out_stride + v * kLanes, sum[t][v]);
+      for (int v = 0; v < vecs; ++v) Store(out.row(t) + v * kLanes, sum[t][v]);
     }
   }
 }
 
 // One token: four independent sums per vector keep the multiply-adds from waiting for each other.
 template <int vecs>
-void Line(const float* in, int64_t, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
-          const float* src, int64_t, float* out, int64_t) {
+void Line(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth, ConstFloats src,
+          Floats out) {
   constexpr int kWays = 4;
-  for (; panels > 0; --panels, panel += panel_stride, src += vecs * kLanes, out += vecs * kLanes) {
+  for (; panels > 0; --panels, panel += panel_stride, src.data += vecs * kLanes, out.data += vecs * kLanes) {
     Vec sum[kWays][vecs] = {};
     int64_t k = 0;
     for (; k + kWays <= depth; k += kWays) {
 #pragma GCC unroll 4
       for (int way = 0; way < kWays; ++way) {
-        const Vec value = Splat(in[k + way]);
+        const Vec value = Splat(in.data[k + way]);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) sum[way][v] += value * Load(panel + ((k + way) * vecs + v) * kLanes);
       }
     }
     for (; k < depth; ++k) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) sum[0][v] += Splat(in[k]) * Load(panel + (k * vecs + v) * kLanes);
+      for (int v = 0; v < vecs; ++v) sum[0][v] += Splat(in.data[k]) * Load(panel + (k * vecs + v) * kLanes);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; ++v) {
       const Vec total = (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
-      Store(out + v * kLanes, Load(src + v * kLanes) + total);
+      Store(out.data + v * kLanes, Load(src.data + v * kLanes) + total);
     }
   }
 }
 
-typedef void (*BlockFn)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, const float*, int64_t, float*,
-                        int64_t);
+typedef void (*BlockFn)(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
+                        ConstFloats src, Floats out);
 
 template <int vecs, int tokens = TokensAtOnce(vecs)>
 BlockFn PickBlock(int64_t wanted) {
@@ -152,76 +166,65 @@ inline BlockFn PickBlock(int64_t vecs, int64_t tokens) {
   return vecs == 2 ? PickBlock<2>(tokens) : PickBlock<1>(tokens);
 }
 
-// A stretch of a packed weight: rows [first_row, first_row + count), k's [k0, k0 + depth).
+// A stretch of a weight: rows [first_row, first_row + count), k's [k0, k0 + depth).
 struct Stretch {
-  const float* packed;
   int64_t rows, cols;        // of the whole weight
   int64_t first_row, count;  // first_row is a multiple of kPanel
   int64_t k0, depth;
 };
 
 // The panels from `row` of the stretch on that have `vecs` vectors each; src and out already point at that row.
-void GemmPanels(const Stretch& w, int64_t row, int64_t vecs, int64_t panels, int64_t tokens, const float* in,
-                int64_t in_stride, const float* src, int64_t src_stride, float* out, int64_t out_stride) {
-  const float* panel = w.packed + (w.first_row + row) * w.cols + w.k0 * vecs * kLanes;
+void GemmPanels(const float* packed, const Stretch& w, int64_t row, int64_t vecs, int64_t panels, int64_t tokens,
+                ConstFloats in, ConstFloats src, Floats out) {
+  const float* panel = packed + (w.first_row + row) * w.cols + w.k0 * vecs * kLanes;
   const int64_t groups = CeilDiv(tokens, TokensAtOnce(static_cast<int>(vecs)));
   for (int64_t t = 0, group = 0; group < groups; ++group) {
     // Equal shares: 8 tokens go as 4 + 4, not 6 + 2.
     const int64_t share = CeilDiv(tokens - t, groups - group);
-    PickBlock(vecs, share)(in + t * in_stride, in_stride, panel, kPanel * w.cols, panels, w.depth, src + t * src_stride,
-                           src_stride, out + t * out_stride, out_stride);
+    PickBlock(vecs, share)(in.from(t, 0), panel, kPanel * w.cols, panels, w.depth, src.from(t, 0), out.from(t, 0));
     t += share;
   }
 }
 
 // out(t, i) = src(t, i) + sum_k in(t, k) W(first_row + i, k0 + k) for i < count and t < tokens. `padded` says that src
 // and out have whole vectors behind row count - 1 (and the result there is src's).
-void Gemm(const Stretch& w, int64_t tokens, const float* in, int64_t in_stride, const float* src, int64_t src_stride,
-          float* out, int64_t out_stride, bool padded) {
+void Gemm(const float* packed, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+          bool padded) {
   const int64_t whole = w.count / kPanel, rest = w.count % kPanel;
-  if (whole) GemmPanels(w, 0, kPanelVecs, whole, tokens, in, in_stride, src, src_stride, out, out_stride);
+  if (whole) GemmPanels(packed, w, 0, kPanelVecs, whole, tokens, in, src, out);
   if (!rest) return;
   const int64_t row = whole * kPanel;
   const int64_t vecs = PanelVecs(w.rows, w.first_row + row);
-  src += row, out += row;
+  src = src.from(0, row), out = out.from(0, row);
   if (padded || rest == vecs * kLanes) {
-    GemmPanels(w, row, vecs, 1, tokens, in, in_stride, src, src_stride, out, out_stride);
+    GemmPanels(packed, w, row, vecs, 1, tokens, in, src, out);
     return;
   }
   float edge[kMaxTokens][kPanel] = {};
   const size_t bytes = static_cast<size_t>(rest) * sizeof(float);
   for (int64_t t = 0; t < tokens; t += kMaxTokens) {
     const int64_t share = Min(kMaxTokens, tokens - t);
-    for (int64_t i = 0; i < share; ++i) memcpy(edge[i], src + (t + i) * src_stride, bytes);
-    GemmPanels(w, row, vecs, 1, share, in + t * in_stride, in_stride, edge[0], kPanel, edge[0], kPanel);
-    for (int64_t i = 0; i < share; ++i) memcpy(out + (t + i) * out_stride, edge[i], bytes);
+    for (int64_t i = 0; i < share; ++i) memcpy(edge[i], src.row(t + i), bytes);
+    GemmPanels(packed, w, row, vecs, 1, share, in.from(t, 0), ConstFloats{edge[0], kPanel}, Floats{edge[0], kPanel});
+    for (int64_t i = 0; i < share; ++i) memcpy(out.row(t + i), edge[i], bytes);
   }
 }
-
-// A stretch of a weight as it was given.
-template <class E>
-struct RawStretch {
-  const E* data;
-  int64_t rows, cols;
-  int64_t first_row, count;  // first_row is a multiple of kPanel
-  int64_t k0, depth;
-};
 
 // As Gemm, packing what it needs as it goes: for weights that are read once, so that what is packed stays in the L1
 // cache. src may be out.
 template <class E>
-void PackingGemm(const RawStretch<E>& w, int64_t tokens, const float* in, int64_t in_stride, const float* src,
-                 int64_t src_stride, float* out, int64_t out_stride, bool padded) {
+void PackingGemm(const E* data, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+                 bool padded) {
   constexpr int64_t kDepth = 256;
   float packed[kPanel * kDepth];
   for (int64_t done = 0; done < w.depth; done += kDepth) {
     const int64_t depth = Min(kDepth, w.depth - done);
     for (int64_t row = 0; row < w.count; row += kPanel) {
-      PackPanel(w.data, w.rows, w.cols, w.first_row + row, w.k0 + done, depth, packed);
-      const Stretch panel{packed, w.rows - w.first_row - row, depth, 0, Min(kPanel, w.count - row), 0, depth};
-      Gemm(panel, tokens, in + done, in_stride, src + row, src_stride, out + row, out_stride, padded);
+      PackPanel(data, w.rows, w.cols, w.first_row + row, w.k0 + done, depth, packed);
+      const Stretch panel{w.rows - w.first_row - row, depth, 0, Min(kPanel, w.count - row), 0, depth};
+      Gemm(packed, panel, tokens, in.from(0, done), src.from(0, row), out.from(0, row), padded);
     }
-    src = out, src_stride = out_stride;
+    src = out;
   }
 }
 
@@ -229,18 +232,17 @@ constexpr int kMaxDotTokens = 4;
 
 // As Gemm for 1 to kMaxDotTokens tokens; nothing is packed, nor does it take padding. src may be out.
 template <class E, int tokens>
-void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const float* src, int64_t src_stride,
-            float* out, int64_t out_stride) {
+void DotsOf(const E* data, const Stretch& w, ConstFloats in, ConstFloats src, Floats out) {
   constexpr int kRows = tokens == 1 ? 8 : 4;
   const int64_t whole = w.depth / kLanes * kLanes, rest = w.depth - whole;
-  const E* end = w.data + w.rows * w.cols;
+  const E* end = data + w.rows * w.cols;
   const VecU32 mask = MaskBelow(rest);
   Vec in_rest[tokens];
-  for (int t = 0; t < tokens; ++t) in_rest[t] = LoadPart(in + t * in_stride + whole, rest);
+  for (int t = 0; t < tokens; ++t) in_rest[t] = LoadPart(in.row(t) + whole, rest);
   for (int64_t row = 0; row < w.count; row += kRows) {
     const int64_t valid = Min(kRows, w.count - row);
     Vec sum[kRows][tokens] = {};
-    const E* from = w.data + (w.first_row + row) * w.cols + w.k0;
+    const E* from = data + (w.first_row + row) * w.cols + w.k0;
     // Rows past the end read the last one again; their sums are dropped.
     int64_t offset[kRows];
 #pragma GCC unroll 8
@@ -248,7 +250,7 @@ void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const fl
     for (int64_t k = 0; k < whole; k += kLanes) {
       Vec value[tokens];
 #pragma GCC unroll 4
-      for (int t = 0; t < tokens; ++t) value[t] = Load(in + t * in_stride + k);
+      for (int t = 0; t < tokens; ++t) value[t] = Load(in.row(t) + k);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec weight = Load(from + offset[i] + k);
@@ -271,8 +273,8 @@ void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const fl
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; i += 4) {
         const Vec4 four = Sums(sum[i][t], sum[i + 1][t], sum[i + 2][t], sum[i + 3][t]);
-        const float* from_src = src + t * src_stride + row + i;
-        float* to = out + t * out_stride + row + i;
+        const float* from_src = src.row(t) + row + i;
+        float* to = out.row(t) + row + i;
         if (i + 4 <= valid) {
           *reinterpret_cast<LooseVec4*>(to) = *reinterpret_cast<const LooseVec4*>(from_src) + four;
         } else {
@@ -284,8 +286,7 @@ void DotsOf(const RawStretch<E>& w, const float* in, int64_t in_stride, const fl
 }
 
 template <class E>
-void Dots(const RawStretch<E>& w, int64_t tokens, const float* in, int64_t in_stride, const float* src,
-          int64_t src_stride, float* out, int64_t out_stride) {
+void Dots(const E* data, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out) {
   auto* dots = tokens == 1 ? DotsOf<E, 1> : tokens == 2 ? DotsOf<E, 2> : tokens == 3 ? DotsOf<E, 3> : DotsOf<E, 4>;
-  dots(w, in, in_stride, src, src_stride, out, out_stride);
+  dots(data, w, in, src, out);
 }

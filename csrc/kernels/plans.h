@@ -32,23 +32,23 @@ void RunTiles(Work<E>& work, bool serial) {
       __atomic_store_n(&work.failed, true, __ATOMIC_RELAXED);
       return;
     }
-    float* u = scratch.Take<float>(tokens * work.r_stride);
-    float* v = scratch.Take<float>(tokens * work.f_stride);
+    const Floats u{scratch.Take<float>(tokens * work.r_stride), work.r_stride};
+    const Floats v{scratch.Take<float>(tokens * work.f_stride), work.f_stride};
     float* sums = scratch.Take<float>(tokens * 2);
     float* block = scratch.Take<float>(block_size);
-    float* y = scratch.Take<float>(tokens * tile_stride);
+    const Floats y{scratch.Take<float>(tokens * tile_stride), tile_stride};
     Moments* moments = reinterpret_cast<Moments*>(sums);
-    Zero(u, tokens * work.r_stride);
-    Zero(v, tokens * work.f_stride);
+    Zero(u.data, tokens * u.stride);
+    Zero(v.data, tokens * v.stride);
     Zero(sums, tokens * 2);
     if (work.low_rank()) Reduce(work, t0, tokens, 0, call.K, block, u);
     if (work.filter()) {
-      Forward(work, t0, tokens, 0, call.N, u, y, tile_stride, moments, v);
+      Forward(work, t0, tokens, 0, call.N, u, y, moments, v);
       Score(work, tokens, moments, v);
-      Filter(work, t0, tokens, 0, call.N, v, y, tile_stride);
+      Filter(work, t0, tokens, 0, call.N, v, y);
     } else {
       for (int64_t n0 = 0; n0 < call.N; n0 += kColumns) {
-        Forward(work, t0, tokens, n0, Min(kColumns, call.N - n0), u, y, tile_stride, moments, v);
+        Forward(work, t0, tokens, n0, Min(kColumns, call.N - n0), u, y, moments, v);
       }
     }
   };
@@ -90,33 +90,31 @@ void RunSplit(Work<E>& work, bool serial) {
     work.failed = true;
     return;
   }
-  float* u = scratch.Take<float>(u_size * (k.count + 1));
-  float* v = scratch.Take<float>(v_size * (n.count + 1));
+  const Floats u{scratch.Take<float>(u_size * (k.count + 1)), work.r_stride};
+  const Floats v{scratch.Take<float>(v_size * (n.count + 1)), work.f_stride};
   float* sums = scratch.Take<float>(sums_size * (n.count + 1));
   float* blocks = scratch.Take<float>(block_size * k.count);
-  float* y = scratch.Take<float>(T * tile_stride);
-  Zero(u, u_size * (k.count + 1));
-  Zero(v, v_size * (n.count + 1));
+  const Floats y{scratch.Take<float>(T * tile_stride), tile_stride};
+  Zero(u.data, u_size * (k.count + 1));
+  Zero(v.data, v_size * (n.count + 1));
   Zero(sums, sums_size * (n.count + 1));
   if (work.low_rank()) {
     auto reduce = [&](int64_t piece) {
-      Reduce(work, 0, T, k.begin(piece), k.size(piece), blocks + piece * block_size, u + (piece + 1) * u_size);
+      Reduce(work, 0, T, k.begin(piece), k.size(piece), blocks + piece * block_size, u.from((piece + 1) * T, 0));
     };
     For(call, serial, k.count, reduce);
-    AddPieces(u + u_size, k.count, u_size, u);
+    AddPieces(u.row(T), k.count, u_size, u.data);
   }
   auto forward = [&](int64_t piece) {
-    Forward(work, 0, T, n.begin(piece), n.size(piece), u, y + (tile_stride ? n.begin(piece) : 0), tile_stride,
-            reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v + (piece + 1) * v_size);
+    Forward(work, 0, T, n.begin(piece), n.size(piece), u, y.from(0, n.begin(piece)),
+            reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v.from((piece + 1) * T, 0));
   };
   For(call, serial, n.count, forward);
   if (!work.filter()) return;
-  AddPieces(v + v_size, n.count, v_size, v);
+  AddPieces(v.row(T), n.count, v_size, v.data);
   AddPieces(sums + sums_size, n.count, sums_size, sums);
   Score(work, T, reinterpret_cast<Moments*>(sums), v);
-  auto filter = [&](int64_t piece) {
-    Filter(work, 0, T, n.begin(piece), n.size(piece), v, y + (tile_stride ? n.begin(piece) : 0), tile_stride);
-  };
+  auto filter = [&](int64_t piece) { Filter(work, 0, T, n.begin(piece), n.size(piece), v, y.from(0, n.begin(piece))); };
   For(call, serial, n.count, filter);
 }
 
@@ -181,7 +179,7 @@ Status RunTyped(Call call) {
       work.tau = widened;
     }
     Moments moments{};
-    AddMoments(work.tau, 0, work.tau, 1, call.N, &moments);
+    AddMoments({work.tau, call.N}, work.tau, 1, call.N, &moments);
     const float norm = __builtin_sqrtf(moments.square);
     work.tau_norm = norm > kEpsilon ? norm : kEpsilon;
   }
