@@ -208,69 +208,57 @@ std::string ChooseIsa(const Isa** isa) {
          IsaName(FindIsa(nullptr)) + "\", the best one here.";
 }
 
-Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
-           const void* const* t, const float* const* packed, void* y, std::string* error) {
+namespace {
+
+Call CallOf(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* t,
+            const float* const* packed, void* y) {
   const auto weight = [&](int i) { return Weight{t[i], packed ? packed[i] : nullptr}; };
-  Status status = Status::kBadSize;
-  switch (op) {
-    case Op::kLowRank:
-      status = LowRank(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, t[0], t[1], weight(2), weight(3), y);
-      break;
-    case Op::kTaskFilter:
-      status = TaskFilter(isa, parallel, type, dims.T, dims.N, dims.F, t[0], t[1], weight(2), weight(3), y);
-      break;
-    case Op::kLoraTrf:
-      status = LoraTrf(isa, parallel, type, dims.T, dims.K, dims.N, dims.R, dims.F, filter_input, t[0], t[1], weight(2),
-                       weight(3), t[4], weight(5), weight(6), y);
-      break;
-    case Op::kGroupedLoraTrf: {
-      const auto* adapter_ids = static_cast<const int64_t*>(t[7]);
-      const int64_t tokens = dims.batch ? dims.T / dims.batch : 0;
-      int64_t row = 0;
-      status = GroupedLoraTrf(isa, parallel, type, dims.batch, tokens, dims.K, dims.N, dims.R, dims.F, dims.S,
-                              filter_input, t[0], t[1], t[2], t[3], t[4], t[5], t[6], adapter_ids, y, &row);
-      if (status != Status::kBadAdapterId) break;
-      *error = WordBadId(adapter_ids, row, dims.S);
-      return status;
-    }
+  Call call;
+  call.type = type, call.filter_input = filter_input;
+  call.T = dims.T, call.K = dims.K, call.N = dims.N, call.R = dims.R, call.F = dims.F;
+  call.base = t[0], call.y = y;
+  if (op != Op::kTaskFilter) call.x = t[1], call.A = weight(2), call.B = weight(3);
+  const int tau = op == Op::kTaskFilter ? 1 : 4;
+  if (op != Op::kLowRank) call.tau = t[tau], call.C = weight(tau + 1), call.D = weight(tau + 2);
+  if (op == Op::kGroupedLoraTrf) {
+    call.adapter_ids = static_cast<const int64_t*>(t[7]);
+    call.batch = dims.batch, call.S = dims.S;
   }
-  *error = Word(op, status);
+  return call;
+}
+
+std::string Word(Op op, const Call& call, Status status, const Detail& detail) {
+  if (status == Status::kBadAdapterId) return WordBadId(call.adapter_ids, detail.bad_row, call.S);
+  if (status != Status::kDevice) return Word(op, status);
+  return std::string(InfoOf(op).name) + ": CUDA reports \"" + detail.message +
+         "\", of this launch or of work queued before it.";
+}
+
+}  // namespace
+
+Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
+           const void* const* tensors, const float* const* packed, void* y, std::string* error) {
+  const Call call = CallOf(op, type, dims, filter_input, tensors, packed, y);
+  Detail detail;
+  const Status status = Run(isa, parallel, call, &detail);
+  if (status != Status::kOk) *error = Word(op, call, status, detail);
   return status;
 }
 
 #ifdef LORATRF_WITH_CUDA
-Status RunOnCuda(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* t, void* y,
+Status RunOnCuda(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* tensors, void* y,
                  Allocate allocate, void* stream, std::string* error) {
-  CudaCall call{};
-  call.type = type, call.filter_input = filter_input;
-  call.batch = call.S = 1, call.tokens = dims.T;
-  call.K = dims.K, call.N = dims.N, call.R = dims.R, call.F = dims.F;
-  call.base = t[0], call.y = y;
-  if (op != Op::kTaskFilter) call.x = t[1], call.A = t[2], call.B = t[3];
-  const int filter = op == Op::kTaskFilter ? 1 : 4;  // tau's index
-  if (op != Op::kLowRank) call.tau = t[filter], call.C = t[filter + 1], call.D = t[filter + 2];
-  if (op == Op::kGroupedLoraTrf) {
-    if (dims.T == 0) return Status::kOk;
-    call.adapter_ids = static_cast<const int64_t*>(t[7]);
-    call.batch = dims.batch, call.tokens = dims.T / dims.batch, call.S = dims.S;
-  }
-  CudaFault fault;
+  const Call call = CallOf(op, type, dims, filter_input, tensors, nullptr, y);
+  Detail detail;
   size_t bytes = 0;
   void* scratch = nullptr;
-  Status status = CudaScratchSize(call, &bytes, &fault);
+  Status status = CudaScratchSize(call, &bytes, &detail);
   if (status == Status::kOk && bytes) {
     scratch = allocate.run(allocate.self, bytes);
     if (!scratch) status = Status::kOutOfMemory;
   }
-  if (status == Status::kOk) status = CudaRun(call, scratch, stream, &fault);
-  if (status == Status::kBadAdapterId) {
-    *error = WordBadId(call.adapter_ids, fault.bad_row, dims.S);
-  } else if (status == Status::kDevice) {
-    *error = std::string(InfoOf(op).name) + ": CUDA reports \"" + fault.message +
-             "\", of this launch or of work queued before it.";
-  } else {
-    *error = Word(op, status);
-  }
+  if (status == Status::kOk) status = CudaRun(call, scratch, stream, &detail);
+  if (status != Status::kOk) *error = Word(op, call, status, detail);
   return status;
 }
 #endif

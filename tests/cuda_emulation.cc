@@ -58,33 +58,23 @@ int loratrf_emulate(int type, int filter_input, const int64_t* sizes, const int6
     data[i] = memory.back()->data();
     if (i < 7) memcpy(data[i], tensors[i], static_cast<size_t>(bytes[i]));
   }
-  const CudaCall call{static_cast<Type>(type),
-                      static_cast<FilterInput>(filter_input),
-                      sizes[0],
-                      sizes[1],
-                      sizes[2],
-                      sizes[3],
-                      sizes[4],
-                      sizes[5],
-                      sizes[6],
-                      data[0],
-                      data[1],
-                      data[2],
-                      data[3],
-                      data[4],
-                      data[5],
-                      data[6],
-                      adapter_ids,
-                      data[7]};
-  CudaFault fault;
+  Call call;
+  call.type = static_cast<Type>(type);
+  call.filter_input = static_cast<FilterInput>(filter_input);
+  call.batch = sizes[0], call.T = sizes[0] * sizes[1];
+  call.K = sizes[2], call.N = sizes[3], call.R = sizes[4], call.F = sizes[5], call.S = sizes[6];
+  call.base = data[0], call.x = data[1], call.A.data = data[2], call.B.data = data[3];
+  call.tau = data[4], call.C.data = data[5], call.D.data = data[6], call.y = data[7];
+  call.adapter_ids = adapter_ids;
+  Detail detail;
   size_t scratch_bytes = 0;
-  Status status = CudaScratchSize(call, &scratch_bytes, &fault);
+  Status status = CudaScratchSize(call, &scratch_bytes, &detail);
   if (status == Status::kOk) {
     const Guarded scratch(scratch_bytes);
-    status = CudaRun(call, scratch_bytes ? scratch.data() : nullptr, nullptr, &fault);
+    status = CudaRun(call, scratch_bytes ? scratch.data() : nullptr, nullptr, &detail);
   }
   if (status == Status::kOk && data[7]) memcpy(tensors[7], data[7], static_cast<size_t>(bytes[7]));
-  *bad_row = fault.bad_row, *message = fault.message;
+  *bad_row = detail.bad_row, *message = detail.message;
   return static_cast<int>(status);
 }
 }

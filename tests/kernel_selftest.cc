@@ -1,7 +1,7 @@
 // The kernels against a double-precision loop, without Python: for emulators (tests/test_kernels.py builds it for
 // aarch64), sanitizers and valgrind. Every tensor has a heap block of its exact size.
 //
-//   g++ -std=c++17 -O2 tests/kernel_selftest.cc csrc/kernels/loratrf.cc csrc/kernels/isa_baseline.cc ...
+//   g++ -std=c++17 -O2 tests/kernel_selftest.cc csrc/kernels/{loratrf,grouped,isa_baseline}.cc ...
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -105,13 +105,14 @@ void CheckCall(const Isa* isa, Type type, int op, bool prepack, int64_t T, int64
   };
   packed.reserve(4);
   const Weight a = weight(A, R, K), b = weight(B, N, R), c = weight(C, F, N), d = weight(D, N, F);
-  const ParallelFor serial{Serial, nullptr};
-  const void* z = base.bytes.data();
-  const FilterInput filter = op == 3 ? FilterInput::kBase : FilterInput::kAdapted;
-  const Status status = op == 0   ? LowRank(isa, serial, type, T, K, N, R, z, x.bytes.data(), a, b, y.bytes.data())
-                        : op == 1 ? TaskFilter(isa, serial, type, T, N, F, z, tau.bytes.data(), c, d, y.bytes.data())
-                                  : LoraTrf(isa, serial, type, T, K, N, R, F, filter, z, x.bytes.data(), a, b,
-                                            tau.bytes.data(), c, d, y.bytes.data());
+  Call call;
+  call.type = type, call.T = T, call.N = N;
+  call.filter_input = op == 3 ? FilterInput::kBase : FilterInput::kAdapted;
+  call.base = base.bytes.data(), call.y = y.bytes.data();
+  if (op != 1) call.K = K, call.R = R, call.x = x.bytes.data(), call.A = a, call.B = b;
+  if (op != 0) call.F = F, call.tau = tau.bytes.data(), call.C = c, call.D = d;
+  Detail detail;
+  const Status status = Run(isa, {Serial, nullptr}, call, &detail);
 
   Values h = base.values;
   if (op != 1) {

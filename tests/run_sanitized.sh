@@ -14,7 +14,7 @@ mkdir -p "$out/loratrf_deploy"
 
 avx2="-mavx2 -mfma -mf16c"
 flags="-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -ffp-contract=fast -Wno-psabi"
-sources="tests/kernel_selftest.cc csrc/kernels/loratrf.cc csrc/kernels/isa_baseline.cc"
+sources="tests/kernel_selftest.cc csrc/kernels/loratrf.cc csrc/kernels/grouped.cc csrc/kernels/isa_baseline.cc"
 objects=
 if [ "$(uname -m)" = x86_64 ]; then
   for isa in avx2 lanes16 avx512; do

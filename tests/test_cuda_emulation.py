@@ -43,7 +43,7 @@ class Emulator:
         return self.library.loratrf_emulate_gpu(multiprocessors, backwards, refuse_cooperative, error)
 
     def run(self, tensors, sizes, dtype, filter_input="adapted", adapter_ids=None, in_place=False):
-        """(status, y) of a call on {name: array}; sizes as CudaCall has them."""
+        """(status, y) of a call on {name: array}; sizes: batch, tokens of a row, K, N, R, F, S."""
         arrays = [tensors.get(name) for name in ("base", "x", "A", "B", "tau", "C", "D")]
         y = np.full_like(arrays[0], np.nan)
         arrays.append(y)

@@ -360,7 +360,8 @@ def test_aarch64_under_qemu(tmp_path):
     if not compiler or not emulator:
         pytest.skip("aarch64-linux-gnu-g++ or qemu-aarch64 is not installed")
     program = tmp_path / "selftest"
-    sources = [ROOT / "tests" / "kernel_selftest.cc", KERNELS / "loratrf.cc", KERNELS / "isa_baseline.cc"]
+    sources = [ROOT / "tests" / "kernel_selftest.cc"]
+    sources += [KERNELS / name for name in ("loratrf.cc", "grouped.cc", "isa_baseline.cc")]
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast", "-fno-math-errno", "-static"]
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
     result = subprocess.run([emulator, str(program)], capture_output=True, text=True, timeout=120)

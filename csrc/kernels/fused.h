@@ -27,6 +27,7 @@ inline void Zero(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(c
 template <class E>
 struct Work {
   const Call& call;
+  ParallelFor parallel;
   int64_t r_stride, f_stride;  // of u and v rows: ranks rounded up to whole vectors
   const float* tau;            // (N), widened
   float tau_norm;              // max(|tau|, eps)

@@ -2,6 +2,7 @@
 // Compiled for the baseline CPU; the instruction set does the calls.
 #include <string.h>
 
+#include "check_call.h"
 #include "host_memory.h"
 #include "isa.h"
 #include "loratrf.h"
@@ -21,34 +22,42 @@ struct Piece {
   int64_t first, count, slot;
 };
 
-struct Work {
+// A call, with what its pieces share.
+struct Job {
   const Isa* isa;
-  Call call;  // of the whole batch, with slot 0's weights
-  int64_t element_size;
+  const Call& call;
   const Piece* pieces;
   int status;  // a Status; the atomic store takes no enum
 
+  int64_t Bytes(int64_t elements) const { return elements * (call.type == Type::kFloat32 ? 4 : 2); }
+
   const void* At(const void* tensor, int64_t elements) const {
-    return tensor ? static_cast<const char*>(tensor) + elements * element_size : nullptr;
+    return tensor ? static_cast<const char*>(tensor) + Bytes(elements) : nullptr;
   }
 
-  Status Compute(const Piece& piece, ParallelFor parallel) const {
+  // The piece as a call of its own, with its slot's weights.
+  Call Part(const Piece& piece) const {
     Call part = call;
-    part.parallel = parallel;
     part.T = piece.count;
+    part.S = part.batch = 1;
+    part.adapter_ids = nullptr;
     part.base = At(call.base, piece.first * call.N);
     part.x = At(call.x, piece.first * call.K);
     part.y = const_cast<void*>(At(call.y, piece.first * call.N));
-    if (piece.slot < 0 || (call.R == 0 && call.F == 0)) {
-      if (part.y != part.base) memcpy(part.y, part.base, static_cast<size_t>(piece.count * call.N * element_size));
-      return Status::kOk;
-    }
-    part.A.data = At(call.A.data, piece.slot * call.R * call.K);
-    part.B.data = At(call.B.data, piece.slot * call.N * call.R);
+    if (piece.slot < 0) return part;
+    part.A = {At(call.A.data, piece.slot * call.R * call.K), nullptr};
+    part.B = {At(call.B.data, piece.slot * call.N * call.R), nullptr};
     part.tau = At(call.tau, piece.slot * call.N);
-    part.C.data = At(call.C.data, piece.slot * call.F * call.N);
-    part.D.data = At(call.D.data, piece.slot * call.N * call.F);
-    return isa->run(part);
+    part.C = {At(call.C.data, piece.slot * call.F * call.N), nullptr};
+    part.D = {At(call.D.data, piece.slot * call.N * call.F), nullptr};
+    return part;
+  }
+
+  Status Compute(const Piece& piece, ParallelFor parallel) const {
+    const Call part = Part(piece);
+    if (piece.slot >= 0 && (call.R || call.F)) return isa->run(part, parallel);
+    if (part.y != part.base) memcpy(part.y, part.base, static_cast<size_t>(Bytes(piece.count * call.N)));
+    return Status::kOk;
   }
 };
 
@@ -81,54 +90,35 @@ int64_t Clamp(int64_t value, int64_t low, int64_t high) { return value < low ? l
 
 }  // namespace
 
-Status GroupedLoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t batch, int64_t tokens, int64_t K,
-                      int64_t N, int64_t R, int64_t F, int64_t S, FilterInput filter_input, const void* base,
-                      const void* x, const void* A, const void* B, const void* tau, const void* C, const void* D,
-                      const int64_t* adapter_ids, void* y, int64_t* bad_row) {
-  if (batch < 0 || tokens < 0 || K < 1 || N < 1 || R < 0 || F < 0 || S < 0) return Status::kBadSize;
-  if (R > kMaxRank || F > kMaxRank) return Status::kRankTooHigh;
-  if (batch && !adapter_ids) return Status::kNullPointer;
-  for (int64_t row = 0; row < batch; ++row) {
-    if (adapter_ids[row] >= -1 && adapter_ids[row] < S) continue;
-    *bad_row = row;
-    return Status::kBadAdapterId;
-  }
-  if (batch == 0 || tokens == 0) return Status::kOk;
-  if (!base || !y) return Status::kNullPointer;
-  if (S && R && !(x && A && B)) return Status::kNullPointer;
-  if (S && F && !(tau && C && D)) return Status::kNullPointer;
-
-  const int64_t T = batch * tokens;
-  const Call call{type,         filter_input, T, K,       N, R, F, base, x, tau, {A, nullptr}, {B, nullptr},
-                  {C, nullptr}, {D, nullptr}, y, parallel};
-  Work work{isa, call, type == Type::kFloat32 ? 4 : 2, nullptr, 0};
-
-  const int64_t runs = Cut(adapter_ids, batch, tokens, T, nullptr);
+Status RunGrouped(const Isa* isa, ParallelFor parallel, const Call& call) {
+  const int64_t* ids = call.adapter_ids;
+  const int64_t T = call.T, batch = call.batch, tokens = RowTokens(call);
+  const int64_t runs = Cut(ids, batch, tokens, T, nullptr);
   const bool few = runs <= kFewRuns;
   const int64_t piece_tokens = few ? T : Clamp(T / kPieces, kLeastPieceTokens, kPieceTokens);
-  const int64_t count = few ? runs : Cut(adapter_ids, batch, tokens, piece_tokens, nullptr);
+  const int64_t count = few ? runs : Cut(ids, batch, tokens, piece_tokens, nullptr);
   HostMemory memory(HostMemory::Size<Piece>(count));
   if (!memory) return Status::kOutOfMemory;
   Piece* pieces = memory.Take<Piece>(count);
-  Cut(adapter_ids, batch, tokens, piece_tokens, pieces);
-  work.pieces = pieces;
+  Cut(ids, batch, tokens, piece_tokens, pieces);
 
+  Job job{isa, call, pieces, 0};
   if (few) {
-    for (int64_t i = 0; i < count && !work.status; ++i) {
-      work.status = static_cast<int>(work.Compute(pieces[i], parallel));
+    for (int64_t i = 0; i < count && !job.status; ++i) {
+      job.status = static_cast<int>(job.Compute(pieces[i], parallel));
     }
   } else {
-    const bool serial = T * (R * (K + N) + 2 * F * N) < kSerialWork;
+    const bool serial = T * (call.R * (call.K + call.N) + 2 * call.F * call.N) < kSerialWork;
     (serial ? RunSerially : parallel.run)(
         parallel.self, static_cast<size_t>(count),
         [](void* argument, size_t i) {
-          Work* shared = static_cast<Work*>(argument);
+          Job* shared = static_cast<Job*>(argument);
           const int status = static_cast<int>(shared->Compute(shared->pieces[i], {RunSerially, nullptr}));
           if (status) __atomic_store_n(&shared->status, status, __ATOMIC_RELAXED);
         },
-        &work);
+        &job);
   }
-  return static_cast<Status>(work.status);
+  return static_cast<Status>(job.status);
 }
 
 }  // namespace loratrf

@@ -1,8 +1,9 @@
-// Argument checks, and the choice of instruction set at run time. Compiled for the baseline CPU.
+// The entry to the kernels: checks, and the choice of instruction set at run time. Compiled for the baseline CPU.
 #include "loratrf.h"
 
 #include <string.h>
 
+#include "check_call.h"
 #include "isa.h"
 
 namespace loratrf {
@@ -22,24 +23,6 @@ bool Supported(const Isa* isa) {
 #endif
   (void)isa;
   return true;
-}
-
-bool BadSize(int64_t size) { return size < 1; }
-
-bool Has(const Weight& weight) { return weight.data || weight.packed; }
-
-Status CheckRank(int64_t rank) {
-  if (BadSize(rank)) return Status::kBadSize;
-  return rank > kMaxRank ? Status::kRankTooHigh : Status::kOk;
-}
-
-Status Run(const Isa* isa, const Call& call) {
-  if (call.T < 0 || BadSize(call.N)) return Status::kBadSize;
-  if (call.T == 0) return Status::kOk;
-  if (!call.base || !call.y) return Status::kNullPointer;
-  if (call.R > 0 && !(call.x && Has(call.A) && Has(call.B))) return Status::kNullPointer;
-  if (call.F > 0 && !(call.tau && Has(call.C) && Has(call.D))) return Status::kNullPointer;
-  return isa->run(call);
 }
 
 }  // namespace
@@ -68,42 +51,18 @@ const char* IsaName(const Isa* isa) { return isa->name; }
 size_t PackedSize(const Isa* isa, int64_t rows, int64_t cols) { return isa->packed_size(rows, cols); }
 
 Status Pack(const Isa* isa, Type type, int64_t rows, int64_t cols, const void* weight, float* out) {
-  if (BadSize(rows) || BadSize(cols)) return Status::kBadSize;
+  if (rows < 1 || cols < 1) return Status::kBadSize;
   if (!weight || !out) return Status::kNullPointer;
-  return isa->pack(type, rows, cols, weight, out);
+  isa->pack(type, rows, cols, weight, out);
+  return Status::kOk;
 }
 
-Status LowRank(const Isa* isa, ParallelFor parallel, Type type, int64_t T, int64_t K, int64_t N, int64_t R,
-               const void* base, const void* x, Weight A, Weight B, void* y) {
-  if (BadSize(K)) return Status::kBadSize;
-  if (Status status = CheckRank(R); status != Status::kOk) return status;
-  Call call{};
-  call.type = type;
-  call.T = T, call.K = K, call.N = N, call.R = R;
-  call.base = base, call.x = x, call.A = A, call.B = B, call.y = y;
-  call.parallel = parallel;
-  return Run(isa, call);
-}
-
-Status TaskFilter(const Isa* isa, ParallelFor parallel, Type type, int64_t T, int64_t N, int64_t F, const void* z,
-                  const void* tau, Weight C, Weight D, void* y) {
-  if (Status status = CheckRank(F); status != Status::kOk) return status;
-  Call call{};
-  call.type = type;
-  call.T = T, call.N = N, call.F = F;
-  call.base = z, call.tau = tau, call.C = C, call.D = D, call.y = y;
-  call.parallel = parallel;
-  return Run(isa, call);
-}
-
-Status LoraTrf(const Isa* isa, ParallelFor parallel, Type type, int64_t T, int64_t K, int64_t N, int64_t R, int64_t F,
-               FilterInput filter_input, const void* base, const void* x, Weight A, Weight B, const void* tau, Weight C,
-               Weight D, void* y) {
-  if (BadSize(K)) return Status::kBadSize;
-  if (Status status = CheckRank(R); status != Status::kOk) return status;
-  if (Status status = CheckRank(F); status != Status::kOk) return status;
-  Call call{type, filter_input, T, K, N, R, F, base, x, tau, A, B, C, D, y, parallel};
-  return Run(isa, call);
+Status Run(const Isa* isa, ParallelFor parallel, const Call& call, Detail* detail) {
+  const bool grouped = call.adapter_ids;
+  if (Status status = CheckCall(call, kMaxRank, detail); status != Status::kOk) return status;
+  if (call.T == 0) return Status::kOk;
+  if (Status status = CheckTensors(call, !grouped); status != Status::kOk) return status;
+  return grouped ? RunGrouped(isa, parallel, call) : isa->run(call, parallel);
 }
 
 }  // namespace loratrf

@@ -6,13 +6,13 @@
 
 // Runs body(i) for i in [0, count): in this thread where `serial`, else through the caller's parallel-for.
 template <class Body>
-void For(const Call& call, bool serial, int64_t count, Body& body) {
+void For(ParallelFor parallel, bool serial, int64_t count, Body& body) {
   if (serial || count == 1) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-  call.parallel.run(
-      call.parallel.self, static_cast<size_t>(count),
+  parallel.run(
+      parallel.self, static_cast<size_t>(count),
       [](void* argument, size_t i) { (*static_cast<Body*>(argument))(static_cast<int64_t>(i)); }, &body);
 }
 
@@ -52,7 +52,7 @@ void RunTiles(Work<E>& work, bool serial) {
       }
     }
   };
-  For(call, serial, tiles, body);
+  For(work.parallel, serial, tiles, body);
 }
 
 // to[i] += sum over pieces of from[piece * size + i].
@@ -102,20 +102,20 @@ void RunSplit(Work<E>& work, bool serial) {
     auto reduce = [&](int64_t piece) {
       Reduce(work, 0, T, k.begin(piece), k.size(piece), blocks + piece * block_size, u.from((piece + 1) * T, 0));
     };
-    For(call, serial, k.count, reduce);
+    For(work.parallel, serial, k.count, reduce);
     AddPieces(u.row(T), k.count, u_size, u.data);
   }
   auto forward = [&](int64_t piece) {
     Forward(work, 0, T, n.begin(piece), n.size(piece), u, y.from(0, n.begin(piece)),
             reinterpret_cast<Moments*>(sums + (piece + 1) * sums_size), v.from((piece + 1) * T, 0));
   };
-  For(call, serial, n.count, forward);
+  For(work.parallel, serial, n.count, forward);
   if (!work.filter()) return;
   AddPieces(v.row(T), n.count, v_size, v.data);
   AddPieces(sums + sums_size, n.count, sums_size, sums);
   Score(work, T, reinterpret_cast<Moments*>(sums), v);
   auto filter = [&](int64_t piece) { Filter(work, 0, T, n.begin(piece), n.size(piece), v, y.from(0, n.begin(piece))); };
-  For(call, serial, n.count, filter);
+  For(work.parallel, serial, n.count, filter);
 }
 
 // A weight that the caller didn't pack, and where to pack it.
@@ -125,9 +125,9 @@ struct Unpacked {
   float* out;
 };
 
-// Packs what the caller didn't, all panels in one parallel-for. memory: room for them all.
+// Packs what the caller didn't, all panels in one parallel-for.
 template <class E>
-void PackWeights(const Call& call, bool serial, Unpacked* weights, int count) {
+void PackWeights(ParallelFor parallel, bool serial, Unpacked* weights, int count) {
   int64_t tasks = 0;
   for (int i = 0; i < count; ++i) tasks += CeilDiv(weights[i].rows, kPanel);
   auto body = [&](int64_t task) {
@@ -137,12 +137,12 @@ void PackWeights(const Call& call, bool serial, Unpacked* weights, int count) {
     PackPanel(static_cast<const E*>(unpacked->weight->data), unpacked->rows, unpacked->cols, row, 0, unpacked->cols,
               unpacked->out + row * unpacked->cols);
   };
-  For(call, serial, tasks, body);
+  For(parallel, serial, tasks, body);
   for (int i = 0; i < count; ++i) weights[i].weight->packed = weights[i].out;
 }
 
 template <class E>
-Status RunTyped(Call call) {
+Status RunTyped(Call call, ParallelFor parallel) {
   const int64_t weight_size = call.R * (call.K + call.N) + 2 * call.F * call.N;
   const bool serial = call.T * weight_size < kSerialWork;
   // A weight that each task would pack anew is packed once before; one that is read once, where it is needed.
@@ -167,9 +167,9 @@ Status RunTyped(Call call) {
   for (int i = 0; i < unpacked_count; ++i) {
     unpacked[i].out = shared.Take<float>(static_cast<int64_t>(PackedSize(unpacked[i].rows, unpacked[i].cols)));
   }
-  if (unpacked_count) PackWeights<E>(call, serial, unpacked, unpacked_count);
+  if (unpacked_count) PackWeights<E>(parallel, serial, unpacked, unpacked_count);
 
-  Work<E> work{call, RoundUp(call.R, kLanes), RoundUp(call.F, kLanes), nullptr, 0.0f, false};
+  Work<E> work{call, parallel, RoundUp(call.R, kLanes), RoundUp(call.F, kLanes), nullptr, 0.0f, false};
   if (call.F) {
     if constexpr (IsFloat<E>::value) {
       work.tau = static_cast<const float*>(call.tau);
@@ -191,14 +191,14 @@ Status RunTyped(Call call) {
   return work.failed ? Status::kOutOfMemory : Status::kOk;
 }
 
-Status RunCall(const Call& call) {
+Status RunCall(const Call& call, ParallelFor parallel) {
   switch (call.type) {
     case Type::kFloat32:
-      return RunTyped<float>(call);
+      return RunTyped<float>(call, parallel);
     case Type::kFloat16:
-      return RunTyped<Half>(call);
+      return RunTyped<Half>(call, parallel);
     default:
-      return RunTyped<BFloat16>(call);
+      return RunTyped<BFloat16>(call, parallel);
   }
 }
 
@@ -209,7 +209,7 @@ void PackAll(int64_t rows, int64_t cols, const void* weight, float* out) {
   }
 }
 
-Status PackCall(Type type, int64_t rows, int64_t cols, const void* weight, float* out) {
+void PackCall(Type type, int64_t rows, int64_t cols, const void* weight, float* out) {
   switch (type) {
     case Type::kFloat32:
       PackAll<float>(rows, cols, weight, out);
@@ -221,5 +221,4 @@ Status PackCall(Type type, int64_t rows, int64_t cols, const void* weight, float
       PackAll<BFloat16>(rows, cols, weight, out);
       break;
   }
-  return Status::kOk;
 }

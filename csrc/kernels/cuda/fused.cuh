@@ -36,7 +36,7 @@ constexpr float kEps = 1e-8f;
 
 enum Step { kReduce = 1, kForward = 2, kApply = 4 };
 
-// A launch's argument; tensors as in CudaCall, from the launch's first row on.
+// A launch's argument; tensors as in Call, from the launch's first row on.
 struct Work {
   const void *base, *x, *A, *B, *tau, *C, *D;
   void* y;

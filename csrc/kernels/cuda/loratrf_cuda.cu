@@ -1,6 +1,7 @@
-// The CUDA operators' host side: checks, who does which tokens and columns, launches.
+// The CUDA operators' host side: its own limits, who does which tokens and columns, launches.
 #include <limits.h>
 
+#include "../check_call.h"
 #include "fused.cuh"
 #include "loratrf_cuda.h"
 
@@ -12,40 +13,25 @@ namespace loratrf {
 namespace {
 
 // A failed call of the CUDA runtime, as a Status. What can be forgotten is, so that the next call has a chance.
-Status Failed(cudaError_t error, CudaFault* fault) {
+Status Failed(cudaError_t error, Detail* detail) {
   cudaGetLastError();
-  fault->message = cudaGetErrorString(error);
+  detail->message = cudaGetErrorString(error);
   return Status::kDevice;
 }
 
-#define LORATRF_CUDA_CHECK(call)                                                             \
-  do {                                                                                       \
-    if (const cudaError_t error = (call); error != cudaSuccess) return Failed(error, fault); \
+#define LORATRF_CUDA_CHECK(call)                                                              \
+  do {                                                                                        \
+    if (const cudaError_t error = (call); error != cudaSuccess) return Failed(error, detail); \
   } while (0)
 
-Status CheckCall(const CudaCall& call, CudaFault* fault) {
-  const bool grouped = call.adapter_ids;
+// What a call must be here, besides what it must be anywhere.
+Status CheckCudaCall(const Call& call, Detail* detail) {
+  if (Status status = CheckCall(call, kMaxCudaRank, detail); status != Status::kOk) return status;
   // Columns are ints on the device, with room for a last chunk beyond the end.
   const int64_t most = INT_MAX / 2;
-  if (call.batch < 0 || call.tokens < 0 || call.R < 0 || call.F < 0 || call.S < 0) return Status::kBadSize;
-  if (call.N < 1 || call.N > most || call.K > most || (call.R && call.K < 1)) return Status::kBadSize;
-  if (!grouped && (call.batch != 1 || call.S != 1 || call.R + call.F < 1)) return Status::kBadSize;
+  if (call.N > most || call.K > most) return Status::kBadSize;
   // A block for each tile.
-  if (call.tokens > INT_MAX / kRows * kTile) return Status::kBadSize;
-  if (call.R > kMaxCudaRank || call.F > kMaxCudaRank) return Status::kRankTooHigh;
-  for (int64_t row = 0; grouped && row < call.batch; ++row) {
-    if (call.adapter_ids[row] >= -1 && call.adapter_ids[row] < call.S) continue;
-    fault->bad_row = row;
-    return Status::kBadAdapterId;
-  }
-  return Status::kOk;
-}
-
-Status CheckPointers(const CudaCall& call) {
-  if (!call.base || !call.y) return Status::kNullPointer;
-  if (call.S && call.R && !(call.x && call.A && call.B)) return Status::kNullPointer;
-  if (call.S && call.F && !(call.tau && call.C && call.D)) return Status::kNullPointer;
-  return Status::kOk;
+  return RowTokens(call) > INT_MAX / kRows * kTile ? Status::kBadSize : Status::kOk;
 }
 
 size_t SharedBytes(const Work& work) { return SharedFloats(work.r_size, work.v_size) * sizeof(float); }
@@ -81,16 +67,17 @@ int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 // The launch of batch rows [first, first + rows), without its scratch. Fewer tiles than half of the blocks that the
 // device holds are cut into pieces of at least a chunk for each warp.
 template <class E>
-Status MakeWork(const CudaCall& call, int64_t first, int64_t rows, Work* work, CudaFault* fault) {
+Status MakeWork(const Call& call, int64_t first, int64_t rows, Work* work, Detail* detail) {
   const auto at = [](const void* data, int64_t elements) -> const void* {
     return data ? static_cast<const E*>(data) + elements : nullptr;
   };
-  work->base = at(call.base, first * call.tokens * call.N);
-  work->x = at(call.x, first * call.tokens * call.K);
-  work->A = call.A, work->B = call.B, work->tau = call.tau, work->C = call.C, work->D = call.D;
-  work->y = const_cast<void*>(at(call.y, first * call.tokens * call.N));
-  work->tokens = call.tokens;
-  work->tiles_per_row = (call.tokens + kTile - 1) / kTile;
+  const int64_t tokens = RowTokens(call);
+  work->base = at(call.base, first * tokens * call.N);
+  work->x = at(call.x, first * tokens * call.K);
+  work->A = call.A.data, work->B = call.B.data, work->tau = call.tau, work->C = call.C.data, work->D = call.D.data;
+  work->y = const_cast<void*>(at(call.y, first * tokens * call.N));
+  work->tokens = tokens;
+  work->tiles_per_row = (tokens + kTile - 1) / kTile;
   work->tiles = rows * work->tiles_per_row;
   work->K = static_cast<int>(call.K), work->N = static_cast<int>(call.N);
   work->R = static_cast<int>(call.S ? call.R : 0), work->F = static_cast<int>(call.S ? call.F : 0);
@@ -119,7 +106,7 @@ size_t ScratchBytes(const Work& work) {
 }
 
 template <class E>
-Status Launch(Work work, cudaStream_t stream, CudaFault* fault) {
+Status Launch(Work work, cudaStream_t stream, Detail* detail) {
   void* arguments[] = {&work};
   const size_t shared = SharedBytes(work);
   const dim3 grid(static_cast<unsigned>(work.tiles * work.pieces));
@@ -130,7 +117,7 @@ Status Launch(Work work, cudaStream_t stream, CudaFault* fault) {
   }
   const cudaError_t error = cudaLaunchCooperativeKernel(Split<E>, grid, dim3(kThreads), arguments, shared, stream);
   if (error == cudaSuccess) return Status::kOk;
-  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return Failed(error, fault);
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return Failed(error, detail);
   // Part of the device is taken (by MPS, say): the barriers become the ends of launches.
   cudaGetLastError();
   const int steps = work.steps;
@@ -142,15 +129,15 @@ Status Launch(Work work, cudaStream_t stream, CudaFault* fault) {
   return Status::kOk;
 }
 
-int64_t RowsOf(const CudaCall& call, int64_t first) { return call.batch - first < kRows ? call.batch - first : kRows; }
+int64_t RowsOf(const Call& call, int64_t first) { return call.batch - first < kRows ? call.batch - first : kRows; }
 
 template <class E>
-Status ScratchSizeOf(const CudaCall& call, size_t* bytes, CudaFault* fault) {
+Status ScratchSizeOf(const Call& call, size_t* bytes, Detail* detail) {
   // The first launch has the most rows; a last one of few rows may be cut into more pieces.
   const int64_t last = (call.batch - 1) / kRows * kRows;
   for (int64_t first : {int64_t{0}, last}) {
     Work work;
-    const Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, fault);
+    const Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, detail);
     if (status != Status::kOk) return status;
     if (ScratchBytes(work) > *bytes) *bytes = ScratchBytes(work);
   }
@@ -158,15 +145,15 @@ Status ScratchSizeOf(const CudaCall& call, size_t* bytes, CudaFault* fault) {
 }
 
 template <class E>
-Status RunTyped(const CudaCall& call, void* scratch, cudaStream_t stream, CudaFault* fault) {
+Status RunTyped(const Call& call, void* scratch, cudaStream_t stream, Detail* detail) {
   LORATRF_CUDA_CHECK(cudaPeekAtLastError());
   for (int64_t first = 0; first < call.batch; first += kRows) {
     Work work;
-    Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, fault);
+    Status status = MakeWork<E>(call, first, RowsOf(call, first), &work, detail);
     if (status != Status::kOk) return status;
     if (ScratchBytes(work) && !scratch) return Status::kNullPointer;
     work.scratch = static_cast<float*>(scratch);
-    status = Launch<E>(work, stream, fault);
+    status = Launch<E>(work, stream, detail);
     if (status != Status::kOk) return status;
   }
   return Status::kOk;
@@ -174,31 +161,31 @@ Status RunTyped(const CudaCall& call, void* scratch, cudaStream_t stream, CudaFa
 
 }  // namespace
 
-Status CudaScratchSize(const CudaCall& call, size_t* bytes, CudaFault* fault) {
+Status CudaScratchSize(const Call& call, size_t* bytes, Detail* detail) {
   *bytes = 0;
-  if (Status status = CheckCall(call, fault); status != Status::kOk) return status;
-  if (call.batch == 0 || call.tokens == 0) return Status::kOk;
+  if (Status status = CheckCudaCall(call, detail); status != Status::kOk) return status;
+  if (call.T == 0) return Status::kOk;
   switch (call.type) {
     case Type::kFloat32:
-      return ScratchSizeOf<float>(call, bytes, fault);
+      return ScratchSizeOf<float>(call, bytes, detail);
     case Type::kFloat16:
-      return ScratchSizeOf<Half>(call, bytes, fault);
+      return ScratchSizeOf<Half>(call, bytes, detail);
     default:
-      return ScratchSizeOf<BFloat16>(call, bytes, fault);
+      return ScratchSizeOf<BFloat16>(call, bytes, detail);
   }
 }
 
-Status CudaRun(const CudaCall& call, void* scratch, void* stream, CudaFault* fault) {
-  if (Status status = CheckCall(call, fault); status != Status::kOk) return status;
-  if (call.batch == 0 || call.tokens == 0) return Status::kOk;
-  if (Status status = CheckPointers(call); status != Status::kOk) return status;
+Status CudaRun(const Call& call, void* scratch, void* stream, Detail* detail) {
+  if (Status status = CheckCudaCall(call, detail); status != Status::kOk) return status;
+  if (call.T == 0) return Status::kOk;
+  if (Status status = CheckTensors(call, false); status != Status::kOk) return status;
   switch (call.type) {
     case Type::kFloat32:
-      return RunTyped<float>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+      return RunTyped<float>(call, scratch, static_cast<cudaStream_t>(stream), detail);
     case Type::kFloat16:
-      return RunTyped<Half>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+      return RunTyped<Half>(call, scratch, static_cast<cudaStream_t>(stream), detail);
     default:
-      return RunTyped<BFloat16>(call, scratch, static_cast<cudaStream_t>(stream), fault);
+      return RunTyped<BFloat16>(call, scratch, static_cast<cudaStream_t>(stream), detail);
   }
 }
 
