@@ -6,60 +6,35 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/loratrf_cuda.h"
 #include "kernels/loratrf.h"
+#include "operators.h"
 
 namespace loratrf {
 
-enum class Op : int { kLowRank, kTaskFilter, kLoraTrf, kGroupedLoraTrf };
-constexpr Op kOps[] = {Op::kLowRank, Op::kTaskFilter, Op::kLoraTrf, Op::kGroupedLoraTrf};
+// What was wrong, for a binding to raise as its host does; false as a bool if nothing was.
+struct Fault {
+  Status status = Status::kOk;
+  std::string message;  // whole sentences, with the operator's name
 
-struct OpInfo {
-  const char* name;                 // the ONNX operator
-  std::vector<const char*> inputs;  // in order; the first one is y's shape
+  explicit operator bool() const { return status != Status::kOk; }
 };
-const OpInfo& InfoOf(Op op);
-
-// Whether the node has the attribute filter_input.
-bool HasFilterInput(Op op);
-// A weight is a matrix among the inputs: all but base, x (or z), tau and adapter_ids.
-bool IsWeight(const char* input);
-// The one input that is int64.
-bool IsAdapterIds(const char* input);
 
 using Shape = std::vector<int64_t>;
 
-// The letters of a call; a half that the operator lacks has rank 0. A grouped call's T tokens are those of `batch`
-// rows.
-struct Dims {
-  int64_t T = 0, K = 0, N = 0, R = 0, F = 0, S = 0, batch = 0;
+// An input of a node, as a binding lends it.
+struct Input {
+  Shape shape;
+  const void* data = nullptr;
+  const float* packed = nullptr;  // of a weight, where the binding packed it; then data may be null
 };
 
-// Fills *dims from the inputs' shapes, in InfoOf(op)'s order. Returns "" or what doesn't fit, with every shape.
-std::string CheckShapes(Op op, const std::vector<Shape>& shapes, Dims* dims, int64_t max_rank = kMaxRank);
+// Fills the call's sizes from the node's inputs, in InfoOf(op)'s order; a half that op lacks keeps rank 0. What doesn't
+// fit comes back with every shape.
+Fault CheckShapes(Op op, const std::vector<Input>& inputs, int64_t max_rank, Call* call);
 
-// "adapted" or "base"; returns "" or what was wrong.
-std::string ParseFilterInput(Op op, const std::string& text, FilterInput* out);
+// "adapted" or "base".
+Fault ParseFilterInput(Op op, const std::string& text, FilterInput* out);
 
 std::string Describe(const Shape& shape);  // (2, 3)
-
-// The kernels of the environment variable LORATRF_ISA, or the best ones of this CPU. Returns "" or what was wrong.
-std::string ChooseIsa(const Isa** isa);
-
-// The kernel on the tensors of a call, in InfoOf(op)'s order. packed may be null, or hold nulls. Returns kOk, or
-// another status with *error saying what was wrong.
-Status Run(Op op, const Isa* isa, ParallelFor parallel, Type type, const Dims& dims, FilterInput filter_input,
-           const void* const* tensors, const float* const* packed, void* y, std::string* error);
-
-#ifdef LORATRF_WITH_CUDA
-// The same on CUDA's current device: all tensors but adapter_ids are there. allocate(self, bytes) lends the scratch,
-// which the caller may give back, in the stream's order, as soon as this returns; null is kOutOfMemory.
-struct Allocate {
-  void* (*run)(void* self, size_t bytes);
-  void* self;
-};
-Status RunOnCuda(Op op, Type type, const Dims& dims, FilterInput filter_input, const void* const* tensors, void* y,
-                 Allocate allocate, void* stream, std::string* error);
-#endif
 
 }  // namespace loratrf

@@ -9,8 +9,9 @@
 #include <thread>
 #include <vector>
 
-#include "check.h"
+#include "dispatch.h"
 #include "dlpack.h"
+#include "kernels/cuda/loratrf_cuda.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -111,90 +112,102 @@ Borrowed Borrow(const py::handle& source, const char* name, bool writable, int32
             "a numpy array or a torch tensor");
 }
 
+void Raise(const Fault& fault) {
+  if (!fault) return;
+  if (fault.status == Status::kOutOfMemory) throw std::bad_alloc();
+  if (fault.status == Status::kDevice) throw std::runtime_error(fault.message);
+  throw py::value_error(fault.message);
+}
+
 const Isa* g_forced_isa = nullptr;  // guarded by the GIL
 
 const Isa* CurrentIsa() {
   if (g_forced_isa) return g_forced_isa;
   const Isa* isa = nullptr;
-  const std::string error = ChooseIsa(&isa);
-  if (!error.empty()) throw py::value_error(error);
+  Raise(ChooseIsa(&isa));
   return isa;
 }
 
-// A call's tensors, of one type and with shapes that fit.
+// A call, and the tensors that it points into.
 struct Arguments {
   std::vector<Borrowed> tensors;
-  std::vector<Shape> shapes;
-  std::vector<const void*> data;
   Borrowed y;
-  Dims dims;
-  FilterInput filter = FilterInput::kAdapted;
-
-  Type type() const { return tensors[0].type; }
+  Call call;
 };
 
-Arguments Take(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
+// Borrows tensors of one type and device, with shapes that fit.
+Arguments Take(Op op, const std::vector<py::object>& sources, const py::object& out, const std::string& filter_input,
                int32_t device, int64_t max_rank) {
   const OpInfo& info = InfoOf(op);
-  Arguments call;
+  Arguments taken;
+  std::vector<Input> inputs;
   const auto check_place = [&](const Borrowed& tensor, const char* name) {
-    const int32_t place = call.tensors[0].device_id;
+    const int32_t place = taken.tensors[0].device_id;
     if (tensor.device_id == place) return;
     TypeFault(name, "on device " + std::to_string(tensor.device_id),
               "all tensors on device " + std::to_string(place) + ", where " + info.inputs[0] + " is");
   };
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    call.tensors.push_back(
-        Borrow(inputs[i], info.inputs[i], false, IsAdapterIds(info.inputs[i]) ? dlpack::kCpu : device));
-    call.shapes.push_back(call.tensors[i].shape);
-    call.data.push_back(call.tensors[i].data);
-    if (!IsAdapterIds(info.inputs[i]) && call.tensors[i].type != call.type()) {
-      TypeFault(info.inputs[i], "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const char* name = info.inputs[i];
+    const bool ids = IsAdapterIds(name);
+    taken.tensors.push_back(Borrow(sources[i], name, false, ids ? dlpack::kCpu : device));
+    const Borrowed& tensor = taken.tensors[i];
+    inputs.push_back({tensor.shape, tensor.data, nullptr});
+    if (ids) continue;
+    if (tensor.type != taken.tensors[0].type) {
+      TypeFault(name, "of another dtype than " + std::string(info.inputs[0]), "one dtype for all tensors");
     }
-    if (!IsAdapterIds(info.inputs[i])) check_place(call.tensors[i], info.inputs[i]);
+    check_place(tensor, name);
   }
-  call.y = Borrow(out, "out", true, device);
-  check_place(call.y, "out");
-  if (call.y.type != call.type()) TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
-  std::string error = CheckShapes(op, call.shapes, &call.dims, max_rank);
-  if (error.empty() && call.y.shape != call.shapes[0]) {
-    error =
-        std::string(info.name) + ": out is " + Describe(call.y.shape) + ", expected " + Describe(call.shapes[0]) + ".";
+  taken.y = Borrow(out, "out", true, device);
+  check_place(taken.y, "out");
+  taken.call.type = taken.tensors[0].type;
+  taken.call.y = taken.y.data;
+  if (taken.y.type != taken.call.type) {
+    TypeFault("out", "of another dtype than the inputs", "one dtype for all tensors");
   }
-  if (error.empty()) error = ParseFilterInput(op, filter_input, &call.filter);
-  if (!error.empty()) throw py::value_error(error);
-  return call;
+  Raise(FillCall(op, inputs, max_rank, &taken.call));
+  if (const Shape& shape = inputs[0].shape; taken.y.shape != shape) {
+    throw py::value_error(std::string(info.name) + ": out is " + Describe(taken.y.shape) + ", expected " +
+                          Describe(shape) + ".");
+  }
+  Raise(ParseFilterInput(op, filter_input, &taken.call.filter_input));
+  return taken;
 }
 
-void Raise(Status status, const std::string& error) {
-  if (status == Status::kOutOfMemory) throw std::bad_alloc();
-  if (status == Status::kDevice) throw std::runtime_error(error);
-  if (status != Status::kOk) throw py::value_error(error);
+// Packs the call's weights, as a session does with constant ones. Returns where they are now.
+std::vector<std::vector<float>> PackWeights(const Isa* isa, Call* call) {
+  const struct {
+    Weight* weight;
+    int64_t rows, cols;
+  } all[] = {{&call->A, call->R, call->K},
+             {&call->B, call->N, call->R},
+             {&call->C, call->F, call->N},
+             {&call->D, call->N, call->F}};
+  std::vector<std::vector<float>> memory;
+  for (const auto& [weight, rows, cols] : all) {
+    if (!weight->data) continue;
+    memory.emplace_back(PackedSize(isa, rows, cols));
+    Pack(isa, call->type, rows, cols, weight->data, memory.back().data());
+    weight->packed = memory.back().data();
+  }
+  return memory;
 }
 
 // Runs op on its inputs into out; threads < 1 stands for all of the machine's.
 void Compute(Op op, const std::vector<py::object>& inputs, const py::object& out, const std::string& filter_input,
              int threads, bool prepack) {
-  const Arguments call = Take(op, inputs, out, filter_input, dlpack::kCpu, kMaxRank);
+  Arguments taken = Take(op, inputs, out, filter_input, dlpack::kCpu, kMaxRank);
   const Isa* isa = CurrentIsa();
   if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  Status status;
-  std::string error;
+  Fault fault;
   {
     py::gil_scoped_release unlocked;
-    std::vector<std::vector<float>> memory(inputs.size());
-    std::vector<const float*> packed(inputs.size());
-    for (size_t i = 0; prepack && i < inputs.size(); ++i) {
-      const Shape& shape = call.shapes[i];
-      if (op == Op::kGroupedLoraTrf || !IsWeight(InfoOf(op).inputs[i])) continue;
-      memory[i].resize(PackedSize(isa, shape[0], shape[1]));
-      Pack(isa, call.type(), shape[0], shape[1], call.data[i], memory[i].data());
-      packed[i] = memory[i].data();
-    }
-    status = Run(op, isa, Threads(&threads), call.type(), call.dims, call.filter, call.data.data(), packed.data(),
-                 call.y.data, &error);
+    std::vector<std::vector<float>> memory;
+    if (prepack) memory = PackWeights(isa, &taken.call);
+    fault = Run(op, isa, Threads(&threads), taken.call);
   }
-  Raise(status, error);
+  Raise(fault);
 }
 
 #ifdef LORATRF_WITH_CUDA
@@ -205,20 +218,16 @@ void ComputeOnCuda(const std::string& name, const std::vector<py::object>& input
   if (op == std::end(kOps) || inputs.size() != InfoOf(*op).inputs.size()) {
     throw py::value_error("No operator " + name + " of " + std::to_string(inputs.size()) + " inputs.");
   }
-  const Arguments call = Take(*op, inputs, out, filter_input, dlpack::kCuda, kMaxCudaRank);
-  struct Scratch {
-    const py::function& allocate;
-    py::object tensor;
-  } scratch{allocate, {}};
-  const auto take = [](void* self, size_t bytes) {
-    auto* lent = static_cast<Scratch*>(self);
-    lent->tensor = lent->allocate(bytes);
-    return reinterpret_cast<void*>(lent->tensor.attr("data_ptr")().cast<uintptr_t>());
-  };
-  std::string error;
-  const Status status = RunOnCuda(*op, call.type(), call.dims, call.filter, call.data.data(), call.y.data,
-                                  {take, &scratch}, reinterpret_cast<void*>(stream), &error);
-  Raise(status, error);
+  const Arguments taken = Take(*op, inputs, out, filter_input, dlpack::kCuda, kMaxCudaRank);
+  size_t bytes = 0;
+  Raise(ScratchOnCuda(*op, taken.call, &bytes));
+  py::object scratch;  // keeps the memory until the launches are queued
+  uintptr_t address = 0;
+  if (bytes) {
+    scratch = allocate(bytes);
+    address = scratch.attr("data_ptr")().cast<uintptr_t>();
+  }
+  Raise(RunOnCuda(*op, taken.call, reinterpret_cast<void*>(address), reinterpret_cast<void*>(stream)));
 }
 #endif
 

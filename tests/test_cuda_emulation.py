@@ -22,7 +22,7 @@ TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FILTERS = {"adapted": 0, "base": 1}
-OK, BAD_SIZE, RANK_TOO_HIGH, NULL_POINTER, _, BAD_ADAPTER_ID, DEVICE = range(7)  # Status in csrc/kernels/loratrf.h
+OK, BAD_SIZE, RANK_TOO_HIGH, NULL_POINTER, _, BAD_ADAPTER_ID, DEVICE, _ = range(8)  # Status in csrc/kernels/loratrf.h
 
 
 class Emulator:
@@ -346,7 +346,8 @@ def in_onnx_runtime(tmp_path_factory):
     # The CPU's own kernels aren't called.
     isas = ", ".join(f"{name}{{}}" for name in ("kIsaBaseline", "kIsaAvx2", "kIsaAvx512"))
     (folder / "isas.cc").write_text(f'#include "kernels/isa.h"\nnamespace loratrf {{ extern const Isa {isas}; }}\n')
-    sources = [folder / "library.cc", folder / "isas.cc", SOURCES / "check.cc", SOURCES / "packed_memory.cc"]
+    sources = [folder / "library.cc", folder / "isas.cc"]
+    sources += [SOURCES / f"{name}.cc" for name in ("ort_kernel", "operators", "check", "dispatch", "packed_memory")]
     sources += [SOURCES / "kernels" / name for name in ("loratrf.cc", "grouped.cc")]
     flags = ["-DLORATRF_MMA_ON_CPU", "-DLORATRF_WITH_CUDA", f"-I{SOURCES}", "-Wno-missing-field-initializers"]
     made = Emulator(folder / "library.so", *flags, *map(str, sources))
