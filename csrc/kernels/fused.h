@@ -67,15 +67,15 @@ void Round(ConstFloats from, int64_t tokens, int64_t count, View<E> to) {
 
 // out = src + in W^T over a stretch of the weight, in the form that suits.
 template <class E>
-void Product(const Weight& weight, const Stretch& stretch, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+void Product(ConstFloats in, ConstFloats src, Floats out, const Weight& weight, const Stretch& stretch, int64_t tokens,
              bool padded) {
   const E* data = static_cast<const E*>(weight.data);
   if (weight.packed) {
-    Gemm(weight.packed, stretch, tokens, in, src, out, padded);
+    Gemm(in, src, out, weight.packed, stretch, tokens, padded);
   } else if (tokens <= kMaxDotTokens) {
-    Dots(data, stretch, tokens, in, src, out);
+    Dots(in, src, out, data, stretch, tokens);
   } else {
-    PackingGemm(data, stretch, tokens, in, src, out, padded);
+    PackingGemm(in, src, out, data, stretch, tokens, padded);
   }
 }
 
@@ -94,7 +94,7 @@ void Reduce(const Work<E>& work, int64_t t0, int64_t tokens, int64_t k0, int64_t
     } else {
       in = Widen(x, tokens, count, {block, kColumns});
     }
-    Product<E>(call.A, {call.R, call.K, 0, call.R, k0, count}, tokens, in, u, u, true);
+    Product<E>(in, u, u, call.A, {call.R, call.K, 0, call.R, k0, count}, tokens, true);
   }
 }
 
@@ -143,12 +143,12 @@ void Forward(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_
     }
     const auto gather = [&] {
       AddMoments(z, work.tau + n0, tokens, width, moments);
-      Product<E>(call.C, {call.F, N, 0, call.F, n0, width}, tokens, z, v, v, true);
+      Product<E>(z, v, v, call.C, {call.F, N, 0, call.F, n0, width}, tokens, true);
     };
     const bool from_base = !work.low_rank() || call.filter_input == FilterInput::kBase;
     if (work.filter() && from_base) gather();
     if (work.low_rank()) {
-      Product<E>(call.B, {N, call.R, n0, width, 0, call.R}, tokens, u, z, y, false);
+      Product<E>(u, z, y, call.B, {N, call.R, n0, width, 0, call.R}, tokens, false);
       z = y;
     }
     if (work.filter() && !from_base) gather();
@@ -180,9 +180,9 @@ void Filter(const Work<E>& work, int64_t t0, int64_t tokens, int64_t n0, int64_t
     const View<E> y = From<E>(call.y, N, t0, n0);
     if constexpr (IsFloat<E>::value) {
       const ConstFloats src = work.low_rank() ? y : From<E>(call.base, N, t0, n0);
-      Product<E>(call.D, stretch, tokens, v, src, y, false);
+      Product<E>(v, src, y, call.D, stretch, tokens, false);
     } else {
-      Product<E>(call.D, stretch, tokens, v, tile, tile, false);
+      Product<E>(v, tile, tile, call.D, stretch, tokens, false);
       Round(tile, tokens, width, y);
     }
   }

@@ -21,6 +21,7 @@ struct View {
   View from(int64_t t, int64_t column) const { return {row(t) + column, stride}; }
   operator View<const E>() const { return {data, stride}; }
 };
+// Where a product takes views, they come first: three of them are just the registers that a call has for arguments.
 using ConstFloats = View<const float>;
 using Floats = View<float>;
 
@@ -89,8 +90,8 @@ void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, int64_
 
 // `tokens` rows of in by `panels` whole panels of `vecs` vectors, one register block after the other.
 template <int tokens, int vecs>
-void Block(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth, ConstFloats src,
-           Floats out) {
+void Block(ConstFloats in, ConstFloats src, Floats out, const float* panel, int64_t panel_stride, int64_t panels,
+           int64_t depth) {
   for (; panels > 0; --panels, panel += panel_stride, src.data += vecs * kLanes, out.data += vecs * kLanes) {
     Vec sum[tokens][vecs];
 #pragma GCC unroll 8
@@ -119,8 +120,8 @@ void Block(ConstFloats in, const float* panel, int64_t panel_stride, int64_t pan
 
 // One token: four independent sums per vector keep the multiply-adds from waiting for each other.
 template <int vecs>
-void Line(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth, ConstFloats src,
-          Floats out) {
+void Line(ConstFloats in, ConstFloats src, Floats out, const float* panel, int64_t panel_stride, int64_t panels,
+          int64_t depth) {
   constexpr int kWays = 4;
   for (; panels > 0; --panels, panel += panel_stride, src.data += vecs * kLanes, out.data += vecs * kLanes) {
     Vec sum[kWays][vecs] = {};
@@ -145,8 +146,8 @@ void Line(ConstFloats in, const float* panel, int64_t panel_stride, int64_t pane
   }
 }
 
-typedef void (*BlockFn)(ConstFloats in, const float* panel, int64_t panel_stride, int64_t panels, int64_t depth,
-                        ConstFloats src, Floats out);
+typedef void (*BlockFn)(ConstFloats in, ConstFloats src, Floats out, const float* panel, int64_t panel_stride,
+                        int64_t panels, int64_t depth);
 
 template <int vecs, int tokens = TokensAtOnce(vecs)>
 BlockFn PickBlock(int64_t wanted) {
@@ -174,38 +175,38 @@ struct Stretch {
 };
 
 // The panels from `row` of the stretch on that have `vecs` vectors each; src and out already point at that row.
-void GemmPanels(const float* packed, const Stretch& w, int64_t row, int64_t vecs, int64_t panels, int64_t tokens,
-                ConstFloats in, ConstFloats src, Floats out) {
+void GemmPanels(ConstFloats in, ConstFloats src, Floats out, const float* packed, const Stretch& w, int64_t row,
+                int64_t vecs, int64_t panels, int64_t tokens) {
   const float* panel = packed + (w.first_row + row) * w.cols + w.k0 * vecs * kLanes;
   const int64_t groups = CeilDiv(tokens, TokensAtOnce(static_cast<int>(vecs)));
   for (int64_t t = 0, group = 0; group < groups; ++group) {
     // Equal shares: 8 tokens go as 4 + 4, not 6 + 2.
     const int64_t share = CeilDiv(tokens - t, groups - group);
-    PickBlock(vecs, share)(in.from(t, 0), panel, kPanel * w.cols, panels, w.depth, src.from(t, 0), out.from(t, 0));
+    PickBlock(vecs, share)(in.from(t, 0), src.from(t, 0), out.from(t, 0), panel, kPanel * w.cols, panels, w.depth);
     t += share;
   }
 }
 
 // out(t, i) = src(t, i) + sum_k in(t, k) W(first_row + i, k0 + k) for i < count and t < tokens. `padded` says that src
 // and out have whole vectors behind row count - 1 (and the result there is src's).
-void Gemm(const float* packed, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+void Gemm(ConstFloats in, ConstFloats src, Floats out, const float* packed, const Stretch& w, int64_t tokens,
           bool padded) {
   const int64_t whole = w.count / kPanel, rest = w.count % kPanel;
-  if (whole) GemmPanels(packed, w, 0, kPanelVecs, whole, tokens, in, src, out);
+  if (whole) GemmPanels(in, src, out, packed, w, 0, kPanelVecs, whole, tokens);
   if (!rest) return;
   const int64_t row = whole * kPanel;
   const int64_t vecs = PanelVecs(w.rows, w.first_row + row);
   src = src.from(0, row), out = out.from(0, row);
   if (padded || rest == vecs * kLanes) {
-    GemmPanels(packed, w, row, vecs, 1, tokens, in, src, out);
+    GemmPanels(in, src, out, packed, w, row, vecs, 1, tokens);
     return;
   }
-  float edge[kMaxTokens][kPanel] = {};
+  alignas(64) float edge[kMaxTokens][kPanel] = {};
   const size_t bytes = static_cast<size_t>(rest) * sizeof(float);
   for (int64_t t = 0; t < tokens; t += kMaxTokens) {
     const int64_t share = Min(kMaxTokens, tokens - t);
     for (int64_t i = 0; i < share; ++i) memcpy(edge[i], src.row(t + i), bytes);
-    GemmPanels(packed, w, row, vecs, 1, share, in.from(t, 0), ConstFloats{edge[0], kPanel}, Floats{edge[0], kPanel});
+    GemmPanels(in.from(t, 0), ConstFloats{edge[0], kPanel}, Floats{edge[0], kPanel}, packed, w, row, vecs, 1, share);
     for (int64_t i = 0; i < share; ++i) memcpy(out.row(t + i), edge[i], bytes);
   }
 }
@@ -213,16 +214,16 @@ void Gemm(const float* packed, const Stretch& w, int64_t tokens, ConstFloats in,
 // As Gemm, packing what it needs as it goes: for weights that are read once, so that what is packed stays in the L1
 // cache. src may be out.
 template <class E>
-void PackingGemm(const E* data, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out,
+void PackingGemm(ConstFloats in, ConstFloats src, Floats out, const E* data, const Stretch& w, int64_t tokens,
                  bool padded) {
   constexpr int64_t kDepth = 256;
-  float packed[kPanel * kDepth];
+  alignas(64) float packed[kPanel * kDepth];  // a vector that straddles two cache lines is read twice
   for (int64_t done = 0; done < w.depth; done += kDepth) {
     const int64_t depth = Min(kDepth, w.depth - done);
     for (int64_t row = 0; row < w.count; row += kPanel) {
       PackPanel(data, w.rows, w.cols, w.first_row + row, w.k0 + done, depth, packed);
       const Stretch panel{w.rows - w.first_row - row, depth, 0, Min(kPanel, w.count - row), 0, depth};
-      Gemm(packed, panel, tokens, in.from(0, done), src.from(0, row), out.from(0, row), padded);
+      Gemm(in.from(0, done), src.from(0, row), out.from(0, row), packed, panel, tokens, padded);
     }
     src = out;
   }
@@ -232,7 +233,7 @@ constexpr int kMaxDotTokens = 4;
 
 // As Gemm for 1 to kMaxDotTokens tokens; nothing is packed, nor does it take padding. src may be out.
 template <class E, int tokens>
-void DotsOf(const E* data, const Stretch& w, ConstFloats in, ConstFloats src, Floats out) {
+void DotsOf(ConstFloats in, ConstFloats src, Floats out, const E* data, const Stretch& w) {
   constexpr int kRows = tokens == 1 ? 8 : 4;
   const int64_t whole = w.depth / kLanes * kLanes, rest = w.depth - whole;
   const E* end = data + w.rows * w.cols;
@@ -286,7 +287,7 @@ void DotsOf(const E* data, const Stretch& w, ConstFloats in, ConstFloats src, Fl
 }
 
 template <class E>
-void Dots(const E* data, const Stretch& w, int64_t tokens, ConstFloats in, ConstFloats src, Floats out) {
+void Dots(ConstFloats in, ConstFloats src, Floats out, const E* data, const Stretch& w, int64_t tokens) {
   auto* dots = tokens == 1 ? DotsOf<E, 1> : tokens == 2 ? DotsOf<E, 2> : tokens == 3 ? DotsOf<E, 3> : DotsOf<E, 4>;
-  dots(data, w, in, src, out);
+  dots(in, src, out, data, w);
 }

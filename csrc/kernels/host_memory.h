@@ -12,15 +12,15 @@ namespace {
 
 class HostMemory {
  public:
-  // Room for pieces whose Sizes sum up to `bytes`; false as a bool where there is none to be had.
-  explicit HostMemory(int64_t bytes, int64_t alignment = kPiece) : size_(RoundUp(bytes > 0 ? bytes : 1, alignment)) {
-    memory_ = static_cast<char*>(aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size_)));
+  // Room for pieces whose Sizes sum up to `bytes`; false as a bool where there is none to be had. No bytes are null.
+  explicit HostMemory(int64_t bytes, int64_t alignment = kPiece) : size_(RoundUp(bytes, alignment)) {
+    if (size_) memory_ = static_cast<char*>(aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size_)));
   }
   ~HostMemory() { free(memory_); }
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
 
-  explicit operator bool() const { return memory_ != nullptr; }
+  explicit operator bool() const { return memory_ || size_ == 0; }
   void* data() const { return memory_; }
   int64_t size() const { return size_; }
   int64_t left() const { return size_ - taken_; }
@@ -44,7 +44,7 @@ class HostMemory {
   static int64_t RoundUp(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
   int64_t size_, taken_ = 0;
-  char* memory_;
+  char* memory_ = nullptr;
 };
 
 }  // namespace
