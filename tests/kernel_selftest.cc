@@ -149,6 +149,63 @@ void CheckCall(const Isa* isa, Type type, int op, bool prepack, int64_t T, int64
          static_cast<int>(R), static_cast<int>(F), static_cast<int>(status), worst / largest);
 }
 
+void Expect(bool holds, const char* what) {
+  if (holds) return;
+  ++g_failures;
+  printf("FAILED %s\n", what);
+}
+
+// Rows with adapters of their own are, bit for bit, calls with their slots' weights; and what is wrong is a Status.
+void CheckGrouped(const Isa* isa, Type type) {
+  const int64_t batch = 5, tokens = 3, K = 19, N = 99, R = 4, F = 3, S = 2;
+  Tensor base(type, batch * tokens * N, 1), x(type, batch * tokens * K, 1), A(type, S * R * K, 1),
+      B(type, S * N * R, 1), tau(type, S * N, 1), C(type, S * F * N, 1), D(type, S * N * F, 1),
+      y(type, batch * tokens * N, 99), row(y);
+  const int64_t ids[batch] = {1, -1, 0, 1, 0};
+  Call call;
+  call.type = type, call.T = batch * tokens, call.batch = batch, call.S = S;
+  call.K = K, call.N = N, call.R = R, call.F = F;
+  call.base = base.bytes.data(), call.x = x.bytes.data(), call.y = y.bytes.data(), call.adapter_ids = ids;
+  call.A.data = A.bytes.data(), call.B.data = B.bytes.data(), call.tau = tau.bytes.data();
+  call.C.data = C.bytes.data(), call.D.data = D.bytes.data();
+  Detail detail;
+  const auto run = [&](Call changed) { return Run(isa, {Serial, nullptr}, changed, &detail); };
+  Expect(run(call) == Status::kOk, "grouped: kOk");
+  const int64_t size = type == Type::kFloat32 ? 4 : 2;
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto at = [&](const Tensor& tensor, int64_t elements) { return tensor.bytes.data() + elements * size; };
+    const char* expected = at(base, b * tokens * N);
+    if (ids[b] >= 0) {
+      Call one = call;
+      one.T = tokens, one.S = one.batch = 1, one.adapter_ids = nullptr, one.y = row.bytes.data();
+      one.base = expected, one.x = at(x, b * tokens * K), one.tau = at(tau, ids[b] * N);
+      one.A.data = at(A, ids[b] * R * K), one.B.data = at(B, ids[b] * N * R);
+      one.C.data = at(C, ids[b] * F * N), one.D.data = at(D, ids[b] * N * F);
+      Expect(run(one) == Status::kOk, "one row: kOk");
+      expected = row.bytes.data();
+    }
+    Expect(memcmp(at(y, b * tokens * N), expected, tokens * N * size) == 0, "grouped: a row is what it is alone");
+  }
+
+  const auto with = [&](auto change) {
+    Call changed = call;
+    change(changed);
+    return run(changed);
+  };
+  const int64_t bad[batch] = {0, 1, -1, 2, 5};
+  Expect(with([&](Call& c) { c.adapter_ids = bad; }) == Status::kBadAdapterId && detail.bad_row == 3, "bad id");
+  Expect(with([](Call& c) { c.adapter_ids = nullptr; }) == Status::kBadSize, "rows without ids");
+  Expect(with([](Call& c) { c.T = 16; }) == Status::kBadSize, "rows of unequal length");
+  Expect(with([](Call& c) { c.T = -5; }) == Status::kBadSize, "negative T");
+  Expect(with([](Call& c) { c.K = 0; }) == Status::kBadSize, "K = 0");
+  Expect(with([](Call& c) { c.R = kMaxRank + 1; }) == Status::kRankTooHigh, "R over the limit");
+  Expect(with([](Call& c) { c.F = kMaxRank + 1; }) == Status::kRankTooHigh, "F over the limit");
+  Expect(with([](Call& c) { c.D.data = nullptr; }) == Status::kNullPointer, "no D");
+  Expect(with([](Call& c) { c.y = nullptr; }) == Status::kNullPointer, "no y");
+  const auto alone = [](Call& c) { c.T = 3, c.S = c.batch = 1, c.adapter_ids = nullptr, c.R = c.F = 0; };
+  Expect(with(alone) == Status::kBadSize, "one adapter with neither half");
+}
+
 }  // namespace
 
 int main() {
@@ -159,6 +216,8 @@ int main() {
     const Isa* isa = FindIsa(name);
     if (!isa) continue;
     for (Type type : {Type::kFloat32, Type::kFloat16, Type::kBFloat16}) {
+      CheckGrouped(isa, type);
+      ++checks;
       for (int op = 0; op < 4; ++op) {
         for (const auto& s : sizes) {
           for (bool prepack : {false, true}) {

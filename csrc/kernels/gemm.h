@@ -79,7 +79,7 @@ void PackPanel(const E* w, int64_t rows, int64_t cols, int64_t first_row, int64_
     PackFloats({w, cols}, valid, width, depth, out);
   } else {
     constexpr int64_t kStep = 64;
-    float block[kPanel * kStep];
+    alignas(64) float block[kPanel * kStep];
     for (int64_t done = 0; done < depth; done += kStep) {
       const int64_t count = Min(kStep, depth - done);
       for (int64_t row = 0; row < valid; ++row) Convert(w + row * cols + done, block + row * kStep, count);

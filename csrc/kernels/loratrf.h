@@ -22,7 +22,7 @@ enum class Status : int {
   kOutOfMemory,   // scratch could not be allocated; y is unspecified
   kBadAdapterId,  // an adapter id is outside of [-1, S); y is as it was
   kDevice,        // a GPU's runtime reports an error; y is unspecified
-  kBadSetting,    // an attribute or an environment variable has no such value; said by who reads them, not by a kernel
+  kBadSetting,  // an attribute, a type or an environment variable is none that there is: said before a kernel is called
 };
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };
