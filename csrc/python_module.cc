@@ -1,5 +1,5 @@
 // The operators for Python: loratrf_deploy._kernels. Takes whatever lends its memory through the buffer protocol
-// (numpy) or DLPack (torch); needs the headers of neither. Used through loratrf_deploy.torch_ops and the tests.
+// (numpy) or DLPack (torch); needs the headers of neither. Used through loratrf_deploy.ops.torch_ops and the tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
