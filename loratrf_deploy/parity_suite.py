@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .cli.parity import positive, run
+from .cli.parity import run
+from .cli.shared import positive
 from .errors import UserError
 from .parity.result import VARIANTS
 from .reports.formats import check_report_path, write_report

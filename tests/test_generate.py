@@ -40,6 +40,13 @@ def test_it_prints_what_pytorch_would_write(capsys, exported: Callable[..., Path
     stream = og.Tokenizer(load_model(folder)).create_stream()
     assert captured.out == PROMPT + "".join(stream.decode(int(token)) for token in expected[ids.shape[1] :]) + "\n"
     assert "tokens/s" in captured.err
+    capsys.readouterr()  # what loading printed
+    assert main(["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "20", "--json"]) == 0
+    again = capsys.readouterr()
+    facts = json.loads(again.out)
+    assert (facts["text"] + "\n", again.err) == (captured.out, "")
+    assert 1 <= facts["tokens"] <= 20
+    assert 0 < facts["first_token_seconds"] <= facts["seconds"]
 
 
 def test_sampling_follows_its_seed(exported: Callable[..., Path]) -> None:
@@ -140,7 +147,15 @@ def test_perplexity_on_the_command_line(capsys, exported: Callable[..., Path], m
     model = str(exported(mode="separate"))
     options = ["--text", str(text), "--adapter", str(adapter), "--base-model", str(base), "--model", model]
     assert perplexity_main(options) == 0
-    assert f"{model} (separate)" in capsys.readouterr().out.replace("\n", "")
+    shown = capsys.readouterr().out
+    assert f"{model} (separate)" in shown
+    assert perplexity_main([*options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["deployments"]
+    assert [row["name"] for row in rows] == ["PyTorch", "PyTorch without the adapter", f"{model} (separate)"]
+    assert all(f"{row['perplexity']:.4f}" in shown and f"{row['loss']:+.6f}" in shown for row in rows)
+    assert perplexity_main([*options, "--window", "0"]) == 2
+    slip = "argument --window: '0' is not a whole number over zero (see loratrf-perplexity --help)"
+    assert capsys.readouterr().err == f"error: {slip}\n"
     text.write_bytes(b"\xff\xfe")
     assert perplexity_main(options) == 2
     assert "can't be read" in capsys.readouterr().err

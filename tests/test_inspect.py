@@ -191,6 +191,16 @@ def test_escape_sequences_in_names_reach_no_terminal(make_export, tmp_path, caps
     assert "\x1b" not in out
 
 
+def test_json_of_a_manifest_with_no_number(make_export, tmp_path, capsys):
+    folder = tmp_path / "export"
+    shutil.copytree(make_export().model.parent, folder)
+    manifest = json.loads((folder / "loratrf.json").read_text())
+    check = {"variant": "with library", "relative": float("nan")}
+    (folder / "loratrf.json").write_text(json.dumps(manifest | {"parity": {"passed": False, "checks": [check]}}))
+    assert inspect_cli.main([str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["parity"]["checks"][0]["relative"] == "nan"
+
+
 def test_table_for_a_pipe_has_whole_names(make_export, capsys):
     exported = make_export()
     for path in (exported.adapter, exported.model):

@@ -408,7 +408,12 @@ def test_command_fails_with_1_and_names_the_layer(make_export, tmp_path, capfd):
     bad = corrupted(model, tmp_path / "bad", f"{layer}.trf_tau")
     assert run("--model", bad, "--adapter", adapter, "--base-model", base) == 1
     assert f"The first layer that drifts is {layer} " in capfd.readouterr().out
-    assert run("--model", bad, "--adapter", adapter, "--base-model", base, "--tolerance", "10") == 0
+    assert run("--model", bad, "--adapter", adapter, "--base-model", base, "--json") == 1
+    out, err = capfd.readouterr()
+    facts = json.loads(out)
+    assert (facts["passed"], facts["first_drift"], facts["model"], err) == (False, layer, str(bad), "")
+    assert run("--model", bad, "--adapter", adapter, "--base-model", base, "--tolerance", "10", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["passed"] is True
 
 
 @pytest.mark.parametrize(
@@ -436,10 +441,9 @@ def test_bad_arguments_are_one_paragraph_and_2(make_export, tmp_path, capfd, cha
 
 @pytest.mark.parametrize("tolerance", ["0", "-1", "nan", "inf", "x"])
 def test_tolerance_is_a_number_over_zero(tolerance, capfd):
-    with pytest.raises(SystemExit) as stopped:
-        run("--model", "m", "--adapter", "a", "--tolerance", tolerance)
-    assert stopped.value.code == 2
-    assert "--tolerance" in capfd.readouterr().err
+    assert run("--model", "m", "--adapter", "a", "--tolerance", tolerance) == 2
+    message = f"error: argument --tolerance: {tolerance!r} is not a number over zero (see loratrf-parity --help)\n"
+    assert capfd.readouterr().err == message
 
 
 def suite(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import printable
 from ..formats.inspection import inspect_path
 from ..parity.result import LIBRARY
-from .shared import command
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .shared import Parser, command, plain, print_json, print_rows, stdout_console
 
 __all__ = ["main"]
 
@@ -26,31 +19,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     facts = inspect_path(args.path)
     if args.json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    from rich.console import Console
-
-    # A pipe has no width of its own, and a cut table can't be read by a script.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-    show = {"adapter": _show_adapter, "adapter file": _show_adapter_file, "model": _show_model}
-    show[facts["kind"]](console, facts)
+        print_json(facts)
+    else:
+        {"adapter": _show_adapter, "adapter file": _show_adapter_file, "model": _show_model}[facts["kind"]](facts)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="loratrf-inspect",
-        description="Show what is in an adapter or an exported model: layers, ranks, filters, parameters, size, and "
+def _parser() -> Parser:
+    parser = Parser(
+        "loratrf-inspect",
+        "Show what is in an adapter or an exported model: layers, ranks, filters, parameters, size, and "
         "what a merged export would fold.",
     )
     parser.add_argument(
         "path", type=Path, help="adapter folder or .onnx_adapter, or an exported model.onnx or its folder"
     )
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
     return parser
 
 
-def _show_adapter(console: Console, facts: dict[str, Any]) -> None:
+def _show_adapter(facts: dict[str, Any]) -> None:
     saved, biases = facts["modules_to_save"], facts["biases"]
     rows = {
         "adapter": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
@@ -62,27 +49,13 @@ def _show_adapter(console: Console, facts: dict[str, Any]) -> None:
         "biases": f"{len(biases)} trained ({sum(biases.values()):,})" if biases else None,
         "merged": _merge_sentence(facts),
     }
-    _rows(console, rows)
+    print_rows(rows)
     if facts["layers"]:
         head = ("layer", "rank", "filter rank", "in -> out", "parameters", "merged export")
-        _table(
-            console,
-            head,
-            (
-                (
-                    layer["module"],
-                    _or_dash(layer["rank"]),
-                    _or_dash(layer["filter_rank"]),
-                    f"{layer['in_features'] or 'any'} -> {layer['out_features']}",
-                    f"{layer['parameters']:,}",
-                    layer["merged"],
-                )
-                for layer in facts["layers"]
-            ),
-        )
+        _table(head, ([*_cells(layer), f"{layer['parameters']:,}", layer["merged"]] for layer in facts["layers"]))
 
 
-def _show_adapter_file(console: Console, facts: dict[str, Any]) -> None:
+def _show_adapter_file(facts: dict[str, Any]) -> None:
     adapter = facts["adapter"]
     rows = {
         "file": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
@@ -92,11 +65,8 @@ def _show_adapter_file(console: Console, facts: dict[str, Any]) -> None:
         "layers": f"{len(facts['layers'])} in the model, {facts['parameters']:,} values; ranks 0 are zeros",
         "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
     }
-    _rows(console, rows)
-    rows_of_layers = (
-        (layer["module"], _or_dash(layer["rank"]), _or_dash(layer["filter_rank"])) for layer in facts["layers"]
-    )
-    _table(console, ("layer", "rank", "filter rank"), rows_of_layers)
+    print_rows(rows)
+    _table(("layer", "rank", "filter rank"), (_cells(layer)[:3] for layer in facts["layers"]))
 
 
 def _adapter_sentence(facts: dict[str, Any]) -> str:
@@ -130,13 +100,14 @@ def _merge_sentence(facts: dict[str, Any]) -> str:
     return "; ".join(f"{count} {words[outcome]}" for outcome, count in facts["merge"].items())
 
 
-def _show_model(console: Console, facts: dict[str, Any]) -> None:
+def _show_model(facts: dict[str, Any]) -> None:
     base, parity = facts["base"], facts["parity"]
+    versions = {"loratrf-deploy": facts["loratrf_deploy"]} | facts["versions"]
     operators = ", ".join(f"{count} {op}" for op, count in facts["operators"].items())
     rows = {
         "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
         "export": facts["export"],
-        "made by": ", ".join([f"loratrf-deploy {facts['loratrf_deploy']}", *_versions(facts["versions"])]),
+        "made by": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "adapter": _adapter_sentence(facts),
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
@@ -146,25 +117,11 @@ def _show_model(console: Console, facts: dict[str, Any]) -> None:
         else "without the custom-op library: ONNX's and ONNX Runtime's own operators alone",
         "parity": _parity_sentence(parity),
     }
-    _rows(console, rows)
+    print_rows(rows)
     head = ("layer", "operator", "rank", "filter rank", "in -> out")
-    _table(
-        console,
-        head,
-        (
-            (
-                layer["module"],
-                layer["op"],
-                _or_dash(layer.get("rank")),
-                _or_dash(layer.get("filter_rank")),
-                f"{layer.get('in_features') or 'any'} -> {layer.get('out_features') or 'any'}",
-            )
-            for layer in facts["layers"]
-        ),
-        left=2,
-    )
+    _table(head, (_cells(layer, layer["op"]) for layer in facts["layers"]), left=2)
     for warning in facts["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        stdout_console().print(plain(f"warning: {warning}"), style="yellow")
 
 
 def _parity_sentence(parity: dict[str, Any] | None) -> str:
@@ -179,17 +136,7 @@ def _parity_sentence(parity: dict[str, Any] | None) -> str:
     return ("holds" if parity.get("passed") else "failed") + largest
 
 
-def _versions(versions: dict[str, Any]) -> list[str]:
-    return [f"{name} {value}" for name, value in versions.items()]
-
-
-def _rows(console: Console, rows: Mapping[str, str | None]) -> None:
-    for name, text in rows.items():
-        if text:
-            console.print(f"[bold]{name:<8}[/bold] {_plain(text)}")
-
-
-def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
     """`left` columns of text; numbers, aligned right, follow."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -199,19 +146,15 @@ def _table(console: Console, head: Sequence[str], rows: Iterable[Sequence[str]],
         text = number < left or name == "merged export"
         table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="fold")
     for row in rows:
-        table.add_row(*map(_plain, row))
-    console.print(table)
+        table.add_row(*map(plain, row))
+    stdout_console().print(table)
 
 
-def _plain(text: str) -> str:
-    """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
-    from rich.markup import escape
-
-    return escape(printable(text))
-
-
-def _or_dash(value: int | None) -> str:
-    return str(value) if value else "-"
+def _cells(layer: dict[str, Any], *more: str) -> list[str]:
+    """A layer's name, `more`, its ranks and its sizes."""
+    ranks = (str(layer.get(name) or "-") for name in ("rank", "filter_rank"))
+    sizes = (str(layer.get(name) or "any") for name in ("in_features", "out_features"))
+    return [layer["module"], *more, *ranks, " -> ".join(sizes)]
 
 
 def _size(count: int) -> str:

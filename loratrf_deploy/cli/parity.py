@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +13,12 @@ from ..parity.single import check_parity
 from ..pytorch.quiet import quiet
 from ..reports.formats import FORMATS, check_report_path, print_report, write_report
 from ..runtime.session import PROVIDERS
-from .shared import command, named_paths, progress
+from .shared import Parser, command, named_paths, positive, print_json, progress, require_extra
 
 if TYPE_CHECKING:
     from ..parity.result import ParityReport
 
-__all__ = ["main", "positive", "run"]
+__all__ = ["main", "run"]
 
 
 @command
@@ -35,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, args.device, step)
     for path in args.report:
         write_report(report, path)
-    print_report(report)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print_report(report)
     return 0 if report.passed else 1
 
 
@@ -50,20 +50,13 @@ def run(
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
 
-    Raises UserError, also where the `export` extra is not installed.
+    Raises UserError, also where the extras that it needs are not installed.
     """
-    needed = ("torch", "transformers", "peft", "onnx_ir", "optimum")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"Parity is measured against PyTorch, and {', '.join(missing)} is not installed here. Install the extra "
-            "that models are made with: `pip install 'loratrf-deploy[cpu,export]'`."
-        )
+    require_extra("cpu", "export")
     for what, path in (("model", model), ("inputs file", inputs)):
         if path is not None and not path.is_file():
             raise UserError(f"No {what} at {path}.")
     with quiet():
-        step("importing torch and transformers")
-
         if isinstance(adapter, Mapping):
             if inputs is not None or device != "cpu":
                 raise UserError(
@@ -74,10 +67,10 @@ def run(
         return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="loratrf-parity",
-        description="Prove that an exported model computes what PyTorch computes, with the custom-op library and "
+def _parser() -> Parser:
+    parser = Parser(
+        "loratrf-parity",
+        "Prove that an exported model computes what PyTorch computes, with the custom-op library and "
         "without it, and that the adapter has an effect. On failure names the first layer that drifts.",
     )
     parser.add_argument("--model", required=True, type=Path, help="exported model, such as model.onnx")
@@ -110,14 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         "2e-3 for float16)",
     )
     return parser
-
-
-def positive(text: str) -> float:
-    """A tolerance: a finite number over zero."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a number over zero")
-    return value
 
 
 if __name__ == "__main__":

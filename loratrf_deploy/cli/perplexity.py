@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import printable
 from ..parity.perplexity import WINDOW, perplexities
 from ..pytorch.quiet import quiet
-from .generate import count
-from .shared import command, progress
+from .shared import Parser, command, count, print_json, progress, require_extra
 
 __all__ = ["main"]
 
@@ -18,19 +18,23 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """loratrf-perplexity --text FILE --adapter PATH --model a/model.onnx ...: exit 0 done, 2 the input is at fault."""
     args = _parser().parse_args(argv)
+    require_extra("cpu", "export")
     with progress() as step, quiet():
         rows = perplexities(args.text, args.adapter, args.model, args.base_model, window=args.window, step=step)
+    if args.json:
+        print_json({"deployments": [dataclasses.asdict(row) for row in rows]})
+        return 0
     width = max(len(row.name) for row in rows)
     print(f"{'deployment':<{width}}  {'perplexity':>12}  log(perplexity) - PyTorch's")
     for row in rows:
-        print(f"{row.name:<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
+        print(f"{printable(row.name):<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="loratrf-perplexity",
-        description="Perplexity of exported causal language models on a text, beside PyTorch's with the adapter and "
+def _parser() -> Parser:
+    parser = Parser(
+        "loratrf-perplexity",
+        "Perplexity of exported causal language models on a text, beside PyTorch's with the adapter and "
         "without it: which deployment loses how much.",
     )
     parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")

@@ -1,31 +1,52 @@
-"""What the three command lines share: exit codes, error paragraphs, quiet third-party libraries, progress."""
+"""What the command lines share: options and exit codes, error paragraphs, missing extras, progress, what they print."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from ..version import __version__
 
-__all__ = ["command", "named_paths", "progress"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    *("EXTRAS", "Parser", "command", "count", "named_paths", "plain", "positive", "print_json", "print_rows"),
+    *("progress", "require_extra", "stdout_console"),
+]
+
+EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "export": ("torch", "transformers", "peft", "optimum", "requests", "accelerate", "onnx", "onnx_ir", "onnxscript"),
+    "genai": ("onnxruntime_genai",),
+}
+"""Extra of the package -> the modules that it brings."""
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Wraps a command line's main(argv): returns its exit code; UserError -> one paragraph on stderr and 2.
 
-    Exit codes: 0 done; 1 the parity check failed; 2 the input is at fault; 130 interrupted.
+    Exit codes: 0 done; 1 the parity check failed; 2 the input is at fault; 130 interrupted; 141 stdout was closed.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # a reader that went away is met here, not when Python exits
+            return code
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; nothing was written", file=sys.stderr)
@@ -36,6 +57,43 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return 141
 
     return wrapped
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with --version and --json, whose every complaint is a UserError of one line."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description)
+        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
+        self.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+def positive(text: str, kind: Callable[[str], float] = float) -> float:
+    """An option's value: a finite number over zero."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := kind(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number over zero")
+
+
+def count(text: str) -> int:
+    """An option's value: a whole number over zero."""
+    return int(positive(text, int))
+
+
+def require_extra(*extras: str) -> None:
+    """Raises UserError with pip's line where modules of `extras` are missing; imports none of them, so it is quick."""
+    missing = {name: extra for extra in extras for name in EXTRAS[extra] if find_spec(name) is None}
+    if missing:
+        lacking = dict.fromkeys(missing.values())
+        instead = " (with an NVIDIA GPU: gpu in place of cpu)" if "cpu" in lacking else ""
+        raise UserError(
+            f"This needs {', '.join(missing)}, not installed here. Install what is missing: "
+            f"`pip install 'loratrf-deploy[{','.join(lacking)}]'`{instead}."
+        )
 
 
 def named_paths(texts: Sequence[str]) -> dict[str, Path]:
@@ -55,12 +113,43 @@ def named_paths(texts: Sequence[str]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yields step(text), which shows what is being done: a spinner on a terminal, nothing in a pipe."""
+    """Yields step(text), which shows what is being done: a spinner and the time on a terminal, nothing in a pipe."""
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(file=sys.stderr)  # this stderr: `quiet` replaces sys.stderr later
     if not console.is_terminal:
         yield lambda text: None
         return
-    with console.status("") as status:
-        yield lambda text: status.update(text)
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text: bar.update(task, description=printable(text))
+
+
+def stdout_console() -> Console:
+    """rich on stdout. A pipe has no width of its own, and a cut table can't be read by a script."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
+def plain(text: str) -> str:
+    """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+def print_rows(rows: Mapping[str, str | None]) -> None:
+    """A line for each label and its text; none where there is no text."""
+    console = stdout_console()
+    for label, text in rows.items():
+        if text:
+            console.print(f"[bold]{label:<8}[/bold] {plain(text)}")
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on stdout. JSON has no numbers for NaN and Inf: they become "nan", "inf", "-inf"; paths, text."""
+    finite = json.loads(json.dumps(values, default=str), parse_constant=lambda name: str(float(name)))
+    print(json.dumps(finite, indent=2))
