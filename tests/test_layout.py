@@ -47,7 +47,11 @@ def imported(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 def graph() -> dict[str, set[str]]:
     """Module -> the modules that it imports, packages as their __init__."""
     return {
-        module: {target if target in MODULES else f"{target}.__init__" for target, _ in imported(module, tree)}
+        module: {
+            target if target in MODULES else f"{target}.__init__"
+            for target, name in imported(module, tree)
+            if name != "_kernels"  # compiled, in no folder
+        }
         for module, tree in MODULES.items()
     }
 
