@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import pty
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +22,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loratrf_deploy.cli.export import main
+from loratrf_deploy.cli.shared import print_json
 
 EXPORT = [sys.executable, "-c", "import sys; from loratrf_deploy.cli.export import main; sys.exit(main())"]
 
@@ -222,6 +227,54 @@ def test_interrupt_in_the_middle(adapter, tmp_path, how) -> None:
     assert (tmp_path / "out" / "model.onnx").read_bytes() == b"an older export"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ("--adapter a", "the following arguments are required: --out"),
+        ("--out x", "one of the arguments --adapter --adapters is required"),
+        ("--adapter a --adapters b=b --out x", "argument --adapters: not allowed with argument --adapter"),
+        ("--adapter a --out x --bogus", "unrecognized arguments: --bogus"),
+        ("--adapter a --out x --grouped", "unrecognized arguments: --grouped"),
+        ("--adapter a --out x --opset new", "argument --opset: invalid int value: 'new'"),
+        ("--adapter a --out x --mode\todd", "unrecognized arguments: --mode odd"),
+        ("--adapter a --out x --mode odd", "argument --mode: invalid choice: 'odd'"),
+        ("--adapter a --out x \x1b[31m", "unrecognized arguments: ?[31m"),
+    ],
+)
+def test_a_slip_is_one_line(capsys, arguments, what) -> None:
+    assert main(arguments.split(" ")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {what}")
+    assert err.endswith(" (see loratrf-export --help)\n")
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+def on_a_terminal(code: str) -> str:
+    """What a script writes to a stderr that is a terminal."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as file:  # EIO: the script ended
+        while chunk := file.read(1 << 16):
+            shown += chunk
+    assert process.wait() == 0
+    return shown.decode()
+
+
+def test_progress_shows_what_is_done_and_for_how_long() -> None:
+    code = (
+        "import time; from loratrf_deploy.cli.shared import progress\n"
+        "with progress() as step:\n step('reading [bold]a\\x1b[31m'); time.sleep(1.3); step('writing')\n"
+    )
+    shown = on_a_terminal(code)
+    assert "0:00:01 reading [bold]a?[31m" in re.sub("\x1b\\[[0-9;]*m", "", shown)
+    assert "writing" in shown
+
+
 def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -> None:
     base, folder = adapter
     out = tmp_path / "new" / "folder" / "model.onnx"
@@ -241,20 +294,64 @@ def test_a_piped_export_prints_the_summary_and_nothing_else(adapter, tmp_path) -
         text=True,
     )
     assert again.returncode == 0, again.stderr
-    assert "not checked" in again.stdout
+    assert "parity   not checked" in again.stdout
     assert json.loads((out.parent / "loratrf.json").read_text())["mode"] == "separate"
     assert not list(out.parent.glob(".*"))
+
+
+def test_json_of_an_export(adapter, tmp_path) -> None:
+    base, folder = adapter
+    out = tmp_path / "out" / "model.onnx"
+    command = [*EXPORT, "--adapter", folder, "--base-model", base, "--out", out, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    facts = json.loads(result.stdout)
+    assert facts["model"] == facts["parity"]["model"] == str(out)
+    assert facts["manifest"] == json.loads((out.parent / "loratrf.json").read_text())
+    assert facts["sizes"] == {path.name: path.stat().st_size for path in out.parent.iterdir()}
+    assert facts["parity"]["passed"] is True
+    # The proof's own steps are shown, and its time is one stage.
+    assert "checking parity with PyTorch" in facts["seconds"]
+    assert "comparing layers" not in facts["seconds"]
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["adapter", "adapters"])
 def test_a_failed_proof_writes_nothing(several, capsys, adapter, tmp_path, monkeypatch) -> None:
     from loratrf_deploy import parity
+    from loratrf_deploy.cli import export
 
+    steps: list[str] = []
+    monkeypatch.setattr(export, "progress", lambda: contextlib.nullcontext(steps.append))
     monkeypatch.setitem(parity.TOLERANCES, "float32", 1e-12)
     base, folder = adapter
     which = ["--adapters", f"a={folder}"] if several else ["--adapter", str(folder)]
     out = tmp_path / "out" / "model.onnx"
-    assert main([*which, "--base-model", str(base), "--out", str(out)]) == 1
-    assert "nothing was written" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main([*which, "--base-model", str(base), "--out", str(out), *(["--json"] if several else [])]) == 1
+    shown, error = capsys.readouterr()
+    assert "nothing was written" in error
+    if several:
+        report = json.loads(shown)["parity"]
+        assert (report["passed"], report["model"]) == (False, str(out))
+    else:
+        assert "Parity failed" in shown
     assert not out.parent.exists()
     assert not list(tmp_path.glob(".loratrf-export-*"))
+    proof = steps[steps.index("checking parity with PyTorch") :]
+    assert {"running ONNX Runtime with library", "running ONNX Runtime without library"} <= set(proof)
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys) -> None:
+    print_json({"a": [math.nan, {"b": -math.inf}], "c": Path("x/y"), "d": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"a": ["nan", {"b": "-inf"}], "c": "x/y", "d": 1.5}
+
+
+def test_a_reader_that_went_away() -> None:
+    """What is short waits in Python's buffer until the end."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "loratrf_deploy"]
+    result = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(theirs)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -231,7 +231,7 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
     base, a = make_tiny("distilbert", kind="loratrf")
     b = make_tiny("distilbert", kind="lora", seed=5)[1]
     out = tmp_path / "out" / "model.onnx"
-    command = ["--adapters", f"mixed rows={a}", f"b={b}", "--grouped", "--base-model", str(base), "--out", str(out)]
+    command = ["--adapters", f"mixed rows={a}", f"b={b}", "--base-model", str(base), "--out", str(out)]
     assert main(command) == 0
     shown = capsys.readouterr().out
     for word in ("grouped", "0 mixed rows, 1 b; -1 is the base", "2 GroupedLoraTrf", "logits (b)", "Parity holds"):
@@ -360,7 +360,6 @@ def test_layers_that_all_rows_share(make_tiny, tmp_path, capsys):
         (["--adapters", "a=x", "--mode", "merged"], "--mode is for one adapter"),
         (["--adapters", "a=x", "--swappable", "base"], "--swappable is for one adapter"),
         (["--adapters", "a=x", "--onto", "m.onnx"], "--onto is for one adapter"),
-        (["--adapter", "x", "--grouped"], "--grouped makes one model of several adapters"),
     ],
 )
 def test_the_command_line(capsys, tmp_path, arguments, problem):

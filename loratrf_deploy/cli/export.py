@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..export.grouped import export_grouped
@@ -18,7 +20,10 @@ from ..export.single import export_adapter
 from ..ops.dtypes import DTYPES
 from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
-from .shared import command, named_paths, progress
+from .shared import Parser, command, named_paths, print_json, print_rows, progress, require_extra
+
+if TYPE_CHECKING:
+    from ..parity.result import ParityReport
 
 __all__ = ["main"]
 
@@ -33,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_combination(parser, args)
     if args.onto is not None:
         converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
-        _print_converted(converted, args.adapter, args.onto)
+        if args.json:
+            print_json(dataclasses.asdict(converted))
+        else:
+            _print_converted(converted, args.adapter, args.onto)
         return 0
+    require_extra(*(["cpu"] if args.check else []), "export")
     try:
         with progress() as step:
             options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
@@ -43,20 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 result = export_adapter(args.adapter, args.out, options, step=step)
     except ParityFailed as failure:
-        print_report(failure.report)
+        if args.json:
+            print_json({"model": None, "parity": _parity_facts(failure.report, args.out)})
+        else:
+            print_report(failure.report)
         print(
             f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.",
             file=sys.stderr,
         )
         return 1
-    _print_summary(result)
+    if args.json:
+        print_json(dataclasses.asdict(result) | {"parity": result.parity and _parity_facts(result.parity, args.out)})
+    else:
+        _print_summary(result)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="loratrf-export",
-        description="Export a LoRA or LoRATRF adapter with its base model to ONNX, and prove that it computes what "
+def _parity_facts(report: ParityReport, out: Path) -> dict[str, Any]:
+    """The report as JSON has it; the model was still aside when it was proven."""
+    return report.to_dict() | {"model": str(out)}
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "loratrf-export",
+        "Export a LoRA or LoRATRF adapter with its base model to ONNX, and prove that it computes what "
         "PyTorch computed.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
@@ -86,9 +106,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         type=Path,
         help="convert the adapter for this swappable model, which exists already: --out NAME.onnx_adapter",
-    )
-    parser.add_argument(
-        "--grouped", action="store_true", help="what --adapters makes, in so many words: it can be left out"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
@@ -122,8 +139,6 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
         changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
         return None if not changed else "--no-check" if changed[0] == "check" else f"--{changed[0].replace('_', '-')}"
 
-    if args.adapters is None and args.grouped:
-        raise UserError("--grouped makes one model of several adapters: name them with --adapters NAME=PATH ...")
     if args.adapters is not None and (flag := given((*of_one, "onto"))):
         raise UserError(
             f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
@@ -134,21 +149,15 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
+    base = "the model's by its name: its weights are not here to be compared"
     rows = {
         "adapter": f"{converted.file} ({converted.bytes / 1e6:.1f} MB)",
         "model": f"{model}",
         "layers": f"{converted.layers} adapted of the model's {converted.model_layers}",
-        "base": "the model's, by the hash of its weights"
-        if converted.base_by == "hash"
-        else "the model's by its name: its weights are not here to be compared",
+        "base": "the model's, by the hash of its weights" if converted.base_by == "hash" else base,
         "parity": f"not checked here: loratrf-parity --model {model} --adapter {adapter}",
     }
-    for name, text in rows.items():
-        console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
+    print_rows(rows)
 
 
 def _swappable_row(result: ExportResult) -> dict[str, str]:
@@ -163,10 +172,7 @@ def _swappable_row(result: ExportResult) -> dict[str, str]:
 
 
 def _print_summary(result: ExportResult) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    manifest, console = result.manifest, Console(highlight=False, soft_wrap=True)
+    manifest = result.manifest
     kinds = ", ".join(f"{count} {op}" for op, count in manifest.operators.items()) or "none"
     weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
     rows = {
@@ -175,10 +181,12 @@ def _print_summary(result: ExportResult) -> None:
         **_swappable_row(result),
         "layers": f"{len(manifest.layers)} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",
+        "parity": "" if result.parity else "not checked (--no-check)",
     }
-    for name, text in rows.items():
-        console.print(f"[bold]{name:<8}[/bold] {escape(text)}")
-    if result.parity is None:
-        console.print(f"[bold]{'parity':<8}[/bold] not checked (--no-check)")
-    else:
+    print_rows(rows)
+    if result.parity:
         print_report(result.parity)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
