@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import tomllib
+
+from loratrf_deploy.__main__ import COMMANDS
+from loratrf_deploy.cli.shared import EXTRAS
+from loratrf_deploy.version import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,12 +96,77 @@ def test_importing_the_package_stays_light() -> None:
 
 
 def test_every_command_is_installed_and_helps() -> None:
-    scripts = {entry.name for entry in metadata.distribution("loratrf-deploy").entry_points}
-    assert {"loratrf-export", "loratrf-parity", "loratrf-inspect"} <= scripts
-    for name in ("loratrf-export", "loratrf-parity", "loratrf-inspect"):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(COMMANDS) == {entry.name for entry in metadata.distribution("loratrf-deploy").entry_points}
+    assert set(COMMANDS) == set(project["scripts"])
+    for name in COMMANDS:
         result = subprocess.run([Path(sys.executable).with_name(name), "--help"], capture_output=True, text=True)
         assert result.returncode == 0
         assert result.stdout.startswith(f"usage: {name}")
+
+
+def without_extras(module: str, *arguments: str, absent: str = "cpu export genai") -> subprocess.CompletedProcess[str]:
+    """A command where the modules of the extras `absent` are missing."""
+    names = [name for extra in absent.split() for name in EXTRAS[extra]]
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({names}));"
+        f"sys.argv = {['-m', *arguments]}; runpy.run_module({module!r}, run_name='__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_package_lists_its_commands() -> None:
+    listed = without_extras("loratrf_deploy")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(COMMANDS)
+    assert all(what in listed.stdout for what in COMMANDS.values())
+    assert json.loads(without_extras("loratrf_deploy", "--json").stdout) == COMMANDS
+    assert without_extras("loratrf_deploy", "--version").stdout == f"loratrf-deploy {__version__}\n"
+    slip = without_extras("loratrf_deploy", "export")
+    assert slip.stderr == "error: unrecognized arguments: export (see python -m loratrf_deploy --help)\n"
+    assert slip.returncode == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_version_and_slips_need_no_extra(name: str) -> None:
+    module = f"loratrf_deploy.cli.{name.removeprefix('loratrf-')}"
+    version = without_extras(module, "--version")
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"{name} {__version__}\n", "")
+    helped = without_extras(module, "--help")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "--json" in helped.stdout
+    slip = without_extras(module)
+    assert (slip.returncode, slip.stdout) == (2, "")
+    assert re.fullmatch(rf"error: the following arguments are required: .* \(see {name} --help\)\n", slip.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "absent", "extras"),
+    [
+        ("export --adapter a --out m.onnx", "cpu export", "cpu,export"),
+        ("export --adapter a --out m.onnx", "export", "export"),
+        ("export --adapter a --out m.onnx --no-check", "cpu export", "export"),
+        ("export --adapters x=a y=b --out m.onnx", "export", "export"),
+        ("parity --model m.onnx --adapter a", "cpu export", "cpu,export"),
+        ("parity --model m.onnx --adapter a", "cpu", "cpu"),
+        ("perplexity --text t --adapter a --model m.onnx", "export", "export"),
+        ("generate --model m.onnx --prompt x", "genai", "genai"),
+    ],
+)
+def test_a_missing_extra_is_a_paragraph_with_pips_line(command: str, absent: str, extras: str) -> None:
+    name, *arguments = command.split()
+    result = without_extras(f"loratrf_deploy.cli.{name}", *arguments, "--json", absent=absent)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: This needs ")
+    assert result.stderr.count("\n") == 1
+    assert f"`pip install 'loratrf-deploy[{extras}]'`" in result.stderr
+    assert all(module in result.stderr for extra in extras.split(",") for module in EXTRAS[extra])
+
+
+def test_extras_are_those_of_the_package() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, modules in EXTRAS.items():
+        assert list(modules) == [re.split("[>=]", text)[0].replace("-", "_") for text in extras[extra]]
 
 
 def test_public_names() -> None:
