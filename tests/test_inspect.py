@@ -196,7 +196,8 @@ def test_json_of_a_manifest_with_no_number(make_export, tmp_path, capsys):
     shutil.copytree(make_export().model.parent, folder)
     manifest = json.loads((folder / "loratrf.json").read_text())
     check = {"variant": "with library", "relative": float("nan")}
-    (folder / "loratrf.json").write_text(json.dumps(manifest | {"parity": {"passed": False, "checks": [check]}}))
+    parity = {"passed": False, "tolerance": 1e-5, "inputs": 1, "checks": [check]}
+    (folder / "loratrf.json").write_text(json.dumps(manifest | {"parity": parity}))
     assert inspect_cli.main([str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["parity"]["checks"][0]["relative"] == "nan"
 
