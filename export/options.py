@@ -79,8 +79,9 @@ class ExportOptions:
 
     def given(self, names: Iterable[str]) -> str | None:
         """The command line's word for the first of the fields `names` that isn't at its default."""
+        wanted = set(names)
         for field in fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
+            if field.name in wanted and getattr(self, field.name) != field.default:
                 return "--no-check" if field.name == "check" else f"--{field.name.replace('_', '-')}"
         return None
 

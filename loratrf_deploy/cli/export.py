@@ -7,7 +7,6 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _check_combination(parser, args)
+    options = ExportOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ExportOptions)})
     if args.onto is not None:
+        _check_onto(args, options)
         converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
         if args.json:
             print_json(dataclasses.asdict(converted))
@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_extra(*(["cpu"] if args.check else []), "export")
     try:
         with progress() as step:
-            options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
             if args.adapters is not None:
                 result = export_grouped(named_paths(args.adapters), args.out, options, step=step)
             else:
@@ -62,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     if args.json:
-        print_json(dataclasses.asdict(result) | {"parity": result.parity and _parity_facts(result.parity, args.out)})
+        parity = result.parity and _parity_facts(result.parity, args.out)
+        print_json(vars(result) | {"manifest": result.manifest.to_dict(), "parity": parity})
     else:
         _print_summary(result)
     return 0
@@ -131,20 +131,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """UserError for options that would be ignored beside --adapters or --onto."""
-    of_one = ("mode", "swappable", "quantize", "device", "bundle_library")
-
-    def given(names: Sequence[str]) -> str | None:
-        changed = [name for name in names if getattr(args, name) != parser.get_default(name)]
-        return None if not changed else "--no-check" if changed[0] == "check" else f"--{changed[0].replace('_', '-')}"
-
-    if args.adapters is not None and (flag := given((*of_one, "onto"))):
-        raise UserError(
-            f"{flag} is for one adapter (--adapter PATH). A model of several always keeps them separate, in slots that "
-            f"can be refilled at run time: drop {flag}."
-        )
-    if args.onto is not None and (flag := given((*of_one, "dtype", "opset", "check"))):
+def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
+    """UserError for options that would be ignored beside --onto."""
+    if args.adapters is not None:
+        raise UserError("--onto converts one adapter: name it with --adapter PATH.")
+    if flag := options.given(field.name for field in dataclasses.fields(options) if field.name != "base_model"):
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
