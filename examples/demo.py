@@ -37,18 +37,9 @@ def main() -> int:
     args = parser.parse_args()
     for mode in ("merged", "separate"):
         model = args.out / mode / "model.onnx"
-        print(f"$ loratrf-export --adapter {args.adapter} --base-model {base_path()} --mode {mode} --out {model}")
-        command = [
-            "--adapter",
-            str(args.adapter),
-            "--base-model",
-            str(base_path()),
-            "--mode",
-            mode,
-            "--out",
-            str(model),
-        ]
-        if code := export(command):
+        command = ["--adapter", args.adapter, "--base-model", base_path(), "--mode", mode, "--out", model]
+        print("$ loratrf-export", *command)
+        if code := export([str(word) for word in command]):
             return code
         print()
     _print_latency(args.out)

@@ -10,6 +10,7 @@ adapter it writes results.json and a model card. Nothing is fetched from a netwo
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -85,42 +86,65 @@ def adapter_config(options: argparse.Namespace) -> Any:
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
+    """Trains on nine tenths of the training rows and saves the adapter; returns what results.json is to hold."""
     import transformers
-    from peft import get_peft_model
-
-    from loratrf_deploy.peft import initialize_filters
 
     transformers.utils.logging.set_verbosity_error()
     transformers.set_seed(options.seed)
     base = options.base or minilm.base_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-
-    def tokens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        encoded = [dict(tokenizer(*glue.texts(row), truncation=True, max_length=glue.MAX_LENGTH)) for row in rows]
-        return [entry | {"labels": row["label"]} for entry, row in zip(encoded, rows, strict=True)]
-
-    rows = tokens(glue.read(options.data, options.task, "train"))
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    rows = tokens(tokenizer, glue.read(options.data, options.task, "train"))
     order = np.random.default_rng(options.seed).permutation(len(rows))[: options.limit]
     held_out, training = ([rows[index] for index in part] for part in np.split(order, [len(order) // 10]))
-    collate = transformers.DataCollatorWithPadding(tokenizer)
 
     config = adapter_config(options)
+    model = adapted(base, config, collate([dict(row) for row in training[:64]]), options)
+    trainer, seconds = fit(model, collate, training, held_out, options)
+    dev = trainer.evaluate(tokens(tokenizer, glue.read(options.data, options.task, "dev")), metric_key_prefix="dev")
+    if config is not None:
+        config.base_model_name_or_path = options.base_name
+        # The vocabulary is the base's own; without the word PEFT would go looking for the base on the hub.
+        model.save_pretrained(options.out, save_embedding_layers=False)
+    rows_of = {"training": len(training), "held_out": len(held_out)}
+    return facts(trainer, dev, options) | {"rows": rows_of, "seconds": round(seconds)}
+
+
+def tokens(tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    encoded = [dict(tokenizer(*glue.texts(row), truncation=True, max_length=glue.MAX_LENGTH)) for row in rows]
+    return [entry | {"labels": row["label"]} for entry, row in zip(encoded, rows, strict=True)]
+
+
+def adapted(base: Path, config: Any, batch: dict[str, Any], options: argparse.Namespace) -> Any:
+    """The base with a new adapter, whose filters may start from `batch`; without a config, its head alone to train."""
+    import transformers
+    from peft import get_peft_model
+
+    from loratrf_deploy.peft import initialize_filters
+
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     if config is None:
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
-    else:
-        try:
-            model = get_peft_model(model, config)
-        except UserError:
-            raise
-        except ValueError as error:  # PEFT's word for targets that match nothing
-            raise UserError(f"--targets {options.targets}: {error}") from error
-        if options.method == "loratrf" and options.filter_start == "data":
-            initialize_filters(model, [collate([dict(row) for row in training[:64]])])
+        return model
+    try:
+        model = get_peft_model(model, config)
+    except UserError:
+        raise
+    except ValueError as error:  # PEFT's word for targets that match nothing
+        raise UserError(f"--targets {options.targets}: {error}") from error
+    if options.method == "loratrf" and options.filter_start == "data":
+        initialize_filters(model, [batch])
+    return model
 
-    metric = glue.TASKS[options.task]
+
+def fit(
+    model: Any, collate: Any, training: list[Any], held_out: list[Any], options: argparse.Namespace
+) -> tuple[Any, float]:
+    """Trains `model`, which ends as it was after the epoch that scored best on `held_out`: (Trainer, seconds)."""
+    import torch
+    import transformers
+
     with tempfile.TemporaryDirectory() as checkpoints:
         settings = transformers.TrainingArguments(
             checkpoints,
@@ -134,7 +158,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             eval_strategy="epoch",
             save_strategy="epoch",
             load_best_model_at_end=True,
-            metric_for_best_model=metric,
+            metric_for_best_model=glue.TASKS[options.task],
             logging_strategy="epoch",
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
@@ -151,17 +175,16 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         )
         started = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - started
-        log = trainer.state.log_history
-        history = [entry[f"eval_{metric}"] for entry in log if f"eval_{metric}" in entry]
-        losses = {part: [float(e[key]) for e in log if key in e] for part, key in LOSSES.items()}
-        dev = trainer.evaluate(tokens(glue.read(options.data, options.task, "dev")), metric_key_prefix="dev")
+        return trainer, time.perf_counter() - started
 
-    if config is not None:
-        config.base_model_name_or_path = options.base_name
-        # The vocabulary is the base's own; without the word PEFT would go looking for the base on the hub.
-        model.save_pretrained(options.out, save_embedding_layers=False)
-    trained = {name: part.numel() for name, part in model.named_parameters() if part.requires_grad}
+
+def facts(trainer: Any, dev: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """The scores, epoch by epoch and on the dev rows; what was trained, how, and with which versions."""
+    import torch
+
+    metric, log = glue.TASKS[options.task], trainer.state.log_history
+    history = [entry[f"eval_{metric}"] for entry in log if f"eval_{metric}" in entry]
+    trained = {name: part.numel() for name, part in trainer.model.named_parameters() if part.requires_grad}
     head = sum(count for name, count in trained.items() if "classifier" in name)
     hidden = {"out", "data", "base", "base_name", "task", "method"}
     if options.method != "loratrf":
@@ -173,21 +196,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         "metric": metric,
         "dev": {name: round(dev[f"dev_{name}"], 4) for name in ("accuracy", "f1", "matthews")},
         "held_out_by_epoch": [round(value, 4) for value in history],
-        "loss_by_epoch": {part: [round(value, 4) for value in values] for part, values in losses.items()},
+        "loss_by_epoch": {part: [round(e[key], 4) for e in log if key in e] for part, key in LOSSES.items()},
         "chosen_epoch": int(np.argmax(history)) + 1,
-        "rows": {"training": len(training), "held_out": len(held_out)},
         "trained_parameters": {"adapter": sum(trained.values()) - head, "head": head},
-        "seconds": round(seconds),
         "threads": torch.get_num_threads(),
         "settings": {name: value for name, value in vars(options).items() if name not in hidden},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": _version("peft")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "peft": importlib.metadata.version("peft"),
+        },
     }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def model_card(results: dict[str, Any]) -> str:
