@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +70,20 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
     return make
 
 
-@pytest.fixture(scope="session")
-def models() -> Any:
-    """test_ort_ops, whose models of one operator the CUDA tests use too; skipped where onnx_ir is missing."""
-    pytest.importorskip("onnx_ir")
-    return importlib.import_module("test_ort_ops")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        kernels = importlib.import_module("loratrf_deploy._kernels")
+        metafunc.parametrize("isa", kernels.isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this CPU has, in force for the test."""
+    from loratrf_deploy import _kernels
+
+    _kernels.set_isa(request.param)
+    yield request.param
+    _kernels.set_isa("")
 
 
 @pytest.fixture

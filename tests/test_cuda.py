@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loratrf_deploy import AdapterSession, library_path
-from loratrf_deploy.ops import reference, schemas
-from loratrf_deploy.ops.dtypes import DTYPES
+import operators
+from loratrf_deploy import AdapterSession
+from loratrf_deploy.ops import schemas
+from operators import CASES, reference_of
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
@@ -22,19 +23,6 @@ pytestmark = pytest.mark.gpu
 
 PROVIDER = "CUDAExecutionProvider"
 
-CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
-FUNCTIONS = {
-    "LowRank": torch_ops.low_rank,
-    "TaskFilter": torch_ops.task_filter,
-    "LoraTrf": torch_ops.lora_trf,
-    "GroupedLoraTrf": torch_ops.grouped_lora_trf,
-}
-REFERENCES = {
-    "LowRank": reference.low_rank,
-    "TaskFilter": reference.task_filter,
-    "LoraTrf": reference.lora_trf,
-    "GroupedLoraTrf": reference.grouped_lora_trf,
-}
 SIZES = [
     *((T, 131, 77, 19, 8) for T in (0, 1, 3, 16, 17, 130)),
     (1, 4096, 4096, 16, 16),
@@ -56,25 +44,12 @@ def _gpu():
 
 def tensors_of(op, T, K, N, R, F, dtype, seed=0):
     """The op's inputs on the GPU; about half of the tokens pass the filter."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    tau = normal(N)
-    base = normal(T, N) + tau * torch.linspace(-1, 1, T, device="cuda")[:, None]
-    made = {"base": base, "z": base, "x": normal(T, K), "A": normal(R, K) / K**0.5, "B": normal(N, R) / R**0.5}
-    made |= {"tau": tau, "C": normal(F, N) / N**0.5, "D": normal(N, F) / F**0.5}
-    return [made[name].to(getattr(torch, dtype)) for name in schemas.OPS[op].inputs]
+    values = operators.values_of(op, T, K, N, R, F, seed).values()
+    return [torch.from_numpy(value).to("cuda", getattr(torch, dtype)) for value in values]
 
 
-def options_of(op, filter_input):
-    return {"filter_input": filter_input} if op.endswith("Trf") else {}
-
-
-def expected_of(op, tensors, filter_input="adapted"):
-    wide = [tensor.cpu().double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in tensors]
-    return REFERENCES[op](*wide, **options_of(op, filter_input))
+def function_of(op):
+    return getattr(torch_ops, operators.FUNCTIONS[op])
 
 
 def run_into(out, op, tensors, filter_input="adapted"):
@@ -96,11 +71,11 @@ def test_matches_reference(op, filter_input, dtype):
     for seed, sizes in enumerate(SIZES):
         tensors = tensors_of(op, *sizes, dtype, seed)
         what = f"{op} {filter_input} T,K,N,R,F={sizes}"
-        expected = expected_of(op, tensors, filter_input)
+        expected = reference_of(op, tensors, filter_input)
         out = torch.full_like(tensors[0], float("nan"))
         run_into(out, op, tensors, filter_input)
         assert_close(out.cpu().double(), expected, dtype, what)
-        again = FUNCTIONS[op](*tensors, **options_of(op, filter_input))
+        again = function_of(op)(*tensors, **operators.attributes_of(op, filter_input))
         assert torch.equal(again, out), f"{what}: two runs differ"
         run_into(tensors[0], op, tensors, filter_input)
         assert torch.equal(tensors[0], out), f"{what}: in place differs"
@@ -114,7 +89,7 @@ def test_grouped(dtype, tokens):
     ids = torch.tensor([2, -1, 0, 0, 1, -1, 2])
     tensors = [base.reshape(7, tokens, -1), x.reshape(7, tokens, -1), *slots, ids]
     out = torch_ops.grouped_lora_trf(*tensors)
-    assert_close(out.cpu().double(), expected_of("GroupedLoraTrf", tensors), dtype, f"grouped {tokens}")
+    assert_close(out.cpu().double(), reference_of("GroupedLoraTrf", tensors), dtype, f"grouped {tokens}")
     with pytest.raises(ValueError, match=r"adapter_ids\[1\] is 3, expected -1"):
         torch_ops.grouped_lora_trf(*tensors[:-1], torch.tensor([0, 3, 0, 0, 0, 0, 0]))
 
@@ -123,9 +98,9 @@ def test_unaligned_and_strided_tensors():
     for op, _ in CASES:
         tensors = tensors_of(op, 19, 131, 136, 19, 8, "float16")
         shifted = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for t in tensors]
-        assert torch.equal(FUNCTIONS[op](*shifted), FUNCTIONS[op](*tensors))
+        assert torch.equal(function_of(op)(*shifted), function_of(op)(*tensors))
         strided = [t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors]
-        assert torch.equal(FUNCTIONS[op](*strided), FUNCTIONS[op](*tensors))
+        assert torch.equal(function_of(op)(*strided), function_of(op)(*tensors))
 
 
 @pytest.mark.parametrize("T", [1, 16, 300])
@@ -142,7 +117,7 @@ def test_cuda_graph(T):
     tensors[1].normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert_close(out.cpu().double(), expected_of("LoraTrf", tensors), "bfloat16", f"replay, {len(scratch)} scratch")
+    assert_close(out.cpu().double(), reference_of("LoraTrf", tensors), "bfloat16", f"replay, {len(scratch)} scratch")
 
 
 def test_compile_passes_through():
@@ -168,26 +143,26 @@ def cuda_session(ort, model, **provider_options):
     """A session in which an operator without a CUDA kernel is an error, not the CPU's."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    options.register_custom_ops_library(str(library_path()))
+    options.register_custom_ops_library(str(operators.built_library()))
     return ort.InferenceSession(model, options, [(PROVIDER, provider_options)])
 
 
-@pytest.mark.parametrize("constant", [(), ("A", "B", "tau", "C", "D")], ids=["inputs", "constants"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [(), operators.WEIGHTS], ids=["inputs", "constants"])
+@pytest.mark.parametrize("dtype", schemas.TYPES)
 @pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "adapted")])
-def test_onnx_runtime(ort, models, op, filter_input, dtype, constant):
+def test_onnx_runtime(ort, op, filter_input, dtype, constant):
     for T in ((2, 1), (3, 70)):
-        values = models.values_of(op, T=T, K=264, N=520, R=19, F=8)
-        attributes = models.attributes_of(op, filter_input)
-        session = cuda_session(ort, models.model_of(op, values, dtype, constant, attributes))
-        expected = models.expected_of(op, values, dtype, filter_input)
+        values = operators.values_of(op, T=T, K=264, N=520, R=19, F=8)
+        attributes = operators.attributes_of(op, filter_input)
+        session = cuda_session(ort, operators.model_of(op, values, dtype, constant, attributes))
+        expected = operators.expected_of(op, values, dtype, filter_input)
         for _ in range(3):  # scratch is lent and given back
-            assert_close(models.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
+            assert_close(operators.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
 
 
-def test_onnx_runtime_cuda_graph(ort, models):
-    values = models.values_of("LoraTrf", T=(4, 1), K=264, N=520)
-    session = cuda_session(ort, models.model_of("LoraTrf", values), enable_cuda_graph="1")
+def test_onnx_runtime_cuda_graph(ort):
+    values = operators.values_of("LoraTrf", T=(4, 1), K=264, N=520)
+    session = cuda_session(ort, operators.model_of("LoraTrf", values), enable_cuda_graph="1")
     held = {name: ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in values.items()}
     y = ort.OrtValue.ortvalue_from_numpy(np.full_like(values["base"], np.nan), "cuda", 0)
     binding = session.io_binding()
@@ -198,7 +173,7 @@ def test_onnx_runtime_cuda_graph(ort, models):
         base = values["base"] * np.float32(scale)
         held["base"].update_inplace(base)
         session.run_with_iobinding(binding)
-        expected = reference.lora_trf(*(values | {"base": base}).values())
+        expected = reference_of("LoraTrf", (values | {"base": base}).values())
         assert_close(y.numpy(), expected, "float32", f"replay {scale}")
 
 

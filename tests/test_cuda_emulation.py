@@ -11,16 +11,25 @@ import itertools
 import subprocess
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-from loratrf_deploy.ops import reference, schemas
+from operators import (
+    CASES,
+    TYPES,
+    WEIGHTS,
+    attributes_of,
+    expected_of,
+    model_of,
+    reference_of,
+    run,
+    session_of,
+    values_of,
+)  # fmt: skip
 from tolerances import assert_close
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc"
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FILTERS = {"adapted": 0, "base": 1}
 OK, BAD_SIZE, RANK_TOO_HIGH, NULL_POINTER, _, BAD_ADAPTER_ID, DEVICE, _ = range(8)  # Status in csrc/kernels/loratrf.h
 
@@ -52,7 +61,7 @@ class Emulator:
         ids = None if adapter_ids is None else np.asarray(adapter_ids, np.int64)
         row, message = ctypes.c_int64(-1), ctypes.c_char_p(b"")
         status = self.library.loratrf_emulate(
-            list(DTYPES).index(dtype),
+            list(TYPES).index(dtype),
             FILTERS[filter_input],
             (ctypes.c_int64 * 7)(*sizes),
             None if ids is None else ids.ctypes.data_as(ctypes.c_void_p),
@@ -84,45 +93,23 @@ def _usual_gpu(request):
         request.getfixturevalue("emulator").gpu()
 
 
-def tensors_of(op, T, K, N, R, F, dtype, slots=None, seed=0):
-    """{name: array} of a call; about half of the tokens pass the filter. With slots: (batch, tokens) for T."""
-    rng = np.random.default_rng(seed)
-    tokens = T if isinstance(T, tuple) else (T,)
-    lead = () if slots is None else (slots,)
-
-    def normal(*shape):
-        return rng.standard_normal(shape)
-
-    tau = normal(*lead, N)
-    base = normal(*tokens, N) + tau.reshape(-1, N)[0] * np.linspace(-1, 1, int(np.prod(tokens))).reshape(*tokens, 1)
-    made = {"base": base}
-    if op != "TaskFilter":
-        made |= {
-            "x": normal(*tokens, K),
-            "A": normal(*lead, R, K) / K**0.5,
-            "B": normal(*lead, N, R) / max(R, 1) ** 0.5,
-        }
-    if op != "LowRank":
-        made |= {"tau": tau, "C": normal(*lead, F, N) / N**0.5, "D": normal(*lead, N, F) / max(F, 1) ** 0.5}
-    return {name: np.ascontiguousarray(value).astype(DTYPES[dtype]) for name, value in made.items()}
+def tensors_of(op, T, K, N, R, F, dtype, slots=1):
+    """{name: array} of a call. With slots: (batch, tokens) for T."""
+    values = values_of(op, T, K, N, R, F, S=slots).items()
+    return {"base" if name == "z" else name: v.astype(TYPES[dtype]) for name, v in values if name != "adapter_ids"}
 
 
-def expected_of(op, tensors, filter_input="adapted", **more):
-    names = [name for name in schemas.OPS[op].inputs if name in tensors or name == "z"]
-    arguments = [tensors["base" if name == "z" else name] for name in names]
-    function = {"LowRank": "low_rank", "TaskFilter": "task_filter", "LoraTrf": "lora_trf"}.get(op, "grouped_lora_trf")
-    if op in ("LoraTrf", "GroupedLoraTrf"):
-        more["filter_input"] = filter_input
-    return getattr(reference, function)(*arguments, **more)
+def sizes_of(op, T, K, N, R, F):
+    """Of a call for one adapter, without those that the operator lacks."""
+    return (1, T, 0 if op == "TaskFilter" else K, N, 0 if op == "TaskFilter" else R, 0 if op == "LowRank" else F, 1)
 
 
 def check(emulator, op, T, K, N, R, F, dtype, filter_input="adapted", **options):
     tensors = tensors_of(op, T, K, N, R, F, dtype)
-    sizes = (1, T, 0 if op == "TaskFilter" else K, N, 0 if op == "TaskFilter" else R, 0 if op == "LowRank" else F, 1)
-    status, y = emulator.run(tensors, sizes, dtype, filter_input, **options)
+    status, y = emulator.run(tensors, sizes_of(op, T, K, N, R, F), dtype, filter_input, **options)
     what = f"{op} {filter_input} T,K,N,R,F={(T, K, N, R, F)}"
     assert status == OK, what
-    assert_close(y, expected_of(op, tensors, filter_input), dtype, what)
+    assert_close(y, reference_of(op, tensors.values(), filter_input), dtype, what)
 
 
 def test_long_sums_of_float32_are_rounded_not_cut_off(emulator):
@@ -134,10 +121,8 @@ def test_long_sums_of_float32_are_rounded_not_cut_off(emulator):
     tensors = {"base": np.zeros((T, N), np.float32), **tensors}
     status, y = emulator.run(tensors, (1, T, K, N, R, 0, 1), "float32")
     assert status == OK
-    assert np.abs(y / expected_of("LowRank", tensors) - 1).max() < 1e-6
+    assert np.abs(y / reference_of("LowRank", tensors.values()) - 1).max() < 1e-6
 
-
-CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
 
 # (T, K, N, R, F): one tile to several, widths that are and aren't whole chunks and 16 bytes, every rank's remainder.
 SIZES = [
@@ -151,7 +136,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("op", "filter_input"), CASES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_tiles(emulator, dtype, op, filter_input, sizes):
@@ -161,7 +146,7 @@ def test_tiles(emulator, dtype, op, filter_input, sizes):
     assert emulator.gpu() == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("op", "filter_input"), CASES)
 @pytest.mark.parametrize("multiprocessors", [3, 5])
 def test_pieces_meet_in_one_launch(emulator, dtype, op, filter_input, multiprocessors):
@@ -184,15 +169,7 @@ def test_a_refused_cooperative_launch_becomes_one_for_each_step(emulator, op, fi
 @pytest.mark.parametrize(("op", "filter_input"), CASES)
 def test_any_order_of_warps_gives_the_same_bits(emulator, op, filter_input, backwards):
     tensors = tensors_of(op, 33, 300, 300, 19, 40, "float32")
-    sizes = (
-        1,
-        33,
-        0 if op == "TaskFilter" else 300,
-        300,
-        0 if op == "TaskFilter" else 19,
-        0 if op == "LowRank" else 40,
-        1,
-    )
+    sizes = sizes_of(op, 33, 300, 300, 19, 40)
     results = []
     for order in (False, backwards):
         emulator.gpu(1, order)
@@ -200,7 +177,7 @@ def test_any_order_of_warps_gives_the_same_bits(emulator, op, filter_input, back
     np.testing.assert_array_equal(*results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_before_sm_80_shuffles_stand_in_for_tensor_cores(shuffles, dtype):
     for op, filter_input in CASES:
         shuffles.gpu(3)
@@ -208,7 +185,7 @@ def test_before_sm_80_shuffles_stand_in_for_tensor_cores(shuffles, dtype):
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("filter_input", FILTERS)
 def test_grouped(emulator, dtype, filter_input, multiprocessors):
     # Rows of one tile and of two, slots in any order, base alone, slots that no row names.
@@ -223,7 +200,7 @@ def test_grouped(emulator, dtype, filter_input, multiprocessors):
         emulator.gpu(multiprocessors)
         tensors = tensors_of("GroupedLoraTrf", (batch, tokens), K, N, R, F, dtype, slots=3)
         sizes = (batch, tokens, K, N, R, F, 3)
-        expected = expected_of("GroupedLoraTrf", tensors, filter_input, adapter_ids=ids)
+        expected = reference_of("GroupedLoraTrf", [*tensors.values(), np.array(ids)], filter_input)
         for in_place in (False, True):
             status, y = emulator.run(tensors, sizes, dtype, filter_input, ids, in_place)
             assert status == OK
@@ -239,7 +216,7 @@ def test_grouped_launches_of_256_rows_each(emulator):
     status, y = emulator.run(tensors, (517, 1, 19, 300, 4, 5, 2), "float32", adapter_ids=ids)
     assert status == OK
     assert emulator.gpu() == 3
-    assert_close(y, expected_of("GroupedLoraTrf", tensors, adapter_ids=ids), "float32", "517 rows")
+    assert_close(y, reference_of("GroupedLoraTrf", [*tensors.values(), ids]), "float32", "517 rows")
 
 
 @pytest.mark.parametrize("bad", [-2, 3, 2**40])
@@ -286,7 +263,7 @@ def test_an_earlier_error_of_the_device_is_reported(emulator):
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_nan_and_infinity_stay_in_their_rows(emulator, multiprocessors):
-    for dtype, (row, column, value) in itertools.product(DTYPES, [(2, 7, np.nan), (17, 250, np.inf)]):
+    for dtype, (row, column, value) in itertools.product(TYPES, [(2, 7, np.nan), (17, 250, np.inf)]):
         emulator.gpu(multiprocessors)
         tensors = tensors_of("LoraTrf", 20, 99, 300, 8, 9, dtype)
         tensors["base"][row, column] = value
@@ -315,16 +292,20 @@ def test_float16_sums_do_not_overflow(emulator, multiprocessors):
     status, y = emulator.run(tensors, (1, 19, 640, 300, 4, 5, 1), "float16")
     assert status == OK
     assert np.isfinite(y).all()
-    assert_close(y, expected_of("LoraTrf", tensors), "float16", "6e4")
+    assert_close(y, reference_of("LoraTrf", tensors.values()), "float16", "6e4")
 
 
 def test_norms_below_epsilon(emulator):
     tensors = tensors_of("TaskFilter", 19, 0, 99, 0, 5, "float32")
     sizes = (1, 19, 0, 99, 0, 5, 1)
     tiny = tensors | {"base": tensors["base"] * np.float32(1e-10), "D": tensors["D"] * 100}
-    assert_close(emulator.run(tiny, sizes, "float32")[1], expected_of("TaskFilter", tiny), "float32", "tiny z")
+    assert_close(
+        emulator.run(tiny, sizes, "float32")[1], reference_of("TaskFilter", tiny.values()), "float32", "tiny z"
+    )
     tiny = tensors | {"tau": tensors["tau"] * np.float32(1e-10), "D": tensors["D"] * 100}
-    assert_close(emulator.run(tiny, sizes, "float32")[1], expected_of("TaskFilter", tiny), "float32", "tiny tau")
+    assert_close(
+        emulator.run(tiny, sizes, "float32")[1], reference_of("TaskFilter", tiny.values()), "float32", "tiny tau"
+    )
     for name in ("base", "tau"):
         zero = tensors | {name: np.zeros_like(tensors[name])}
         np.testing.assert_array_equal(emulator.run(zero, sizes, "float32")[1], zero["base"])
@@ -333,7 +314,7 @@ def test_norms_below_epsilon(emulator):
 @pytest.fixture(scope="module")
 def in_onnx_runtime(tmp_path_factory):
     """(emulator, session) of the custom-op library with the CUDA operators alone, registered for ONNX Runtime's CPU."""
-    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("ort")
     text = (SOURCES / "ort_library.cc").read_text()
     for old, new in [
@@ -351,43 +332,36 @@ def in_onnx_runtime(tmp_path_factory):
     sources += [SOURCES / "kernels" / name for name in ("loratrf.cc", "grouped.cc")]
     flags = ["-DLORATRF_MMA_ON_CPU", "-DLORATRF_WITH_CUDA", f"-I{SOURCES}", "-Wno-missing-field-initializers"]
     made = Emulator(folder / "library.so", *flags, *map(str, sources))
-
-    def session(model):
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.register_custom_ops_library(str(folder / "library.so"))
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-    return made, session
+    return made, lambda model: session_of(model, folder / "library.so")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "base")])
-def test_in_onnx_runtime(in_onnx_runtime, models, op, filter_input, dtype):
-    emulator, session_of = in_onnx_runtime
-    for constant, multiprocessors in itertools.product([(), ("A", "B", "tau", "C", "D")], [1, 6]):
-        values = models.values_of(op, T=(3, 5), K=264, N=520, R=19, F=8)
-        session = session_of(models.model_of(op, values, dtype, constant, models.attributes_of(op, filter_input)))
+def test_in_onnx_runtime(in_onnx_runtime, op, filter_input, dtype):
+    emulator, opened = in_onnx_runtime
+    for constant, multiprocessors in itertools.product([(), WEIGHTS], [1, 6]):
+        values = values_of(op, T=(3, 5), K=264, N=520, R=19, F=8)
+        session = opened(model_of(op, values, dtype, constant, attributes_of(op, filter_input)))
         emulator.gpu(multiprocessors)  # 6 cut columns into pieces, which takes scratch
         for _ in range(3):
-            expected = models.expected_of(op, values, dtype, filter_input)
-            assert_close(models.run(session, values), expected, dtype, f"{op} in ONNX Runtime")
+            expected = expected_of(op, values, dtype, filter_input)
+            assert_close(run(session, values), expected, dtype, f"{op} in ONNX Runtime")
         assert emulator.gpu() == 3
 
 
-def test_errors_in_onnx_runtime(in_onnx_runtime, models):
-    emulator, session_of = in_onnx_runtime
-    values = models.values_of("LoraTrf", K=264, N=520)
-    session = session_of(models.model_of("LoraTrf", values))
+def test_errors_in_onnx_runtime(in_onnx_runtime):
+    emulator, opened = in_onnx_runtime
+    values = values_of("LoraTrf", K=264, N=520)
+    session = opened(model_of("LoraTrf", values))
     emulator.gpu(6, error=700)
     with pytest.raises(Exception, match=r'LoraTrf: CUDA reports "an illegal access", of this launch or of work queued'):
-        models.run(session, values)
-    assert_close(models.run(session, values), models.expected_of("LoraTrf", values, "float32", "adapted"), "float32")
-    high = models.values_of("LoraTrf", K=264, N=520, R=257)
+        run(session, values)
+    assert_close(run(session, values), expected_of("LoraTrf", values, "float32", "adapted"), "float32")
+    high = values_of("LoraTrf", K=264, N=520, R=257)
     with pytest.raises(Exception, match=r"rank 257, the kernels take at most 256"):
-        models.run(session_of(models.model_of("LoraTrf", high)), high)
-    grouped = models.values_of("GroupedLoraTrf")
-    session = session_of(models.model_of("GroupedLoraTrf", grouped, attributes={"filter_input": "adapted"}))
+        run(opened(model_of("LoraTrf", high)), high)
+    grouped = values_of("GroupedLoraTrf")
+    session = opened(model_of("GroupedLoraTrf", grouped, attributes={"filter_input": "adapted"}))
     grouped["adapter_ids"][1] = 9
     with pytest.raises(Exception, match=r"GroupedLoraTrf: adapter_ids\[1\] is 9"):
-        models.run(session, grouped)
+        run(session, grouped)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loratrf_deploy.ops import reference, schemas
-from loratrf_deploy.ops.dtypes import DTYPES
-from test_ort_ops import expected_of, model_of, run, session_of, values_of
+from loratrf_deploy.ops import schemas
+from operators import expected_of, model_of, reference_of, run, session_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
@@ -31,35 +30,19 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=kernels.isas())
-def isa(request):
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
-
-
 def tensors_of(sizes, dtype="float32", ids=None, seed=0):
     """base, x, A, B, tau, C, D and adapter_ids; about half of the tokens pass their adapter's filter."""
     batch, tokens, K, N, R, F, S = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    task = normal(N)
-    base = normal(batch, tokens, N) + task * torch.rand(batch, tokens, 1, generator=generator).mul(2).sub(1)
-    weights = [normal(S, R, K) / K**0.5, normal(S, N, R), task + 0.3 * normal(S, N), normal(S, F, N) / N**0.5]
-    values = [base, normal(batch, tokens, K), *weights, normal(S, N, F)]
-    ids = torch.randint(-1, S, (batch,), generator=generator) if ids is None else torch.tensor(ids)
-    return [*(value.to(getattr(torch, dtype)).contiguous() for value in values), ids.to(torch.int64)]
+    *values, cycle = values_of("GroupedLoraTrf", (batch, tokens), K, N, R, F, seed, S).values()
+    tensors = [torch.from_numpy(value).to(getattr(torch, dtype)) for value in values]
+    return [*tensors, torch.tensor(cycle.copy() if ids is None else ids, dtype=torch.int64)]
 
 
 def compute(tensors, filter_input="adapted", *, out=None, **options):
     """The kernel's result, into poisoned memory unless `out` is given, and the reference's."""
     if out is None:
         out = torch.full_like(tensors[0], float("nan"))
-    wide = [tensor.double().numpy() for tensor in tensors[:7]]
-    expected = reference.grouped_lora_trf(*wide, tensors[7].numpy(), filter_input)
+    expected = reference_of("GroupedLoraTrf", tensors, filter_input)
     kernels.grouped_lora_trf(*tensors, out, filter_input, **options)
     return out.double().numpy(), expected
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from loratrf_deploy.ops import reference, schemas
-from loratrf_deploy.ops.dtypes import DTYPES
+from loratrf_deploy.ops import schemas
+from operators import CASES, FUNCTIONS, attributes_of, in_threads, reference_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
@@ -36,13 +35,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=kernels.isas())
-def isa(request):
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa("")
-
-
 @pytest.fixture(params=[False, True], ids=["raw", "prepacked"])
 def prepack(request):
     return request.param
@@ -50,41 +42,19 @@ def prepack(request):
 
 def tensors_of(sizes, dtype, seed=0):
     """base, x, A, B, tau, C, D of a call; about half of the tokens pass the filter."""
-    T, K, N, R, F = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    tau = normal(N)
-    base = normal(T, N) + tau * torch.linspace(-1, 1, T)[:, None]
-    values = [base, normal(T, K), normal(R, K) / K**0.5, normal(N, R), tau, normal(F, N) / N**0.5, normal(N, F)]
-    return [value.to(getattr(torch, dtype)).contiguous() for value in values]
-
-
-def wide(tensors):
-    return [tensor.double().numpy() for tensor in tensors]
+    values = values_of("LoraTrf", *sizes, seed).values()
+    return [torch.from_numpy(value).to(getattr(torch, dtype)) for value in values]
 
 
 def compute(op, tensors, filter_input="adapted", *, out=None, **options):
     """The kernel's result and the reference's. `out` is poisoned unless it is given."""
-    base, x, A, B, tau, C, D = tensors
-    expected_of = wide(tensors)
+    given = dict(zip(schemas.OPS["LoraTrf"].inputs, tensors, strict=True), z=tensors[0])
+    inputs = [given[name] for name in schemas.OPS[op].inputs]
     if out is None:
-        out = torch.full_like(base, float("nan"))
-    if op == "LowRank":
-        expected = reference.low_rank(*expected_of[:4])
-        kernels.low_rank(base, x, A, B, out, **options)
-    elif op == "TaskFilter":
-        expected = reference.task_filter(expected_of[0], *expected_of[4:])
-        kernels.task_filter(base, tau, C, D, out, **options)
-    else:
-        expected = reference.lora_trf(*expected_of, filter_input=filter_input)
-        kernels.lora_trf(*tensors, out, filter_input, **options)
+        out = torch.full_like(inputs[0], float("nan"))
+    expected = reference_of(op, inputs, filter_input)
+    getattr(kernels, FUNCTIONS[op])(*inputs, out, **attributes_of(op, filter_input), **options)
     return out.double().numpy(), expected
-
-
-CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,7 +214,7 @@ def test_numpy_arrays_read_only_too():
         tensor.setflags(write=False)
     out = np.empty((4, 99), np.float16)
     kernels.lora_trf(*tensors, out)
-    assert_close(out, reference.lora_trf(*tensors), "float16", "numpy")
+    assert_close(out, reference_of("LoraTrf", tensors), "float16", "numpy")
     out.setflags(write=False)
     with pytest.raises((BufferError, ValueError), match=r"read-?only|not writ"):
         kernels.lora_trf(*tensors, out)
@@ -305,20 +275,12 @@ def test_environment_chooses_the_instruction_set(monkeypatch):
 def test_many_threads_at_once():
     tensors = tensors_of((40, 99, 600, 8, 19), "float32")
     expected, _ = compute("LoraTrf", tensors, threads=1)
-    faults = []
 
     def work():
         for _ in range(20):
-            actual, _ = compute("LoraTrf", tensors, threads=3)
-            if not np.array_equal(actual, expected):
-                faults.append(np.abs(actual - expected).max())
+            np.testing.assert_array_equal(compute("LoraTrf", tensors, threads=3)[0], expected)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not faults
+    in_threads(work)
 
 
 def test_tables_agree():

@@ -7,20 +7,32 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from loratrf_deploy import UserError, library_path
-from loratrf_deploy.ops import reference, schemas
-from loratrf_deploy.ops.dtypes import DTYPES
+from loratrf_deploy.ops import schemas
+from operators import (
+    CASES,
+    FUNCTIONS,
+    GROUPED_CASES,
+    OPSET,
+    TYPES,
+    WEIGHTS,
+    attributes_of,
+    expected_of,
+    in_threads,
+    model_of,
+    run,
+    session_of,
+    values_of,
+)  # fmt: skip
 from tolerances import assert_close, assert_rounded_once
 
 ir = pytest.importorskip("onnx_ir")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parent.parent
 try:
@@ -28,103 +40,10 @@ try:
 except UserError:
     pytest.skip("libloratrf_ort.so is not built", allow_module_level=True)
 
-OPSET = 20
-TYPES = {
-    "float32": (ir.DataType.FLOAT, np.float32),
-    "float16": (ir.DataType.FLOAT16, np.float16),
-    "bfloat16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
-}
-REFERENCE = {
-    "LowRank": reference.low_rank,
-    "TaskFilter": reference.task_filter,
-    "LoraTrf": reference.lora_trf,
-    "GroupedLoraTrf": reference.grouped_lora_trf,
-}
-CASES = [("LowRank", "adapted"), ("TaskFilter", "adapted"), ("LoraTrf", "adapted"), ("LoraTrf", "base")]
-CASES += [("GroupedLoraTrf", "adapted"), ("GroupedLoraTrf", "base")]
-WEIGHTS = ["A", "B", "tau", "C", "D"]
-
-
-def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0, S=3):
-    """The inputs of `op` in float32; about half of the tokens pass the filter. Grouped ids go through all slots."""
-    rng = np.random.default_rng(seed)
-    lead = T if isinstance(T, tuple) else (T,)
-    shapes = {"x": (*lead, K), "A": (R, K), "B": (N, R), "C": (F, N), "D": (N, F)}
-    values = {name: rng.standard_normal(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    values["tau"] = rng.standard_normal(N)
-    task = values["tau"]
-    if op == "GroupedLoraTrf":
-        values |= {
-            name: rng.standard_normal((S, *values[name].shape)) / values[name].shape[-1] ** 0.5 for name in "ABCD"
-        }
-        values["tau"] = task + 0.3 * rng.standard_normal((S, N))
-    values["base"] = rng.standard_normal((*lead, N)) + task * rng.uniform(-1, 1, (*lead, 1))
-    values["z"] = values["base"]
-    ids = {"adapter_ids": np.arange(*lead[:1], dtype=np.int64)[::-1] % (S + 1) - 1} if lead else {}
-    return {name: ids[name] if name in ids else values[name].astype(np.float32) for name in schemas.OPS[op].inputs}
-
-
-def model_of(op, values, dtype="float32", constant=(), attributes=None, functions=True, types=None):
-    """Float32 inputs, cast to dtype, one node, its result cast back; the shapes of the inputs are left open."""
-    inputs, initializers, nodes, arguments = [], [], [], []
-    for name, value in values.items():
-        if name == "adapter_ids" and not (types or {}).get(name):
-            inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64)))
-            arguments.append(inputs[-1])
-            continue
-        onnx_type, numpy_type = TYPES[(types or {}).get(name, dtype)]
-        if name in constant:
-            tensor = ir.tensor(value.astype(numpy_type), dtype=onnx_type, name=name)
-            arguments.append(ir.Value(name=name, const_value=tensor))
-            initializers.append(arguments[-1])
-            continue
-        inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)))
-        nodes.append(ir.node("Cast", [inputs[-1]], attributes={"to": onnx_type}))
-        nodes[-1].outputs[0].name = f"{name}_cast"
-        arguments.append(nodes[-1].outputs[0])
-    nodes.append(ir.node(op, arguments, attributes=attributes or {}, domain=schemas.DOMAIN))
-    nodes.append(ir.node("Cast", nodes[-1].outputs, attributes={"to": ir.DataType.FLOAT}))
-    nodes[-1].outputs[0].name = "y"
-    nodes[-1].outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
-    graph = ir.Graph(
-        inputs, nodes[-1].outputs, nodes=nodes, initializers=initializers, opset_imports=imports, name="test"
-    )
-    filter_input = (attributes or {}).get("filter_input", "adapted")
-    bodies = [schemas.function_body(op, OPSET, filter_input)] if functions else []
-    return ir.to_proto(ir.Model(graph, ir_version=10, functions=bodies)).SerializeToString()
-
-
-def session_of(model, library=True, threads=2):
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    if library:
-        options.register_custom_ops_library(str(LIBRARY))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def run(session, values):
-    names = {value.name for value in session.get_inputs()}
-    return session.run(None, {name: value for name, value in values.items() if name in names})[0]
-
-
-def expected_of(op, values, dtype, filter_input):
-    rounded = [
-        value if value.dtype == np.int64 else value.astype(TYPES[dtype][1]).astype(np.float64)
-        for value in values.values()
-    ]
-    options = attributes_of(op, filter_input)
-    return REFERENCE[op](*rounded, **options)
-
-
-def attributes_of(op, filter_input):
-    return {"filter_input": filter_input} if schemas.OPS[op].attributes else {}
-
 
 @pytest.mark.parametrize("constant", [(), WEIGHTS, ("A", "D")], ids=["inputs", "constants", "mixed"])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("op", "filter_input"), CASES)
+@pytest.mark.parametrize(("op", "filter_input"), CASES + GROUPED_CASES)
 def test_matches_reference_and_function_body(op, filter_input, dtype, constant):
     attributes = attributes_of(op, filter_input)
     for T in (1, (4, 5), (3, 1, 33)):
@@ -176,7 +95,7 @@ LEADS = [(1,), (4,), (2, 3, 1, 2), (0,), (3, 0)]
 
 # A grouped call has a batch dimension at least: test_grouped_op.py holds that it says so.
 @pytest.mark.parametrize(
-    ("op", "T"), [*itertools.product(schemas.OPS, LEADS), *((op, ()) for op in list(REFERENCE)[:3])]
+    ("op", "T"), [*itertools.product(schemas.OPS, LEADS), *((op, ()) for op in list(FUNCTIONS)[:3])]
 )
 def test_any_leading_dimensions(op, T):
     values = values_of(op, T)
@@ -187,15 +106,9 @@ def test_any_leading_dimensions(op, T):
 
 def test_output_shape_is_inferred():
     values = values_of("LowRank")
-    base, x = (ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("base", "x"))
-    base.shape, x.shape = ir.Shape(["batch", "sequence", 99]), ir.Shape(["batch", "sequence", 19])
-    weights = [ir.Value(name=name, const_value=ir.tensor(values[name], name=name)) for name in "AB"]
-    node = ir.node("LowRank", [base, x, *weights], domain=schemas.DOMAIN)
-    node.outputs[0].name = "y"
-    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    imports = {"": OPSET, schemas.DOMAIN: schemas.VERSION}
-    graph = ir.Graph([base, x], node.outputs, nodes=[node], initializers=weights, opset_imports=imports, name="test")
-    session = session_of(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    shapes = {"base": ["batch", "sequence", 99], "x": ["batch", "sequence", 19]}
+    shapes = {name: ir.Shape(shape) for name, shape in shapes.items()}
+    session = session_of(model_of("LowRank", values, constant=("A", "B"), functions=False, shapes=shapes))
     assert session.get_outputs()[0].shape == ["batch", "sequence", 99]
 
 
@@ -299,17 +212,12 @@ def test_many_threads_at_once():
     for constant in ((), WEIGHTS):
         session = session_of(model_of("LoraTrf", values, constant=constant))
         expected = run(session, values)
-        wrong = []
 
-        def work(session=session, expected=expected, wrong=wrong):
-            wrong.extend(1 for _ in range(20) if not np.array_equal(run(session, values), expected))
+        def work(session=session, expected=expected):
+            for _ in range(20):
+                np.testing.assert_array_equal(run(session, values), expected)
 
-        workers = [threading.Thread(target=work) for _ in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert not wrong
+        in_threads(work)
 
 
 def test_packed_weights_go_with_their_sessions() -> None:

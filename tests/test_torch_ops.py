@@ -4,73 +4,63 @@ from __future__ import annotations
 
 import pytest
 
-from loratrf_deploy.ops import reference, schemas
-from loratrf_deploy.ops.dtypes import DTYPES
+from loratrf_deploy.ops import schemas
+from operators import FUNCTIONS, reference_of, values_of
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
 from loratrf_deploy.ops import torch_ops  # noqa: E402
 
-SHAPES = {"base": (2, 5, 99), "z": (2, 5, 99), "x": (2, 5, 19), "A": (4, 19), "B": (99, 4), "tau": (99,), "C": (3, 99)}
-SHAPES["D"] = (99, 3)
-GROUPED = {name: (3, *SHAPES[name]) for name in ("A", "B", "tau", "C", "D")}
-OPS = {"LowRank": "low_rank", "TaskFilter": "task_filter", "LoraTrf": "lora_trf", "GroupedLoraTrf": "grouped_lora_trf"}
-
 
 def inputs_of(op, dtype="float32"):
-    generator = torch.Generator().manual_seed(0)
-    shapes = SHAPES | GROUPED if op == "GroupedLoraTrf" else SHAPES
-    names = [name for name in schemas.OPS[op].inputs if name != "adapter_ids"]
-    values = [torch.randn(shapes[name], generator=generator).to(getattr(torch, dtype)) for name in names]
-    return values + [torch.tensor([2, -1])] * (op == "GroupedLoraTrf")
+    values = values_of(op).values()
+    return [torch.from_numpy(v.copy()).to(torch.int64 if v.dtype == "int64" else getattr(torch, dtype)) for v in values]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_matches_reference(op, dtype):
     tensors = inputs_of(op, dtype)
-    actual = getattr(torch.ops.loratrf, OPS[op])(*tensors)
+    actual = getattr(torch.ops.loratrf, FUNCTIONS[op])(*tensors)
     assert actual.dtype == tensors[0].dtype
-    wide = (tensor.double().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in tensors)
-    expected = getattr(reference, OPS[op])(*wide)
-    assert_close(actual.double(), expected, dtype, op)
+    assert_close(actual.double(), reference_of(op, tensors), dtype, op)
 
 
 def test_filter_input():
     tensors = inputs_of("LoraTrf")
-    expected = reference.lora_trf(*(tensor.numpy() for tensor in tensors), filter_input="base")
+    expected = reference_of("LoraTrf", tensors, "base")
     assert_close(torch.ops.loratrf.lora_trf(*tensors, "base"), expected, "float32", "base")
     assert_close(torch.ops.loratrf.lora_trf(*tensors, filter_input="base"), expected, "float32", "base")
     with pytest.raises(ValueError, match="filter_input"):
         torch.ops.loratrf.lora_trf(*tensors, "neither")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_strided_inputs(op):
     tensors = inputs_of(op)
     strided = [tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat(2)[: len(tensor)] for tensor in tensors]
-    function = getattr(torch_ops, OPS[op])
+    function = getattr(torch_ops, FUNCTIONS[op])
     actual = function(*strided)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, function(*tensors), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_registration(op):
     # Schema, fake kernel and dispatch agree, dynamic shapes included.
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(torch.ops.loratrf, OPS[op]).default, tuple(inputs_of(op)), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.loratrf, FUNCTIONS[op]).default, tuple(inputs_of(op)), test_utils=tests)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_names_are_the_tables(op):
-    arguments = getattr(torch.ops.loratrf, OPS[op]).default._schema.arguments
+    arguments = getattr(torch.ops.loratrf, FUNCTIONS[op]).default._schema.arguments
     attributes = schemas.OPS[op].attributes
     assert tuple(argument.name for argument in arguments) == (*schemas.OPS[op].inputs, *attributes)
     defaults = {argument.name: argument.default_value for argument in arguments}
     assert {name: defaults[name] for name in attributes} == attributes
-    assert getattr(torch_ops, OPS[op])._init_fn.__doc__.startswith("y = ")
+    assert getattr(torch_ops, FUNCTIONS[op])._init_fn.__doc__.startswith("y = ")
 
 
 def test_export_keeps_the_operator():
