@@ -10,9 +10,7 @@ it does one thing only: 32 threads ask 100 adapters, each answer is checked, and
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import random
 import statistics
@@ -23,11 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import numpy as np
 import onnxruntime as ort
-from bench_encoder import cpu, make_adapter, make_base
+from common import interleaved, ratio, timed
 
 from loratrf_deploy import AdapterSession, create_session
 from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
@@ -40,26 +37,18 @@ FILES = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Swapping adapters at run time.")
+    parser = common.parser(__doc__, model="bert-base", kind="lora", rounds=30, out=None)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--model", choices=["bert-base", "minilm"], default="bert-base")
-    parser.add_argument("--kind", choices=["lora", "loratrf"], default="lora")
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--resident", type=int, default=1024, help="the largest number of resident adapters")
     parser.add_argument("--soak", type=float, metavar="SECONDS")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.model, args.kind, args.rounds)
         rows = bench.soak(args.soak) if args.soak else bench.measure(args.part, args.resident)
-    head = (
-        f"{args.model}, {args.kind} R = 8 on query and value; {cpu()}, {os.cpu_count()} threads; ORT {ort.__version__}"
-    )
-    print(f"{head}; {args.rounds} rounds\n\n| what | value |\n| --- | ---: |")
-    for what, value in rows.items():
-        print(f"| {what} | {value} |")
-    if args.out:
-        args.out.write_text(json.dumps({"setting": head, "rows": rows}, indent=2) + "\n")
+    machine = f"{common.cpu_name()}, {os.cpu_count()} threads; ORT {ort.__version__}"
+    head = f"{args.model}, {args.kind} R = 8 on query and value; {machine}"
+    print(f"{head}; {args.rounds} rounds\n\n{common.table(['what', 'value'], rows.items())}")
+    common.save(args.out, {"setting": head, "rows": rows})
 
 
 class Bench:
@@ -70,8 +59,8 @@ class Bench:
         paths = [folder / name / "model.onnx" for name in ("swappable", "constant", "grouped")]
         self.swappable, self.constant, self.grouped = paths
         with quiet():
-            self.base = base = make_base(folder / "base", model)
-            self.adapter = adapter = make_adapter(base, folder / "adapter", kind)
+            self.base = base = common.make_base(folder / "base", model)
+            self.adapter = adapter = common.make_adapter(base, folder / "adapter", kind)
             options: dict[str, Any] = {"base_model": base, "mode": "separate", "check": False}
             export_adapter(adapter, self.swappable, ExportOptions(swappable="base", **options))
             export_adapter(adapter, self.constant, ExportOptions(**options))
@@ -325,29 +314,6 @@ def inputs(batch: int, sequence: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(batch * sequence)
     ids = rng.integers(1000, 20000, (batch, sequence))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-
-
-def timed(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds by name, one call each per round, in a random order."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for turn in range(rounds + 2):
-        random.Random(turn).shuffle(order)
-        for name in order:
-            seconds = timed(calls[name])
-            if turn >= 2:
-                times[name].append(seconds)
-    return times
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def milliseconds(times: list[float]) -> str:

@@ -13,13 +13,11 @@ has no bfloat16 for most operators: there float16, of the same bytes, stands in.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 
@@ -87,8 +85,7 @@ def function_body(T: int, features: int, rank: int, dtype: str, library: bool) -
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return None
     dtype = "float16" if dtype == "bfloat16" else dtype
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = common.session_options(0)
     if library:
         from loratrf_deploy import library_path
 
@@ -110,16 +107,8 @@ def function_body(T: int, features: int, rank: int, dtype: str, library: bool) -
         binding.synchronize_outputs()
 
     run()
-    return lambda: host_elapsed(run) / calls
-
-
-def host_elapsed(body: Callable[[], object]) -> float:
-    """ONNX Runtime has a stream of its own, which events on ours don't see: the host's clock, in milliseconds."""
-    import time
-
-    begin = time.perf_counter()
-    body()
-    return (time.perf_counter() - begin) * 1e3
+    # ONNX Runtime has a stream of its own, which events on ours don't see: the host's clock, in milliseconds.
+    return lambda: common.timed(run) * 1e3 / calls
 
 
 def bench(T: int, features: int, rank: int, dtype: str) -> dict[str, float]:
@@ -164,36 +153,30 @@ def bench(T: int, features: int, rank: int, dtype: str) -> dict[str, float]:
     rounds = [{name: timer() for name, timer in timers.items()} for _ in range(ROUNDS)]
     # `ours` runs in place, again and again: the values must stay finite to be honest work.
     assert all(torch.isfinite(tensors[0]).all() for tensors in sets), "the in-place rounds overflowed"
-    result = {name: statistics.median(round_[name] for round_ in rounds) * 1e3 for name in timers}
-    result |= {f"{name}/ours": statistics.median(r[name] / r["ours"] for r in rounds) for name in timers}
+    times = {name: [round_[name] for round_ in rounds] for name in timers}
+    result = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    result |= {f"{name}/ours": ratio for name, ratio in common.ratios(times, "ours").items()}
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = common.parser(__doc__, rank=16, out=None)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--features", type=int, default=4096, help="K = N")
-    parser.add_argument("--rank", type=int, default=16, help="R = F")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.dtype}, K = N = {args.features}, ", end="")
     print(f"R = F = {args.rank}; microseconds of one call, and times our operator's")
     names = ["ours", "ours, out of place", "floor", "gemm", "eager", "compile", "ort body", "ort library"]
-    print("| T | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    print(common.head(["T", *names]))
     results = {}
     for T in args.tokens:
         result = results[T] = bench(T, args.features, args.rank, args.dtype)
         cells = [
             f"{result[name]:.1f} ({result[f'{name}/ours']:.2f}x)" if name in result else "not here" for name in names
         ]
-        print(f"| {T} | " + " | ".join(cells) + " |", flush=True)
-    if args.out:
-        args.out.write_text(
-            json.dumps(
-                {"device": torch.cuda.get_device_name(), **vars(args), "results": results}, default=str, indent=1
-            )
-        )
+        print(common.line([T, *cells]), flush=True)
+    common.save(args.out, {"device": torch.cuda.get_device_name(), **vars(args), "results": results})
 
 
 if __name__ == "__main__":

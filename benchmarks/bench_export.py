@@ -8,17 +8,11 @@ alternate, and a figure is the median over rounds of the ratio in the same round
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import common
 
 BASELINE = """
 import sys, torch, transformers
@@ -35,68 +29,46 @@ config = OnnxConfig(
 )
 OnnxExporter().export(model, inputs, config=config).save_pretrained(sys.argv[2])
 """
-OURS = "import sys; from loratrf_deploy.cli.export import main; sys.exit(main(sys.argv[1:]))"
+REFERENCE = "OnnxExporter on the base"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and peak memory of an export against OnnxExporter alone.")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = common.parser(__doc__, rounds=3, out=None).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base, adapter = _inputs(folder)
+        base = common.make_base(folder / "base", "bert-base")
+        adapter = common.make_adapter(base, folder / "adapter", "loratrf")
 
-        def ours(*more: str) -> list[str]:
-            model = str(folder / "out" / "model.onnx")
-            return [OURS, "--adapter", str(adapter), "--base-model", str(base), "--out", model, *more]
+        def ours(*more: str) -> tuple[float, float]:
+            return common.measured_export(adapter, base, folder / "out" / "model.onnx", *more)
 
-        commands = {
-            "OnnxExporter on the base": [BASELINE, str(base), str(folder / "baseline")],
-            "merged, --no-check": ours("--no-check"),
-            "separate, --no-check": ours("--no-check", "--mode", "separate"),
-            "separate, with the parity check": ours("--mode", "separate"),
+        calls = {
+            REFERENCE: lambda: common.measured(BASELINE, base, folder / "baseline"),
+            "merged, --no-check": lambda: ours("--no-check"),
+            "separate, --no-check": lambda: ours("--no-check", "--mode", "separate"),
+            "separate, with the parity check": lambda: ours("--mode", "separate"),
         }
-        runs: dict[str, list[tuple[float, float]]] = {key: [] for key in commands}
+        runs: dict[str, list[tuple[float, float]]] = {key: [] for key in calls}
         for _ in range(args.rounds):
-            for key, command in commands.items():
-                runs[key].append(_run(command))
-    reference = runs["OnnxExporter on the base"]
-    rows = []
-    print(f"| export of BERT-base ({args.rounds} rounds) | s | peak MB | time ratio | memory ratio |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for key, values in runs.items():
-        seconds, memory = (statistics.median(value[index] for value in values) for index in (0, 1))
-        ratios = [
-            statistics.median(a[index] / b[index] for a, b in zip(values, reference, strict=True)) for index in (0, 1)
-        ]
-        rows.append({"name": key, "seconds": seconds, "peak_mb": memory, "ratios": ratios})
-        print(f"| {key} | {seconds:.1f} | {memory:.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _run(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident MB) of one Python process."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            for key, call in calls.items():
+                runs[key].append(call())
+    columns = {key: list(zip(*values, strict=True)) for key, values in runs.items()}  # all seconds, all megabytes
+    rows = [
+        {
+            "name": key,
+            "seconds": statistics.median(values[0]),
+            "peak_mb": statistics.median(values[1]),
+            "ratios": [common.ratio(values[index], columns[REFERENCE][index]) for index in (0, 1)],
+        }
+        for key, values in columns.items()
+    ]
+    head = [f"export of BERT-base ({args.rounds} rounds)", "s", "peak MB", "time ratio", "memory ratio"]
+    cells = (
+        [row["name"], f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f}", *(f"{ratio:.2f}" for ratio in row["ratios"])]
+        for row in rows
     )
-    assert process.stderr is not None
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"failed with {process.returncode}: {error}")
-    return seconds, usage.ru_maxrss / 1e3
-
-
-def _inputs(folder: Path) -> tuple[Path, Path]:
-    from bench_encoder import _adapter, _base
-
-    base = _base(folder / "base", "bert-base")
-    return base, _adapter(base, folder / "adapter", "loratrf")
+    print(common.table(head, cells))
+    common.save(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,16 @@ stand together, as a server sorts them, or are dealt out in turn. Resident slots
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import numpy as np
 import onnxruntime as ort
-from bench_encoder import cpu, make_adapter, make_base
 
 from loratrf_deploy import _kernels, create_session, read_adapter
 from loratrf_deploy.export import ExportOptions, export_grouped
@@ -40,23 +35,20 @@ FIRST = "1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, threads=os.cpu_count(), rounds=15, out=None)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64], help="per row")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--op-only", action="store_true")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [operator_row(tokens, args) for tokens in args.tokens]
     if not args.op_only:
         with tempfile.TemporaryDirectory() as folder:
             rows += model_rows(Path(folder), args)
-    print(f"{cpu()}, {args.threads} threads, ONNX Runtime {ort.__version__}, {args.rounds} rounds, {BATCH} rows\n")
+    machine = f"{common.cpu_name()}, {args.threads} threads"
+    print(f"{machine}, ONNX Runtime {ort.__version__}, {args.rounds} rounds, {BATCH} rows\n")
     for row in rows:
         ratios = ", ".join(f"{name}: {ratio:.3f}" for name, ratio in row["ratios"].items())
         print(f"{row['what']}: {row['ms']:.2f} ms; {row['by']}: {ratios}")
-    if args.out:
-        args.out.write_text(json.dumps({"machine": cpu(), "threads": args.threads, "rows": rows}, indent=1) + "\n")
+    common.save(args.out, {"machine": machine, "rows": rows})
 
 
 def adapter_ids(different: int, together: bool) -> np.ndarray:
@@ -64,20 +56,10 @@ def adapter_ids(different: int, together: bool) -> np.ndarray:
     return (rows * different // BATCH if together else rows % different).astype(np.int64)
 
 
-def interleaved(what: str, by: str, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+def measure(what: str, by: str, calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
     """Median milliseconds of the first call and median per-round ratios of the others to it."""
-    names, times = list(calls), {name: [] for name in calls}
-    for round_ in range(rounds + 2):
-        order = random.Random(round_).sample(names, len(names))
-        for name in order:
-            begin = time.perf_counter()
-            calls[name]()
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - begin)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times[names[0]], strict=True)) for name in names
-    }
-    return {"what": what, "by": by, "ms": 1e3 * statistics.median(times[names[0]]), "ratios": ratios}
+    times, first = common.interleaved(calls, rounds), next(iter(calls))
+    return {"what": what, "by": by, "ms": 1e3 * statistics.median(times[first]), "ratios": common.ratios(times, first)}
 
 
 def operator_row(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -98,21 +80,18 @@ def operator_row(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 
     repeats = max(1, 256 // tokens)
     calls = {name: call(*which) for name, which in DIFFERENT.items()}
-    row = interleaved(f"operator, {tokens} tokens a row", "different adapters", calls, args.rounds)
+    row = measure(f"operator, {tokens} tokens a row", "different adapters", calls, args.rounds)
     return row | {"ms": row["ms"] / repeats}
 
 
 def model_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
-        base = make_base(folder / "base", "bert-base")
-        adapter = make_adapter(base, folder / "adapter", "loratrf")
-        export_grouped({"first": adapter}, folder / "model" / "model.onnx", ExportOptions(base_model=base, check=False))
+        base = common.make_base(folder / "base", "bert-base")
+        adapter = common.make_adapter(base, folder / "adapter", "loratrf")
+        export_grouped({"first": adapter}, folder / "model" / "model.onnx", base_model=base, check=False)
         reference = load_base(read_adapter(adapter), base)
-        _, contract = read_swappable(folder / "model" / "model.onnx")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = args.threads
-        session = create_session(folder / "model" / "model.onnx", options=options)
+        contract = read_swappable(folder / "model" / "model.onnx")
+        session = create_session(folder / "model" / "model.onnx", options=common.session_options(args.threads))
     rng = np.random.default_rng(0)
     slots: dict[int, dict[str, Any]] = {}
     for count in RESIDENT:
@@ -137,11 +116,11 @@ def model_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens in args.tokens:
         inputs = sample_inputs(reference, batch=BATCH, sequence=tokens, seed=0, padding=False)
         calls = {name: call(inputs, BATCH, adapter_ids(*which)) for name, which in DIFFERENT.items()}
-        rows.append(interleaved(f"BERT-base, {tokens} tokens a row", "different adapters", calls, args.rounds))
+        rows.append(measure(f"BERT-base, {tokens} tokens a row", "different adapters", calls, args.rounds))
     inputs = sample_inputs(reference, batch=BATCH, sequence=16, seed=0, padding=False)
     # One adapter in every row, and the last slot: only what lies there unused differs.
     calls = {str(count): call(inputs, count, np.full(BATCH, count - 1)) for count in RESIDENT}
-    rows.append(interleaved("BERT-base, 16 tokens a row", "resident adapters", calls, args.rounds))
+    rows.append(measure("BERT-base, 16 tokens a row", "resident adapters", calls, args.rounds))
     return rows
 
 

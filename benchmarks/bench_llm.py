@@ -15,28 +15,19 @@ The second table is the error in the logits: against the same int4 base with the
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
-import random
-import shutil
-import statistics
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import onnxruntime_genai as og
-import torch
-import transformers
 
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import build
@@ -47,24 +38,15 @@ from loratrf_deploy.pytorch.quiet import quiet
 
 PREFILL, DECODE = 128, 32
 REFERENCE = "no adapter"
+DIGITS = {"prefill_ms": 2, "prefill_ratio": 3, "decode_ms": 2, "decode_ratio": 3}
 Times = dict[str, dict[str, list[float]]]
-CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a causal language model in int4 in every deployment.")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=4, help="of each run")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--keep", type=Path, help="folder for the models, used again where they are there already")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.clock == "cpu" and args.threads != 1:
-        parser.error("--clock cpu counts one thread: add --threads 1")
+    sizes = {"layers": 4, "rank": 8, "vocabulary": 128256}
+    parser = common.parser(__doc__, **sizes, rounds=4, threads=os.cpu_count(), clock="wall", keep=None, out=None)
+    parser.add_argument("--runs", type=int, default=5, help="processes of so many rounds")
+    args = common.parse(parser)
     with tempfile.TemporaryDirectory() as name:
         folder = args.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +58,7 @@ def main() -> None:
         errors = logit_errors(models)
     threads = f"{args.threads} thread{'s' if args.threads > 1 else ''}"
     result = {
-        "machine": f"{_cpu()}, {threads}, {args.clock} clock",
+        "machine": f"{common.cpu_name()}, {threads}, {args.clock} clock",
         "versions": f"ORT {ort.__version__}, GenAI {og.__version__}",
         "model": f"LLaMA-3.2-1B's dimensions, {args.layers} layers, {args.vocabulary} tokens, int4",
         "adapter": f"R = F = {args.rank} on all linear layers",
@@ -84,35 +66,30 @@ def main() -> None:
         "timings": timings,
         "errors": errors,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    common.save(args.out, result)
     print(
         "; ".join(str(result[name]) for name in ("model", "adapter", "machine", "versions"))
         + f"; {args.runs} x {args.rounds} rounds\n"
     )
-    print(f"| deployment | prefill {PREFILL}, ms | ratio | decode, ms per token | ratio |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for name, row in timings.items():
-        cells = (f"{row[f'{part}_ms']:.2f} | {row[f'{part}_ratio']:.3f}" for part in ("prefill", "decode"))
-        print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| LoRA, error in the logits | int4 weights, float32 arithmetic | as shipped (int8 activations) |")
-    print("| --- | ---: | ---: |")
-    for name, row in errors.items():
-        print(f"| {name} | {row['exact']:.2e} | {row['shipped']:.2e} |")
+    columns = ["deployment", f"prefill {PREFILL}, ms", "ratio", "decode, ms per token", "ratio"]
+    rows = ([name, *(f"{row[part]:.{digits}f}" for part, digits in DIGITS.items())] for name, row in timings.items())
+    print(common.table(columns, rows), end="\n\n")
+    columns = ["LoRA, error in the logits", "int4 weights, float32 arithmetic", "as shipped (int8 activations)"]
+    print(common.table(columns, ([name, *(f"{value:.2e}" for value in row.values())] for name, row in errors.items())))
 
 
 def deployments(folder: Path, layers: int, rank: int, vocabulary: int) -> dict[str, Path]:
     """name -> model.onnx, REFERENCE first."""
     base = folder / "base"
     if not base.is_dir():
-        _base(base, layers, vocabulary)
+        common.make_llama(base, layers, vocabulary)
     models = {REFERENCE: folder / "bare" / "model.onnx"}
     if not models[REFERENCE].is_file():
         build(base, models[REFERENCE], "int4", "cpu", {})
     for kind in ("lora", "loratrf"):
         adapter = folder / f"{kind}-{rank}"
         if not adapter.is_dir():
-            _adapter(base, adapter, kind, rank)
+            common.make_adapter(base, adapter, kind, rank)
         for mode in ("merged", "separate"):
             if (kind, mode) == ("loratrf", "merged"):
                 continue
@@ -146,40 +123,28 @@ def measure(models: dict[str, Path], runs: int, rounds: int, clock: str) -> dict
             for name, parts in pool.submit(measure_once, models, rounds, clock, run).result().items():
                 for part, values in parts.items():
                     times[name][part] += values
-    rows: dict[str, dict[str, float]] = {}
-    for name in models:
-        rows[name] = {}
-        for part, values in times[name].items():
-            ratios = [a / b for a, b in zip(values, times[REFERENCE][part], strict=True)]
-            rows[name] |= {f"{part}_ms": 1e3 * statistics.median(values), f"{part}_ratio": statistics.median(ratios)}
-    return rows
+    return common.parts(times, REFERENCE)
 
 
 def measure_once(models: dict[str, Path], rounds: int, clock_name: str, seed: int) -> Times:
     """Seconds of prefill and seconds per token of decode, by deployment and round."""
-    clock, order = CLOCKS[clock_name], list(models)
-    random.Random(seed).shuffle(order)
-    loaded = {name: load_model(models[name].parent) for name in order}
+    clock = common.CLOCKS[clock_name]
+    loaded = {name: load_model(models[name].parent) for name in common.shuffled(models, seed)}
     vocabulary = json.loads((models[REFERENCE].parent / CONFIG_FILE).read_text())["model"]["vocab_size"]
     prompt = np.random.default_rng(0).integers(0, vocabulary, PREFILL).astype(np.int32)
     times: Times = {name: {"prefill": [], "decode": []} for name in models}
     for round_ in range(rounds + 1):
-        random.Random(f"{seed} {round_}").shuffle(order)
-        for name in order:
+        for name in common.shuffled(models, f"{seed} {round_}"):
             params = og.GeneratorParams(loaded[name])
             length = PREFILL + DECODE + 1
             params.set_search_options(max_length=length, min_length=length, do_sample=False)
             generator = og.Generator(loaded[name], params)
-            begin = clock()
-            generator.append_tokens(prompt)
-            prefill = clock() - begin
+            prefill = common.timed(lambda generator=generator: generator.append_tokens(prompt), clock=clock)
             generator.generate_next_token()  # takes the token that the prefill's logits say
-            begin = clock()
-            for _ in range(DECODE):
-                generator.generate_next_token()
+            decode = common.timed(generator.generate_next_token, DECODE, clock)
             if round_:
                 times[name]["prefill"].append(prefill)
-                times[name]["decode"].append((clock() - begin) / DECODE)
+                times[name]["decode"].append(decode)
     return times
 
 
@@ -206,66 +171,6 @@ def logit_errors(models: dict[str, Path]) -> dict[str, dict[str, float]]:
             for kind, exact in (("exact", True), ("shipped", False))
         }
     return rows
-
-
-def _base(path: Path, layers: int, vocabulary: int, dtype: str = "bfloat16") -> None:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(path)
-    tokenizer = path.parent / "tokenizer"
-    _tokenizer().save_pretrained(tokenizer)
-    for file in tokenizer.iterdir():
-        shutil.copy(file, path)
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def _adapter(base: Path, path: Path, kind: str, rank: int) -> None:
-    import peft
-
-    from loratrf_deploy.peft import LoraTrfConfig
-
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": names, "task_type": "CAUSAL_LM"}
-    config = (
-        LoraTrfConfig(filter_rank=rank, filter_gamma=1, **options) if kind == "loratrf" else peft.LoraConfig(**options)
-    )
-    adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, value in adapted.named_parameters():
-            if "lora_" in name or "trf_" in name:
-                value.copy_(0.02 * torch.randn(value.shape, generator=generator))
-    adapted.save_pretrained(path)
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,7 @@ is an error. `--device cpu` runs all of it in float32 on a CPU, to try the scrip
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import random
 import statistics
 import sys
 import tempfile
@@ -28,12 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import numpy as np
 import onnxruntime as ort
 import torch
-from bench_llm import _adapter, _base
 from numpy.typing import NDArray
 
 from loratrf_deploy import create_session
@@ -88,15 +83,9 @@ class Decoder:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32064)
-    parser.add_argument("--rank", type=int, default=8)
+    parser = common.parser(__doc__, layers=4, vocabulary=32064, rank=8, rounds=15, device="cuda", out=None)
     parser.add_argument("--prefill", type=int, default=512, help="tokens")
     parser.add_argument("--decode", type=int, default=64, help="tokens")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", choices=PROVIDERS, default="cuda")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, quiet():
         models = deployments(Path(folder), args.layers, args.rank, args.vocabulary, args.device)
@@ -106,16 +95,15 @@ def main() -> None:
         rows = measure(decoders, ids, args.prefill, args.rounds)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     result = {"machine": machine, "onnxruntime": ort.__version__, **vars(args), "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(result, default=str, indent=1) + "\n")
+    common.save(args.out, result)
     print(f"{args.layers} of LLaMA-3.2-1B's layers, {args.vocabulary} tokens, {DTYPES[args.device]}, ", end="")
     print(f"R = F = {args.rank}; {machine}, ONNX Runtime {ort.__version__}; {args.rounds} rounds\n")
-    print(f"| deployment | prefill {args.prefill}, ms | ratio | decode, ms per token | ratio | error |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    columns = ["deployment", f"prefill {args.prefill}, ms", "ratio", "decode, ms per token", "ratio", "error"]
+    cells = []
     for name, row in rows.items():
-        cells = [f"{row[f'{part}_ms']:.3f} | {row[f'{part}_ratio']:.3f}" for part in ("prefill", "decode")]
-        cells.append(f"{row['error']:.1e}" if name in TWINS else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+        figures = [f"{row[part]:.3f}" for part in ("prefill_ms", "prefill_ratio", "decode_ms", "decode_ratio")]
+        cells.append([name, *figures, f"{row['error']:.1e}" if name in TWINS else ""])
+    print(common.table(columns, cells))
     if wrong := [name for name in TWINS if not rows[name]["error"] < TOLERANCES[DTYPES[args.device]]]:
         sys.exit(f"error: {', '.join(wrong)}: the logits are wrong")
 
@@ -123,15 +111,13 @@ def main() -> None:
 def deployments(folder: Path, layers: int, rank: int, vocabulary: int, device: str) -> dict[str, tuple[Path, bool]]:
     """name -> (model, with the library?)."""
     base, dtype = folder / "base", DTYPES[device]
-    _base(base, layers, vocabulary)
+    common.make_llama(base, layers, vocabulary)
 
     def export(kind: str, mode: str) -> Path:
         adapter, model = folder / kind, folder / f"{kind}-{mode}" / "model.onnx"
         if not adapter.is_dir():
-            _adapter(base, adapter, kind, rank)
-        export_adapter(
-            adapter, model, ExportOptions(base_model=base, mode=mode, dtype=dtype, device=device, check=False)
-        )
+            common.make_adapter(base, adapter, kind, rank)
+        export_adapter(adapter, model, base_model=base, mode=mode, dtype=dtype, device=device, check=False)
         return model
 
     bare = folder / "bare" / "model.onnx"
@@ -150,24 +136,19 @@ def deployments(folder: Path, layers: int, rank: int, vocabulary: int, device: s
 def measure(decoders: dict[str, Decoder], ids: NDArray[np.int64], prefill: int, rounds: int) -> dict[str, Any]:
     """By deployment: median milliseconds, median ratios to REFERENCE in the same round, and the logits' error."""
     times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in decoders}
-    order, logits = list(decoders), {}
-    for round_ in range(rounds + 2):  # the first two are to warm up
-        random.Random(round_).shuffle(order)
-        for name in order:
+    logits = {}
+    for round_ in range(rounds + common.WARM_UP):
+        for name in common.shuffled(decoders, round_):
             first = decoders[name].step(ids[:prefill], 0)
             rest = [decoders[name].step(ids[seen : seen + 1], seen) for seen in range(prefill, len(ids))]
-            if round_ >= 2:
+            if round_ >= common.WARM_UP:
                 times[name]["prefill"].append(first)
                 times[name]["decode"].append(statistics.mean(rest))
             logits[name] = decoders[name].logits()
     decoders[REFERENCE].step(ids, 0)
     logits[WHOLE] = decoders[REFERENCE].logits()
-    rows: dict[str, Any] = {}
-    for name, parts in times.items():
-        rows[name] = {}
-        for part, values in parts.items():
-            ratios = [a / b for a, b in zip(values, times[REFERENCE][part], strict=True)]
-            rows[name] |= {f"{part}_ms": 1e3 * statistics.median(values), f"{part}_ratio": statistics.median(ratios)}
+    rows: dict[str, Any] = common.parts(times, REFERENCE)
+    for name in rows:
         if twin := TWINS.get(name):
             rows[name]["error"] = float(np.abs(logits[name] - logits[twin]).max() / np.abs(logits[twin]).max())
     return rows

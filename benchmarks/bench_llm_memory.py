@@ -8,13 +8,12 @@ its own, without the parity check. `weights` is what the graph's weights take in
 
 from __future__ import annotations
 
-import argparse
+import math
 import shutil
 import tempfile
 from pathlib import Path
 
-from bench_export import OURS, _run
-from bench_llm import _adapter, _base
+import common
 from safetensors import safe_open
 
 CASES = {
@@ -26,10 +25,8 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of exporting a causal language model.")
-    parser.add_argument("--layers", type=int, default=16)
+    parser = common.parser(__doc__, layers=16, keep=None)
     parser.add_argument("--checkpoint", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--keep", type=Path, help="folder for the base and the adapter, used again if there")
     parser.add_argument("--case", choices=CASES, action="append", help="repeatable; default: all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -37,29 +34,23 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         base, adapter = folder / "base", folder / "adapter"
         if not base.is_dir():
-            _base(base, args.layers, 128256, args.checkpoint)
+            common.make_llama(base, args.layers, 128256, args.checkpoint)
         if not adapter.is_dir():
-            _adapter(base, adapter, "loratrf", 8)
-        weights = 4 * sum(_values(file) for file in base.glob("*.safetensors"))
+            common.make_adapter(base, adapter, "loratrf")
+        weights = 4 * sum(values(file) for file in base.glob("*.safetensors"))
         print(f"{args.layers} layers, {args.checkpoint} checkpoint, weights in float32: {weights / 1e9:.2f} GB\n")
-        print("| export | s | peak GB | peak / float32 weights |\n| --- | ---: | ---: | ---: |")
+        print(common.head(["export", "s", "peak GB", "peak / float32 weights"]))
         for case in args.case or CASES:
             out = folder / "out" / "model.onnx"
-            options = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(out), "--no-check"]
-            seconds, megabytes = _run([OURS, *options, *CASES[case]])
+            seconds, megabytes = common.measured_export(adapter, base, out, "--no-check", *CASES[case])
             shutil.rmtree(out.parent)
-            print(f"| {case} | {seconds:.0f} | {megabytes / 1e3:.2f} | {1e6 * megabytes / weights:.2f} |", flush=True)
+            cells = [f"{seconds:.0f}", f"{megabytes / 1e3:.2f}", f"{1e6 * megabytes / weights:.2f}"]
+            print(common.line([case, *cells]), flush=True)
 
 
-def _values(file: Path) -> int:
-    total = 0
+def values(file: Path) -> int:
     with safe_open(file, "numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (no mapping)
-            size = 1
-            for length in tensors.get_slice(name).get_shape():
-                size *= length
-            total += size
-    return total
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (no mapping)
 
 
 if __name__ == "__main__":

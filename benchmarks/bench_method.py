@@ -12,30 +12,24 @@ is smaller, in bench_method_lm.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import common
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parents[1]
 RECORDS = Path(__file__).with_name("method.jsonl")
-ADAPTERS = ROOT / "build" / "method"
-sys.path.insert(0, str(ROOT / "examples"))
+ADAPTERS = common.ROOT / "build" / "method"
 
 EPOCHS = {"rte": 5, "mrpc": 4, "cola": 4, "sst2": 3}
 LEARNED = ("mrpc", "cola", "sst2")  # RTE stays next to the majority class, whatever is trained
 SEEDS = (0, 1, 2)
 CHOICE_SEED = 100
-
 
 BLOCKS = "--dropout 0 --targets query,value,attention.output.dense,output.dense"
 SHARED = f"{BLOCKS},pooler.dense"
@@ -122,31 +116,16 @@ def train(run: Run) -> dict[str, Any]:
     return record if run.seed == CHOICE_SEED else record | {"dev": results["dev"][results["metric"]]}
 
 
-def records() -> list[dict[str, Any]]:
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def train_missing(names: list[str], processes: int) -> None:
-    done = {(record["config"], record["arguments"]) for record in records()}
+    done = {(record["config"], record["arguments"]) for record in common.read_records(RECORDS)}
     wanted = [run for run in runs() if (run.name, run.arguments) not in done and (not names or run.name in names)]
     print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
-    append_records(train, wanted, RECORDS, processes)
+    common.append_records(train, wanted, RECORDS, processes)
 
 
-def append_records(train: Callable[[Any], dict[str, Any]], wanted: list[Any], file: Path, processes: int) -> None:
-    """Appends train(run) to `file` for every wanted run, each in a process of one thread, as they end."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain kill ends the trainings too, as Ctrl-C does
-    with get_context("spawn").Pool(processes) as pool:
-        for record in pool.imap_unordered(train, wanted):
-            line = json.dumps(record, ensure_ascii=False)
-            with file.open("a") as lines:
-                lines.write(line + "\n")
-            print(line, flush=True)
-
-
-def table(rows: list[dict[str, Any]], name: str, tasks: tuple[str, ...] = tuple(EPOCHS)) -> NDArray[np.float64] | None:
+def dev_scores(
+    rows: list[dict[str, Any]], name: str, tasks: tuple[str, ...] = tuple(EPOCHS)
+) -> NDArray[np.float64] | None:
     """Dev scores in percent of a configuration, (seeds, tasks); None while a run is missing."""
     scores = {(row["seed"], row["task"]): 100 * row["dev"] for row in rows if row["config"] == name and "dev" in row}
     if any((seed, task) not in scores for seed in SEEDS for task in tasks):
@@ -163,17 +142,15 @@ def compared(rows: list[dict[str, Any]]) -> str:
 
     A configuration is shown once the tasks that are learned are done.
     """
-    lines = [
-        f"| configuration | trained | of LoRA R = 8 | {' | '.join(EPOCHS)} | mean | mean of {', '.join(LEARNED)} |",
-        f"| --- | ---: | ---: | {'---: | ' * len(EPOCHS)}---: | ---: |",
-    ]
+    columns = ["configuration", "trained", "of LoRA R = 8", *EPOCHS, "mean", f"mean of {', '.join(LEARNED)}"]
+    lines = [common.head(columns)]
     for name in COMPARED:
-        if table(rows, name, LEARNED) is None:
+        if dev_scores(rows, name, LEARNED) is None:
             continue
-        columns = [table(rows, name, tasks) for tasks in (*((task,) for task in EPOCHS), tuple(EPOCHS), LEARNED)]
-        cells = ["not trained" if scores is None else mean_and_deviation(scores.mean(1)) for scores in columns]
+        found = [dev_scores(rows, name, tasks) for tasks in (*((task,) for task in EPOCHS), tuple(EPOCHS), LEARNED)]
+        cells = ["not trained" if scores is None else mean_and_deviation(scores.mean(1)) for scores in found]
         share = size(rows, name) / size(rows, REFERENCE)
-        lines.append(f"| {name} | {size(rows, name)} | {share:.1%} | {' | '.join(cells)} |")
+        lines.append(common.line([name, size(rows, name), f"{share:.1%}", *cells]))
     lines.append("")
     for one, other, tasks in (
         (BEST, REFERENCE, tuple(EPOCHS)),
@@ -181,7 +158,7 @@ def compared(rows: list[dict[str, Any]]) -> str:
         (HALF, REFERENCE, LEARNED),
         (BEST, HALF, LEARNED),
     ):
-        pair = table(rows, one, tasks), table(rows, other, tasks)
+        pair = dev_scores(rows, one, tasks), dev_scores(rows, other, tasks)
         if pair[0] is not None and pair[1] is not None:
             difference = (pair[0] - pair[1]).mean(1)
             error = difference.std(ddof=1) / len(SEEDS) ** 0.5
@@ -196,26 +173,25 @@ def mean_and_deviation(values: NDArray[np.float64]) -> str:
 
 def varied(rows: list[dict[str, Any]]) -> str:
     """Markdown: CoLA, in other placements and scales. Held-out is the best epoch's."""
-    lines = ["| configuration | trained | held out | dev |", "| --- | ---: | ---: | ---: |"]
+    cells = []
     for name in (REFERENCE, BEST, *VARIANTS):
-        scores = table(rows, name, ("cola",))
+        scores = dev_scores(rows, name, ("cola",))
         if scores is not None:
             held_out = [100 * max(row["held_out"]) for row in rows if (row["config"], row["task"]) == (name, "cola")]
-            cells = f"{mean_and_deviation(np.array(held_out))} | {mean_and_deviation(scores[:, 0])}"
-            lines.append(f"| {name} | {size(rows, name)} | {cells} |")
-    return "\n".join(lines)
+            figures = map(mean_and_deviation, (np.array(held_out), scores[:, 0]))
+            cells.append([name, size(rows, name), *figures])
+    return common.table(["configuration", "trained", "held out", "dev"], cells)
 
 
 def chosen(rows: list[dict[str, Any]]) -> str:
     """Markdown: held-out score in percent after each epoch of the configurations that were chosen from."""
-    lines = ["| configuration | trained | held out, CoLA, by epoch |", "| --- | ---: | --- |"]
-    for name in CHOICES:
-        for row in rows:
-            if row["config"] == name:
-                lines.append(
-                    f"| {name} | {row['parameters']} | {', '.join(f'{100 * x:.1f}' for x in row['held_out'])} |"
-                )
-    return "\n".join(lines)
+    cells = [
+        [name, row["parameters"], ", ".join(f"{100 * score:.1f}" for score in row["held_out"])]
+        for name in CHOICES
+        for row in rows
+        if row["config"] == name
+    ]
+    return common.table(["configuration", "trained", "held out, CoLA, by epoch"], cells)
 
 
 def draw_scores(rows: list[dict[str, Any]], file: Path) -> None:
@@ -225,7 +201,7 @@ def draw_scores(rows: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, config in COMPARED.items():
-        scores = table(rows, name, LEARNED)
+        scores = dev_scores(rows, name, LEARNED)
         if scores is None:
             continue
         parameters, means = size(rows, name), scores.mean(1)
@@ -256,7 +232,7 @@ def filter_scores(adapter: Path, task: str) -> dict[str, NDArray[np.float32]]:
 
     import loratrf_deploy.peft
     import minilm
-    from loratrf_deploy.peft import layer as _peft_layer
+    from loratrf_deploy.peft import layer
 
     base = minilm.base_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -268,20 +244,17 @@ def filter_scores(adapter: Path, task: str) -> dict[str, NDArray[np.float32]]:
         if isinstance(part, loratrf_deploy.peft.LoraTrfLinear) and part.trf_tau
     }
     found: dict[str, list[NDArray[np.float32]]] = {}
-    original = _peft_layer.filter_score
+    original = layer.filter_score
 
     def recorded(z: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         score = original(z, tau)
         found.setdefault(layers[id(tau)], []).append(score.flatten().numpy())
         return score
 
-    _peft_layer.filter_score = recorded
-    try:
+    with patch.object(layer, "filter_score", recorded):
         for row in glue.read(glue.DATA, task, "dev"):  # one by one: no padding
             with torch.inference_mode():
                 model(**tokenizer(*glue.texts(row), truncation=True, max_length=glue.MAX_LENGTH, return_tensors="pt"))
-    finally:
-        _peft_layer.filter_score = original
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -311,15 +284,14 @@ def method(config: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, processes=os.cpu_count())
     parser.add_argument("--train", nargs="*", metavar="CONFIG", help="train these configurations (none named: all)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--figures", type=Path, help="folder for the pictures (needs the `figures` extra)")
     options = parser.parse_args()
     if options.train is not None:
         train_missing(options.train, options.processes)
         return 0
-    rows = records()
+    rows = common.read_records(RECORDS)
     print(compared(rows), varied(rows), chosen(rows), sep="\n\n")
     if options.figures:
         draw_scores(rows, options.figures / "method-scores.svg")

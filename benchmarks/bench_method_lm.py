@@ -13,25 +13,20 @@ other texts: to measure with it, start without the file.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import numpy as np
-from bench_method import append_records
 
 RECORDS = Path(__file__).with_name("method_lm.jsonl")
-BASE = Path(__file__).parents[1] / "build" / "method_lm"
+BASE = common.ROOT / "build" / "method_lm"
 SEEDS = (0, 1, 2)
 BASE_STEPS, STEPS = 600, 300
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OUTPUTS = ["o_proj", "down_proj"]
 
 
@@ -120,8 +115,7 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from loratrf_deploy.peft import LoraTrfConfig, initialize_filters
-    from loratrf_deploy.peft import layer as _peft_layer
+    from loratrf_deploy.peft import LoraTrfConfig, initialize_filters, layer
 
     torch.set_num_threads(1)
     name, seed = run
@@ -131,19 +125,17 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
     torch.manual_seed(seed)
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
     kind = LoraTrfConfig if method == "loratrf" else peft.LoraConfig
-    model: Any = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", target_modules=TARGETS, **options))
+    model: Any = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", target_modules=common.LINEAR, **options))
     _, _, training, held_out, test = corpus()
     if method == "loratrf" and start == "data":
         initialize_filters(model, [{"input_ids": training[: 64 * 128].view(64, 128)}])
-    score = _peft_layer.filter_score
+    score = layer.filter_score
     if fixed_s:
-        _peft_layer.filter_score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)
+        score = lambda z, tau: torch.ones_like(z[..., :1], dtype=torch.float32)  # noqa: E731
     torch.manual_seed(1000 + seed)
-    try:
+    with patch.object(layer, "filter_score", score):
         bench_perplexity.train(model, training, STEPS, rate)
         losses = {"held_out": round(loss(model, held_out), 5), "test": round(loss(model, test), 5)}
-    finally:
-        _peft_layer.filter_score = score
     # τ has no part in s = 1.
     trained = sum(
         part.numel()
@@ -155,8 +147,8 @@ def train(run: tuple[str, int]) -> dict[str, Any]:
 
 def records() -> dict[tuple[str, int], dict[str, Any]]:
     """By configuration and seed; those of the configurations as they are now."""
-    lines = map(json.loads, RECORDS.read_text().splitlines() if RECORDS.exists() else [])
-    return {(line["config"], line["seed"]): line for line in lines if CONFIGS.get(line["config"]) == line["options"]}
+    rows = common.read_records(RECORDS)
+    return {(row["config"], row["seed"]): row for row in rows if CONFIGS.get(row["config"]) == row["options"]}
 
 
 def train_missing(names: list[str], processes: int) -> None:
@@ -166,18 +158,15 @@ def train_missing(names: list[str], processes: int) -> None:
     runs = [(name, seed) for seed in SEEDS for name in (COMPARED if seed else CONFIGS)]
     wanted = [run for run in runs if run not in done and (not names or run[0] in names)]
     print(f"{len(wanted)} runs to do, {len(done)} recorded", flush=True)
-    append_records(train, wanted, RECORDS, processes)
+    common.append_records(train, wanted, RECORDS, processes)
 
 
 def compared(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Markdown: nats per token, mean over seeds, and differences seed by seed with their standard error."""
     others = (REFERENCE, SAME_SIZE, BEST)
-    lines = [
-        f"| configuration | trained | of {REFERENCE} | test | {' | '.join(f'less {name}' for name in others)} |",
-        f"| --- | ---: | ---: | ---: |{' ---: |' * len(others)}",
-    ]
     if any((name, seed) not in found for name in others for seed in SEEDS):
         return ""
+    rows = []
     for name in COMPARED:
         if all((name, seed) in found for seed in SEEDS):
             test = np.array([found[name, seed]["test"] for seed in SEEDS])
@@ -185,30 +174,27 @@ def compared(found: dict[tuple[str, int], dict[str, Any]]) -> str:
             cells = [f"{d.mean():+.4f} ± {d.std(ddof=1) / len(SEEDS) ** 0.5:.4f}" if d.any() else "" for d in less]
             size = found[name, SEEDS[0]]["parameters"]
             share = size / found[REFERENCE, SEEDS[0]]["parameters"]
-            lines.append(f"| {name} | {size} | {share:.1%} | {test.mean():.4f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([name, size, f"{share:.1%}", f"{test.mean():.4f}", *cells])
+    columns = ["configuration", "trained", f"of {REFERENCE}", "test", *(f"less {name}" for name in others)]
+    return common.table(columns, rows)
 
 
 def chosen(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Markdown: held-out nats per token of the first seed."""
-    lines = ["| configuration | trained | held out |", "| --- | ---: | ---: |"]
-    for name in CONFIGS:
-        if row := found.get((name, SEEDS[0])):
-            lines.append(f"| {name} | {row['parameters']} | {row['held_out']:.4f} |")
-    return "\n".join(lines)
+    rows = [(name, found[name, SEEDS[0]]) for name in CONFIGS if (name, SEEDS[0]) in found]
+    cells = ([name, row["parameters"], f"{row['held_out']:.4f}"] for name, row in rows)
+    return common.table(["configuration", "trained", "held out"], cells)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = common.parser(__doc__, processes=os.cpu_count())
     parser.add_argument("--train", nargs="*", metavar="CONFIG", help="train these configurations (none named: all)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    options = parser.parse_args()
-    if options.train is not None:
-        train_missing(options.train, options.processes)
+    args = parser.parse_args()
+    if args.train is not None:
+        train_missing(args.train, args.processes)
     found = records()
     print(compared(found), chosen(found), sep="\n\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import common
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -52,12 +51,7 @@ def values_of(shapes: dict[str, tuple[int, ...]], dtype: str) -> dict[str, np.nd
 
 
 def session_of(model: ir.Model, threads: int, library: bool) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if threads > 1:  # the workers' cores, counted from 1; core 0 is the caller's
-        cores = ";".join(str(thread + 1) for thread in range(1, threads))
-        options.add_session_config_entry("session.intra_op_thread_affinities", cores)
+    options = common.session_options(threads, pinned=True)
     if library:
         options.register_custom_ops_library(str(library_path()))
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
@@ -137,23 +131,14 @@ def torch_runner(op: str, values: dict[str, np.ndarray], threads: int) -> Callab
     return run
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
-clock = CLOCKS["wall"]
-
-
-def once(run: Callable[[], object], repeats: int) -> float:
-    start = clock()
-    for _ in range(repeats):
-        run()
-    return (clock() - start) / repeats
-
-
-def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds per run of each contestant, round by round, for about `seconds` in all."""
     repeats = {}
     for name, run in runs.items():
-        once(run, 2)
-        repeats[name] = max(1, int(2e-3 / once(run, 3)))
+        common.timed(run, 2)
+        repeats[name] = max(1, int(2e-3 / common.timed(run, 3, clock)))
     rounds: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds["kernel"]) < 7:
@@ -161,11 +146,11 @@ def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[s
             # The last contestant's idle threads spin for a while: they would take this one's cores.
             time.sleep(SETTLE_SECONDS)
             run()
-            rounds[name].append(once(run, repeats[name]))
+            rounds[name].append(common.timed(run, repeats[name], clock))
     return rounds
 
 
-def machine_rates(threads: int) -> dict[str, float]:
+def machine_rates(threads: int, clock: Callable[[], float]) -> dict[str, float]:
     """Copy bandwidth (bytes read plus written a second) and SGEMM rate, the best of several tries."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -181,14 +166,14 @@ def machine_rates(threads: int) -> dict[str, float]:
             else:
                 list(pool.map(lambda span: np.copyto(target[span], source[span]), spans))
 
-        copy_seconds = min(once(copy, 1) for _ in range(8))
+        copy_seconds = min(common.timed(copy, clock=clock) for _ in range(8))
     size = 1024
     model, feeds = gemm_model(size, size, size)
     gemm = runner(session_of(model, threads, library=False), feeds)
     gemm()
     return {
         "copy_bytes_per_s": 2 * source.nbytes / copy_seconds,
-        "sgemm_flops_per_s": 2 * size**3 / min(once(gemm, 1) for _ in range(12)),
+        "sgemm_flops_per_s": 2 * size**3 / min(common.timed(gemm, clock=clock) for _ in range(12)),
     }
 
 
@@ -212,12 +197,11 @@ def measure(op: str, T: int, features: int, R: int, options: argparse.Namespace,
     if not options.no_gemm:
         gemm, feeds = gemm_model(T, features, features)
         runs["gemm"] = runner(session_of(gemm, options.threads, library=False), feeds)
-    rounds = interleaved(runs, options.seconds)
+    rounds = interleaved(runs, options.seconds, common.CLOCKS[options.clock])
     row = {"op": op, "T": T, "K=N": features, "R=F": R, "floor_us": floor_seconds(op, values, rates) * 1e6}
     for name, times in rounds.items():
         row[f"{name}_us"] = statistics.median(times) * 1e6
-        ratios = [other / own for other, own in zip(times, rounds["kernel"], strict=True)]
-        row[f"{name}/kernel"] = statistics.median(ratios)
+        row[f"{name}/kernel"] = common.ratio(times, rounds["kernel"])
     return row
 
 
@@ -228,23 +212,15 @@ def table(rows: list[dict]) -> str:
         "floor_us": "floor µs", "kernel/floor": "kernel / floor",
     }  # fmt: skip
     kept = [key for key in columns if key in rows[0]]
-    lines = ["| " + " | ".join(columns[key] for key in kept) + " |", "| " + " | ".join("---" for _ in kept) + " |"]
-    for row in rows:
-        cells = (f"{row[key]:.2f}x" if "/" in key else f"{row[key]:.0f}" if "_us" in key else row[key] for key in kept)
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cells = (
+        [f"{row[key]:.2f}x" if "/" in key else f"{row[key]:.0f}" if "_us" in key else row[key] for key in kept]
+        for row in rows
+    )
+    return common.table([columns[key] for key in kept], cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__, threads=os.cpu_count(), clock="wall", out=None)
     parser.add_argument("--quick", action="store_true", help="corner shapes only")
     parser.add_argument("--ops", nargs="+", default=SINGLE, choices=SINGLE)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -252,26 +228,16 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--inputs", action="store_true", help="weights are graph inputs, not constants")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--clock", default="wall", choices=list(CLOCKS), help="cpu, on a busy machine: with --threads 1"
-    )
     parser.add_argument("--seconds", type=float, default=0.6, help="per row")
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-gemm", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write JSON here")
-    options = parser.parse_args()
+    options = common.parse(parser)
     if options.quick:
         options.tokens, options.features, options.ranks = [1, 128], [384, 2048], [8, 64]
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu counts one thread's time: add --threads 1")
-    global clock
-    clock = CLOCKS[options.clock]
-    os.environ["GOMP_CPU_AFFINITY"] = f"0-{options.threads - 1}"  # PyTorch's threads, once it is imported
-    os.sched_setaffinity(0, {0})  # the others' are set where they start
-    rates = machine_rates(options.threads)
+    common.pin_threads(options.threads)
+    rates = machine_rates(options.threads, common.CLOCKS[options.clock])
     about = {
-        "cpu": cpu_name(),
+        "cpu": common.cpu_name(),
         "threads": options.threads,
         "dtype": options.dtype,
         "clock": options.clock,
@@ -298,8 +264,7 @@ def main() -> None:
     print(table(rows))
     worst = min(row["function/kernel"] for row in rows)
     print(f"\nSmallest function / kernel: {worst:.2f}x; shapes below 1: {sum(r['function/kernel'] < 1 for r in rows)}")
-    if options.out:
-        options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    common.save(options.out, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ adapters (R = F = 8, all linear layers) on the prose of its help(). Perplexity i
 
 from __future__ import annotations
 
-import argparse
-import os
 import pydoc_data.topics
 import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import common
 import peft
 import torch
 import transformers
 
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.parity.perplexity import perplexities
-from loratrf_deploy.peft import LoraTrfConfig
 from loratrf_deploy.pytorch.quiet import quiet
 
 DEPLOYMENTS = [("separate", "none"), ("merged", "none"), ("separate", "int8"), ("merged", "int8")]
@@ -33,7 +29,7 @@ DEPLOYMENTS += [("separate", "int4"), ("merged", "int4")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of each deployment of a small language model.")
+    parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=300, help="of training the base; the adapters take half")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -48,20 +44,20 @@ def main() -> None:
         train(model, torch.tensor(tokenizer(code)["input_ids"]), args.steps, 1e-3)
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
-        print("| deployment | LoRATRF: perplexity | loss, nats | LoRA: perplexity | loss, nats |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        columns = [_rows(folder, base, kind, tokenizer, prose[:cut], text, args.steps) for kind in ("loratrf", "lora")]
-        for a, b in zip(*columns, strict=True):
-            cells = (f"{row.perplexity:.4f} | {row.loss:+.5f}" for row in (a, b))
-            print(f"| {a.name} | {' | '.join(cells)} |")
-
-
-def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text: Path, steps: int) -> list[Any]:
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    options: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": names, "task_type": "CAUSAL_LM"}
-    config = (
-        LoraTrfConfig(filter_rank=8, filter_gamma=1, **options) if kind == "loratrf" else peft.LoraConfig(**options)
+        columns = [
+            deployed(folder, base, kind, tokenizer, prose[:cut], text, args.steps) for kind in ("loratrf", "lora")
+        ]
+    head = ["deployment", "LoRATRF: perplexity", "loss, nats", "LoRA: perplexity", "loss, nats"]
+    rows = (
+        [a.name, f"{a.perplexity:.4f}", f"{a.loss:+.5f}", f"{b.perplexity:.4f}", f"{b.loss:+.5f}"]
+        for a, b in zip(*columns, strict=True)
     )
+    print(common.table(head, rows))
+
+
+def deployed(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text: Path, steps: int) -> list[Any]:
+    """Trains an adapter; its perplexity in PyTorch, with and without it, and in every deployment."""
+    config = common.adapter_config(kind, 8, "CAUSAL_LM")
     with quiet():
         model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
         train(model, torch.tensor(tokenizer(prose)["input_ids"]), steps // 2, 2e-3)
@@ -71,11 +67,9 @@ def _rows(folder: Path, base: Path, kind: str, tokenizer: Any, prose: str, text:
             models.append(folder / f"{kind}-{mode}-{quantize}" / "model.onnx")
             export_adapter(folder / kind, models[-1], ExportOptions(base_model=base, mode=mode, quantize=quantize))
         rows = perplexities(text, folder / kind, models, base)
-    labels = [f"{mode}, {quantize if quantize != 'none' else 'float32'}" for mode, quantize in DEPLOYMENTS]
-    return [type(row)(label, row.perplexity, row.loss) for row, label in zip(rows, [*_TORCH, *labels], strict=True)]
-
-
-_TORCH = ("PyTorch", "PyTorch without the adapter")
+    labels = ["PyTorch", "PyTorch without the adapter"]
+    labels += [f"{mode}, {quantize if quantize != 'none' else 'float32'}" for mode, quantize in DEPLOYMENTS]
+    return [type(row)(label, row.perplexity, row.loss) for row, label in zip(rows, labels, strict=True)]
 
 
 def texts() -> tuple[str, str]:
@@ -101,36 +95,19 @@ def train(model: Any, tokens: torch.Tensor, steps: int, rate: float) -> None:
 
 
 def make_model(vocabulary: int) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
+    return common.llama(
+        vocabulary,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
     )
-    return transformers.LlamaForCausalLM(config)
 
 
 def make_tokenizer(text: str) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text[:1000000]], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return common.byte_tokenizer(text[:1000000], 1024)
 
 
 if __name__ == "__main__":
