@@ -21,21 +21,34 @@ class Exported(NamedTuple):
     model: Path
 
 
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, called once for the same arguments."""
+    made: dict[str, Any] = {}
+
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        key = repr((arguments, sorted(options.items())))
+        if key not in made:
+            made[key] = make(*arguments, **options)
+        return made[key]
+
+    return remembered
+
+
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """make_tiny(family, task, kind, **adapter options) -> (base, adapter), folders to read only."""
     import tiny
 
-    made: dict[Any, Path] = {}
+    bases = once(lambda family, task: tiny.make_base(tmp_path_factory.mktemp("base") / family, family, task))
+    adapters = once(
+        lambda base, kind, **options: tiny.make_adapter(
+            base, tmp_path_factory.mktemp("adapter") / kind, kind=kind, **options
+        )
+    )
 
     def make(family: str = "bert", task: str = "text-classification", kind: str = "loratrf", **options: Any):
-        base_key, adapter_key = (family, task), (family, task, kind, repr(sorted(options.items())))
-        if base_key not in made:
-            made[base_key] = tiny.make_base(tmp_path_factory.mktemp("base") / family, family, task)
-        if adapter_key not in made:
-            folder = tmp_path_factory.mktemp("adapter") / kind
-            made[adapter_key] = tiny.make_adapter(made[base_key], folder, kind=kind, **options)
-        return made[base_key], made[adapter_key]
+        base = bases(family, task)
+        return base, adapters(base, kind, **options)
 
     return make
 
@@ -45,27 +58,17 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
     """make_export(family, task, kind, mode=, swappable=, dtype=, **adapter options) -> Exported, not checked."""
     from loratrf_deploy.export import ExportOptions, export_adapter
 
-    made: dict[Any, Exported] = {}
+    @once
+    def export(adapter: Path, base: Path, **how: Any) -> Path:
+        out = tmp_path_factory.mktemp("export") / "model.onnx"
+        export_adapter(adapter, out, base_model=base, check=False, **how)
+        return out
 
     def make(
-        family: str = "bert",
-        task: str = "text-classification",
-        kind: str = "loratrf",
-        *,
-        mode: str = "separate",
-        swappable: str | None = None,
-        dtype: str = "float32",
-        **options: Any,
+        *which: str, mode: str = "separate", swappable: str | None = None, dtype: str = "float32", **options: Any
     ) -> Exported:
-        key = (family, task, kind, mode, swappable, dtype, repr(sorted(options.items())))
-        if key not in made:
-            base, adapter = make_tiny(family, task, kind, **options)
-            out = tmp_path_factory.mktemp("export") / "model.onnx"
-            export_adapter(
-                adapter, out, ExportOptions(base_model=base, mode=mode, swappable=swappable, dtype=dtype, check=False)
-            )
-            made[key] = Exported(base, adapter, out)
-        return made[key]
+        base, adapter = make_tiny(*which, **options)
+        return Exported(base, adapter, export(adapter, base, mode=mode, swappable=swappable, dtype=dtype))
 
     return make
 
@@ -111,16 +114,16 @@ def make_llm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
     """make_llm(family, kind, sizes=..., **adapter options) -> (base, adapter), folders to read only."""
     import tiny_llm
 
-    made: dict[str, Path] = {}
+    bases = once(lambda family, **sizes: tiny_llm.make_base(tmp_path_factory.mktemp("llm") / family, family, **sizes))
+    adapters = once(
+        lambda base, kind, **options: tiny_llm.make_adapter(
+            base, tmp_path_factory.mktemp("llm-adapter") / kind, kind, **options
+        )
+    )
 
     def make(family: str = "llama", kind: str = "loratrf", sizes: dict[str, Any] | None = None, **options: Any):
-        base_key, key = repr((family, sizes)), repr((family, sizes, kind, options))
-        if base_key not in made:
-            made[base_key] = tiny_llm.make_base(tmp_path_factory.mktemp("llm") / family, family, **(sizes or {}))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("llm-adapter") / kind
-            made[key] = tiny_llm.make_adapter(made[base_key], folder, kind, **options)
-        return made[base_key], made[key]
+        base = bases(family, **(sizes or {}))
+        return base, adapters(base, kind, **options)
 
     return make
 
@@ -132,15 +135,30 @@ def exported(
     """exported(kind, **export options) -> model.onnx of tiny LLaMA, unchecked, to read only."""
     from loratrf_deploy.export import ExportOptions, export_adapter
 
-    made: dict[str, Path] = {}
-
+    @once
     def make(kind: str = "loratrf", **options: Any) -> Path:
-        key = repr((kind, sorted(options.items())))
-        if key not in made:
-            base, adapter = make_llm("llama", kind)
-            out = tmp_path_factory.mktemp("genai") / "model.onnx"
-            export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **options))
-            made[key] = out
-        return made[key]
+        base, adapter = make_llm("llama", kind)
+        out = tmp_path_factory.mktemp("genai") / "model.onnx"
+        export_adapter(adapter, out, base_model=base, check=False, **options)
+        return out
 
     return make
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """refused(out, *arguments): loratrf-export ends with 2 and one paragraph, which is returned; it writes nothing."""
+    from loratrf_deploy.cli.export import main
+
+    def check(out: Path, *arguments: object) -> str:
+        before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+        capsys.readouterr()  # what fixtures printed
+        code = main([*map(str, arguments), "--out", str(out)])
+        shown = capsys.readouterr()
+        assert (code, shown.out) == (2, ""), shown
+        assert shown.err.startswith("error: ")
+        assert shown.err.count("\n") == 1
+        assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else None) == before
+        return shown.err
+
+    return check

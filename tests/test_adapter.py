@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors.numpy import save_file
 from loratrf_deploy.adapters import config as _adapter_config
 from loratrf_deploy.adapters.adapter import Adapter, check_fits, matches_target, read_adapter
 from loratrf_deploy.errors import UserError
+from shared import FRAMEWORKS, run_python
 
 K, N, R, F = 6, 5, 2, 3
 LAYER = "encoder.layer.0.query"
@@ -399,13 +398,8 @@ def test_filter_targets_default_to_targets() -> None:
 
 def test_reading_needs_no_framework(tmp_path: Path) -> None:
     write(tmp_path)
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'transformers', 'peft', 'onnx', 'onnxruntime'): sys.modules[name] = None\n"
-        "from loratrf_deploy.adapters.adapter import read_adapter\n"
-        f"print(len(read_adapter({str(tmp_path)!r}).layers))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = "from loratrf_deploy.adapters.adapter import read_adapter; print(len(read_adapter(sys.argv[1]).layers))"
+    done = run_python(code, tmp_path, without=(*FRAMEWORKS, "onnxruntime"))
     assert (done.stdout.strip(), done.returncode) == ("1", 0), done.stderr
 
 

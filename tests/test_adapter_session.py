@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +14,11 @@ import pytest
 
 from conftest import Exported
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
+from shared import FRAMEWORKS, IDS, ask_while, run_python
 
-IDS = {
-    "input_ids": np.arange(5, 17).reshape(2, 6),
-    "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2]),
-    "token_type_ids": np.zeros((2, 6), np.int64),
-}
+SMALL = {"kind": "lora", "r": 2, "seed": 4, "lora_alpha": 9}
 
 
 class Zoo(NamedTuple):
@@ -39,22 +31,14 @@ class Zoo(NamedTuple):
 
 @pytest.fixture(scope="session")
 def zoo(make_export: Callable, make_tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
-    folder = tmp_path_factory.mktemp("zoo")
-    base, small = make_tiny("bert", kind="lora", r=2, seed=4, lora_alpha=9)
+    exported, folder = make_export(swappable="base"), tmp_path_factory.mktemp("zoo")
     files = {
         "ours": exported.model.with_name(f"{exported.adapter.name}.onnx_adapter"),
         "small": folder / "s.onnx_adapter",
     }
-    convert_adapter(small, exported.model, files["small"])
-    expected: dict[str | None, np.ndarray] = {}
-    for name, adapter in (("ours", exported.adapter), ("small", small)):
-        export_adapter(
-            adapter, folder / name / "model.onnx", ExportOptions(base_model=base, mode="merged", check=False)
-        )
-        expected[name] = create_session(folder / name / "model.onnx").run(None, IDS)[0]
-    expected[None] = create_session(exported.model).run(None, IDS)[0]
-    return Zoo(exported, files, expected)
+    convert_adapter(make_tiny(**SMALL)[1], exported.model, files["small"])
+    own = {"ours": make_export(mode="merged"), "small": make_export(mode="merged", **SMALL), None: exported}
+    return Zoo(exported, files, {name: create_session(made.model).run(None, IDS)[0] for name, made in own.items()})
 
 
 def opened(zoo: Zoo, **options) -> AdapterSession:
@@ -287,24 +271,16 @@ def test_adapters_over_the_limit_are_put_aside_and_read_again(zoo: Zoo, tmp_path
 
 def test_threads_never_get_another_adapters_answer_while_adapters_come_and_go(zoo: Zoo) -> None:
     session = opened(zoo, max_bytes=20_000)  # room for one: adapters are put aside all the time
-    stop = threading.Event()
 
-    def churn() -> None:
-        while not stop.is_set():
-            session.load("passing", zoo.files["small"], replace=True)
-            session.unload("passing")
+    def churn(turn: int) -> None:
+        session.load("passing", zoo.files["small"], replace=True)
+        session.unload("passing")
 
     def ask(number: int) -> None:
         for turn in range(25):
             assert_is(session, zoo, ("ours", "small", None)[(number + turn) % 3])
 
-    with ThreadPoolExecutor(9) as pool:
-        churner = pool.submit(churn)
-        try:
-            list(pool.map(ask, range(8)))
-        finally:
-            stop.set()
-        churner.result()
+    ask_while(churn, ask)
 
 
 def test_unload_while_a_run_uses_it(zoo: Zoo) -> None:
@@ -322,14 +298,11 @@ def test_a_model_that_takes_no_adapters(make_export: Callable, tmp_path: Path) -
 
 
 def test_running_needs_neither_torch_nor_onnx(zoo: Zoo) -> None:
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx', 'onnx_ir']));"
-        "import numpy as np; from loratrf_deploy import AdapterSession;"
-        "session = AdapterSession(sys.argv[1]); session.load('a', sys.argv[2]);"
-        "ids = np.ones((1, 4), np.int64);"
-        "inputs = dict(input_ids=ids, attention_mask=ids, token_type_ids=ids * 0);"
-        "print(session.run(inputs, adapter='a')['logits'].shape)"
-    )
-    command = [sys.executable, "-c", code, str(zoo.exported.model), str(zoo.files["ours"])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    code = """import sys, numpy as np
+from loratrf_deploy import AdapterSession
+session = AdapterSession(sys.argv[1])
+session.load('a', sys.argv[2])
+ids = np.ones((1, 4), np.int64)
+print(session.run(dict(input_ids=ids, attention_mask=ids, token_type_ids=ids * 0), adapter='a')['logits'].shape)"""
+    result = run_python(code, zoo.exported.model, zoo.files["ours"], without=FRAMEWORKS)
     assert (result.returncode, result.stdout, result.stderr) == (0, "(1, 3)\n", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -18,13 +17,13 @@ import transformers
 
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
-from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export import export_adapter
 from loratrf_deploy.export.genai import _insert, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.pytorch.oracle import load_reference
+from shared import edit_json, read_json
 
 Make = Callable[..., tuple[Path, Path]]
 
@@ -66,7 +65,7 @@ def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm
 
 @pytest.mark.parametrize(("mode", "quantize"), [("merged", "none"), ("separate", "int8"), ("merged", "int4")])
 def test_the_other_ways_to_export(mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
-    base, adapter = make_llm("llama", "loratrf")
+    base, adapter = make_llm()
     prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
 
 
@@ -119,7 +118,7 @@ def test_a_bfloat16_base_with_a_rope_of_its_own(make_llm: Make, tmp_path: Path) 
 
 
 def test_adapters_stay_in_full_precision(make_llm: Make, exported: Callable[..., Path]) -> None:
-    _, adapter = make_llm("llama", "loratrf")
+    _, adapter = make_llm()
     layers = read_adapter(adapter).layers
     weights = ir.load(exported(mode="separate", quantize="int4")).graph.initializers
     for path, layer in layers.items():
@@ -134,9 +133,9 @@ def test_the_folder_generates_what_pytorch_generates(
     bundled: bool, make_llm: Make, exported: Callable[..., Path]
 ) -> None:
     """Held against transformers' own generate(), not against the parity check."""
-    base, adapter = make_llm("llama", "loratrf")
+    base, adapter = make_llm()
     folder = exported(mode="separate", bundle_library=bundled).parent
-    options = json.loads((folder / CONFIG_FILE).read_text())["model"]["decoder"]["session_options"]
+    options = read_json(folder / CONFIG_FILE)["model"]["decoder"]["session_options"]
     assert options.get("custom_ops_library") == ("libloratrf_ort.so" if bundled else None)
     prompt = list(range(5, 17))
     tokens = list(generate_tokens(load_model(folder), prompt, 40, stop=False))
@@ -178,7 +177,7 @@ def scale(name: str, factor: float) -> Callable[[ir.Model], None]:
 
 
 def test_parity_names_the_layer_that_drifts(make_llm: Make, exported: Callable[..., Path], tmp_path: Path) -> None:
-    base, adapter = make_llm("llama", "loratrf")
+    base, adapter = make_llm()
     damage = scale("model.layers.1.self_attn.v_proj.lora_B.weight", 1.01)
     report = check_parity(broken(exported(mode="separate", quantize="int4"), tmp_path / "b", damage), adapter, base)
     assert not report.passed
@@ -187,7 +186,7 @@ def test_parity_names_the_layer_that_drifts(make_llm: Make, exported: Callable[.
 
 
 def test_parity_notices_other_tokens(make_llm: Make, exported: Callable[..., Path], tmp_path: Path) -> None:
-    base, adapter = make_llm("llama", "loratrf")
+    base, adapter = make_llm()
     damage = scale("lm_head.MatMul.weight", -1.0)
     report = check_parity(broken(exported(mode="separate"), tmp_path / "b", damage), adapter, base)
     greedy = [check for check in report.checks if "greedy" in check.output]
@@ -200,20 +199,15 @@ def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tm
     base, full = make_llm("llama", "lora")
     adapter = tmp_path / "small"
     shutil.copytree(full, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] / 100}))
-    good = export_adapter(
-        adapter, tmp_path / "good" / "model.onnx", ExportOptions(base_model=base, quantize="int4")
-    ).parity
+    edit_json(adapter / "adapter_config.json", lora_alpha=8 / 100)
+    good = export_adapter(adapter, tmp_path / "good" / "model.onnx", base_model=base, quantize="int4").parity
     assert good is not None
     assert good.passed
     # The same folder with the bare base's weights in it.
     nothing = tmp_path / "nothing"
     shutil.copytree(adapter, nothing)
-    (nothing / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1e-6}))
-    export_adapter(
-        nothing, tmp_path / "bare" / "model.onnx", ExportOptions(base_model=base, quantize="int4", check=False)
-    )
+    edit_json(nothing / "adapter_config.json", lora_alpha=1e-6)
+    export_adapter(nothing, tmp_path / "bare" / "model.onnx", base_model=base, quantize="int4", check=False)
     report = check_parity(tmp_path / "bare" / "model.onnx", adapter, base)
     failed = [check for check in report.checks if check.status == "failed"]
     assert [check.variant for check in failed] == ["quantised"]
@@ -226,21 +220,7 @@ def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tm
 # What is refused.
 
 
-def refused(capsys: pytest.CaptureFixture, base: Path, adapter: Path, out: Path, *more: str) -> str:
-    """Runs loratrf-export, which must refuse: exit code 2, one paragraph, nothing written. Returns the paragraph."""
-    before = sorted(out.parent.iterdir())
-    capsys.readouterr()
-    code = main(["--adapter", str(adapter), "--base-model", str(base), "--out", str(out), *more])
-    captured = capsys.readouterr()
-    assert code == 2, captured
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert sorted(out.parent.iterdir()) == before
-    return captured.err
-
-
-def test_an_architecture_that_the_builder_does_not_know(capsys, tmp_path) -> None:
+def test_an_architecture_that_the_builder_does_not_know(refused, tmp_path) -> None:
     import peft
 
     config = transformers.GPT2Config(vocab_size=301, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
@@ -249,7 +229,7 @@ def test_an_architecture_that_the_builder_does_not_know(capsys, tmp_path) -> Non
     tiny_llm.make_tokenizer().save_pretrained(tmp_path / "base")
     lora = peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
-    message = refused(capsys, tmp_path / "base", tmp_path / "adapter", tmp_path / "model.onnx")
+    message = refused(tmp_path / "model.onnx", "--adapter", tmp_path / "adapter", "--base-model", tmp_path / "base")
     assert "GPT2LMHeadModel" in message
     assert "LLaMA" in message
 
@@ -265,44 +245,46 @@ def test_an_architecture_that_the_builder_does_not_know(capsys, tmp_path) -> Non
         (("--device", "cuda", "--mode", "separate"), "model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_options_that_do_not_go_together(options, expected, capsys, make_llm, tmp_path) -> None:
-    base, adapter = make_llm("llama", "loratrf")
-    assert expected in refused(capsys, base, adapter, tmp_path / "model.onnx", *options)
+def test_options_that_do_not_go_together(options, expected, refused, make_llm, tmp_path) -> None:
+    base, adapter = make_llm()
+    assert expected in refused(tmp_path / "model.onnx", "--adapter", adapter, "--base-model", base, *options)
 
 
 @pytest.mark.parametrize(
     "options",
     [("--quantize", "int4"), ("--bundle-library",)],
 )
-def test_options_of_language_models_on_an_encoder(options, capsys, make_tiny, tmp_path) -> None:
-    base, adapter = make_tiny("bert", "text-classification", "loratrf")
-    assert "causal language models" in refused(capsys, base, adapter, tmp_path / "model.onnx", *options)
+def test_options_of_language_models_on_an_encoder(options, refused, make_tiny, tmp_path) -> None:
+    base, adapter = make_tiny()
+    assert "causal language models" in refused(
+        tmp_path / "model.onnx", "--adapter", adapter, "--base-model", base, *options
+    )
 
 
-def test_an_adapter_of_another_vocabulary(capsys, make_llm, tmp_path) -> None:
+def test_an_adapter_of_another_vocabulary(refused, make_llm, tmp_path) -> None:
     _, adapter = make_llm("llama", "lora", modules_to_save=["lm_head"])
     base, _ = make_llm("llama", "lora", {"vocab_size": 320})
-    message = refused(capsys, base, adapter, tmp_path / "model.onnx")
+    message = refused(tmp_path / "model.onnx", "--adapter", adapter, "--base-model", base)
     assert "lm_head.weight is (320, 64) in the base model, (301, 64) in the adapter" in message
 
 
-def test_a_tokenizer_of_another_vocabulary(capsys, make_llm, tmp_path) -> None:
+def test_a_tokenizer_of_another_vocabulary(refused, make_llm, tmp_path) -> None:
     base, original = make_llm("llama", "lora")
     adapter = tmp_path / "adapter"
     shutil.copytree(original, adapter)
     tokenizer = tiny_llm.make_tokenizer()
     tokenizer.add_tokens([f"<extra-{number}>" for number in range(40)])
     tokenizer.save_pretrained(adapter)
-    message = refused(capsys, base, adapter, tmp_path / "model.onnx")
+    message = refused(tmp_path / "model.onnx", "--adapter", adapter, "--base-model", base)
     assert "328 tokens" in message
     assert "301" in message
 
 
-def test_no_tokenizer(capsys, make_llm, tmp_path) -> None:
+def test_no_tokenizer(refused, make_llm, tmp_path) -> None:
     original, adapter = make_llm("llama", "lora")
     base = tmp_path / "base"
     shutil.copytree(original, base, ignore=shutil.ignore_patterns("tokenizer*"))
-    assert "no tokenizer" in refused(capsys, base, adapter, tmp_path / "model.onnx")
+    assert "no tokenizer" in refused(tmp_path / "model.onnx", "--adapter", adapter, "--base-model", base)
 
 
 def test_a_module_that_the_builder_fused_away_is_named_and_nothing_changed(exported) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 
 import tiny
 from loratrf_deploy import create_session, read_adapter
@@ -25,6 +24,7 @@ from loratrf_deploy.parity.grouped import check_grouped_parity
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.runtime.slots import Slots
+from shared import edit_json, edit_tensors, read_json
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -114,7 +114,7 @@ def test_the_graph_and_the_manifest(grouped):
         "GroupedLoraTrf",
         "GroupedLinear",
     }
-    manifest = json.loads((path.parent / "loratrf.json").read_text())
+    manifest = read_json(path.parent / "loratrf.json")
     assert manifest["mode"] == "grouped"
     assert manifest["swappable"]["slots"] == {name: slot for slot, name in enumerate(adapters)}
     assert {row["module"]: (row["rank"], row["filter_rank"]) for row in manifest["layers"]}[QUERY] == (9, 5)
@@ -124,8 +124,8 @@ def test_slots_are_refilled_without_a_new_session(grouped, make_tiny, tmp_path):
     base, adapters, model = grouped
     # Two strangers to the export, one of a higher rank than any in it, in a session of three slots.
     newcomers = {
-        "new": make_tiny("bert", "text-classification", "loratrf", r=21, filter_rank=11, seed=31)[1],
-        "filter on key": make_tiny("bert", "text-classification", "loratrf", seed=32, target_modules=["key"])[1],
+        "new": make_tiny(r=21, filter_rank=11, seed=31)[1],
+        "filter on key": make_tiny(seed=32, target_modules=["key"])[1],
         "both": adapters["both"],
     }
     manifest, contract = read_swappable(model)
@@ -144,18 +144,10 @@ def test_slots_are_refilled_without_a_new_session(grouped, make_tiny, tmp_path):
     rows = ["plain", None, "both", "filter on key", "plain"]
     assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
     # As --onto converts it.
-    command = [
-        "--adapter",
-        newcomers["new"],
-        "--onto",
-        model,
-        "--base-model",
-        base,
-        "--out",
-        tmp_path / "new.onnx_adapter",
-    ]
+    new = tmp_path / "new.onnx_adapter"
+    command = ["--adapter", newcomers["new"], "--onto", model, "--base-model", base, "--out", new]
     assert main([str(part) for part in command]) == 0
-    slots.put(1, read_adapter_file(tmp_path / "new.onnx_adapter").values)
+    slots.put(1, read_adapter_file(new).values)
     rows[3] = "new"
     assert_rows(session.run(None, inputs | slots.values | {"adapter_ids": ids})[0], results, rows)
     # And what the file holds is untouched.
@@ -201,9 +193,9 @@ def test_families_and_tasks(make_tiny, tmp_path, family, task, dtype):
 
 
 def test_filter_on_the_base_output(make_tiny, tmp_path):
-    base, first = make_tiny("bert", kind="loratrf", filter_input="base")
-    adapters = {"first": first, "second": make_tiny("bert", kind="loratrf", filter_input="base", seed=2)[1]}
-    export_grouped(adapters, tmp_path / "model.onnx", ExportOptions(base_model=base, check=False))
+    base, first = make_tiny(kind="loratrf", filter_input="base")
+    adapters = {"first": first, "second": make_tiny(kind="loratrf", filter_input="base", seed=2)[1]}
+    export_grouped(adapters, tmp_path / "model.onnx", base_model=base, check=False)
     inputs = sample(base, first, 3, 11)
     results = torch_outputs(base, adapters, inputs)
     for library in (True, False):
@@ -215,7 +207,7 @@ def test_filter_on_the_base_output(make_tiny, tmp_path):
 def test_a_base_without_a_head_gives_zeros_for_no_adapter(make_tiny, tmp_path):
     # A bare encoder: the adapters bring the head, and what lacks one must not answer by chance.
     base = tiny.make_base(tmp_path / "base", "bert", "feature-extraction")
-    with_head, adapter = make_tiny("bert", "text-classification", "loratrf")
+    with_head, adapter = make_tiny()
     # The adapter's own base has the same sizes, so its weights fit.
     assert with_head != base
     result = export_grouped({"a": adapter}, tmp_path / "out" / "model.onnx", ExportOptions(base_model=base))
@@ -238,17 +230,15 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
         assert word in shown
     assert inspect_cli.main([str(out)]) == 0
     assert "one per batch row, by slot: 0 mixed rows, 1 b" in capsys.readouterr().out
+
+    def parity(*more):
+        return parity_cli.main(["--model", str(out), *more, "--base-model", str(base)])
+
     # Proven again by name; in whatever order.
-    assert (
-        parity_cli.main(["--model", str(out), "--adapters", f"b={b}", f"mixed rows={a}", "--base-model", str(base)])
-        == 0
-    )
+    assert parity("--adapters", f"b={b}", f"mixed rows={a}") == 0
     assert "Parity holds (10 passed)" in capsys.readouterr().out
     # Swapped names: each slot is then another's.
-    assert (
-        parity_cli.main(["--model", str(out), "--adapters", f"b={a}", f"mixed rows={b}", "--base-model", str(base)])
-        == 1
-    )
+    assert parity("--adapters", f"b={a}", f"mixed rows={b}") == 1
     assert "Parity failed" in capsys.readouterr().out
     for more, problem in (
         (["--adapter", str(a)], "holds several adapters (mixed rows, b)"),
@@ -258,7 +248,7 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
             "--inputs and --providers go with --adapter",
         ),
     ):
-        assert parity_cli.main(["--model", str(out), *more, "--base-model", str(base)]) == 2
+        assert parity(*more) == 2
         assert problem in capsys.readouterr().err
 
 
@@ -271,36 +261,24 @@ def test_parity_finds_one_wrong_row(grouped, tmp_path):
     values[1] *= 1.01  # "plain", by one percent in one layer
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     onnx.save(program, folder / "model.onnx")
-    manifest = json.loads((folder / "loratrf.json").read_text())
-    import hashlib
-
-    manifest["model"]["sha256"] = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
-    (folder / "loratrf.json").write_text(json.dumps(manifest))
+    facts = read_json(folder / "loratrf.json")["model"]
+    digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    edit_json(folder / "loratrf.json", model=facts | {"sha256": digest})
     report = check_grouped_parity(folder / "model.onnx", adapters, base)
     assert not report.passed
     failed = {check.output for check in report.checks if check.status == "failed"}
     assert failed == {"logits (plain)", "logits (mixed rows)"}
 
 
-def refused(capsys, base, out, *adapters):
-    capsys.readouterr()  # what making the adapters printed
-    command = ["--adapters", *adapters, "--out", str(out)] + (["--base-model", str(base)] if base else [])
-    assert main(command) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    assert not out.parent.exists()
-    return shown.err
-
-
-def test_adapters_that_do_not_go_together(make_tiny, tmp_path, capsys):
-    base, a = make_tiny("bert", kind="loratrf")
+def test_adapters_that_do_not_go_together(make_tiny, tmp_path, refused):
+    base, a = make_tiny(kind="loratrf")
     out = tmp_path / "out" / "model.onnx"
 
-    def against(task="text-classification", kind="loratrf", base_model=base, **options):
-        other = make_tiny("bert", task, kind, **options)[1]
-        return refused(capsys, base_model, out, f"a={a}", f"other={other}")
+    def with_base(*adapters):
+        return refused(out, "--adapters", *adapters, "--base-model", base)
+
+    def against(task="text-classification", kind="loratrf", **options):
+        return with_base(f"a={a}", f"other={make_tiny('bert', task, kind, **options)[1]}")
 
     assert "trained for different tasks (SEQ_CLS and TOKEN_CLS)" in against("token-classification")
     text = against(filter_input="base")
@@ -313,40 +291,38 @@ def test_adapters_that_do_not_go_together(make_tiny, tmp_path, capsys):
     assert "pooler.dense.weight" in text
     text = against(r=1025, target_modules=["query"])
     assert "ranks over 1024" in text
-    headless = Path(shutil.copytree(make_tiny("bert", kind="lora")[1], tmp_path / "headless"))
-    tensors = load_file(headless / "adapter_model.safetensors")
-    save_file(
-        {key: value for key, value in tensors.items() if "classifier" not in key},
+    headless = Path(shutil.copytree(make_tiny(kind="lora")[1], tmp_path / "headless"))
+    edit_tensors(
         headless / "adapter_model.safetensors",
+        lambda tensors: {key: value for key, value in tensors.items() if "classifier" not in key},
     )
-    config = json.loads((headless / "adapter_config.json").read_text())
-    (headless / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
-    text = refused(capsys, base, out, f"a={a}", f"headless={headless}")
+    edit_json(headless / "adapter_config.json", modules_to_save=None)
+    text = with_base(f"a={a}", f"headless={headless}")
     assert "takes classifier.weight from its adapter, which brings none" in text
     five = tiny.make_base(tmp_path / "five", "bert", num_labels=5)
     labels = tiny.make_adapter(five, tmp_path / "labels", "loratrf")
-    text = refused(capsys, base, out, f"a={a}", f"labels={labels}")
+    text = with_base(f"a={a}", f"labels={labels}")
     assert "classifier.weight is" in text
     assert str(labels) in text
     wide = tiny.make_base(tmp_path / "wide", "bert", hidden_size=64, num_hidden_layers=3)
     wider = tiny.make_adapter(wide, tmp_path / "wider", "loratrf", seed=2)
-    text = refused(capsys, base, out, f"a={a}", f"wider={wider}")
+    text = with_base(f"a={a}", f"wider={wider}")
     assert f"The adapter {wider}" in text
     assert "the base model has no layer bert.encoder.layer.2" in text
     for name in ("../a", "sub/a", ".a", "a\nb", "a" * 61):
-        assert "which is to be a file's too" in refused(capsys, base, out, f"{name}={a}")
+        assert "which is to be a file's too" in with_base(f"{name}={a}")
     # Without --base-model, the two name two bases.
-    text = refused(capsys, None, out, f"a={a}", f"labels={labels}")
+    text = refused(out, "--adapters", f"a={a}", f"labels={labels}")
     assert "name different base models" in text
-    layer_norm = make_tiny("bert", kind="loratrf", modules_to_save=["classifier", "LayerNorm"])[1]
-    text = refused(capsys, base, out, f"a={layer_norm}")
+    layer_norm = make_tiny(kind="loratrf", modules_to_save=["classifier", "LayerNorm"])[1]
+    text = with_base(f"a={layer_norm}")
     assert "a LayerNorm" in text
 
 
-def test_layers_that_all_rows_share(make_tiny, tmp_path, capsys):
+def test_layers_that_all_rows_share(make_tiny, tmp_path, refused):
     # DeBERTa projects its relative positions through the same query_proj.
     base, a = make_tiny("deberta-v2", kind="loratrf")
-    text = refused(capsys, base, tmp_path / "out" / "model.onnx", f"a={a}")
+    text = refused(tmp_path / "out" / "model.onnx", "--adapters", f"a={a}", "--base-model", base)
     assert "query_proj also runs on what is no row of the batch" in text
 
 

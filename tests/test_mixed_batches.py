@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +10,10 @@ import numpy as np
 import pytest
 
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
+from loratrf_deploy.export import export_grouped
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
+from shared import ask_while
 
 ROWS = 12
 IDS = {
@@ -33,32 +32,23 @@ class Team(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def team(make_tiny: Callable, make_export: Callable, tmp_path_factory: pytest.TempPathFactory) -> Team:
-    folder = tmp_path_factory.mktemp("team")
-    base, first = make_tiny("bert", kind="loratrf")
-    adapters = {
-        "first": first,
-        "lora": make_tiny("bert", kind="lora", r=2, seed=4, lora_alpha=9)[1],
+def team(make_export: Callable, tmp_path_factory: pytest.TempPathFactory) -> Team:
+    options = {
+        "first": {},
+        "lora": {"kind": "lora", "r": 2, "seed": 4, "lora_alpha": 9},
         # Of a higher rank than any slot of the export has.
-        "later": make_tiny("bert", kind="loratrf", r=11, filter_rank=6, seed=8)[1],
+        "later": {"r": 11, "filter_rank": 6, "seed": 8},
     }
-    model = folder / "model.onnx"
-    export_grouped(
-        {name: adapters[name] for name in ("first", "lora")}, model, ExportOptions(base_model=base, check=False)
-    )
-    files = {name: model.with_name(f"{name}.onnx_adapter") for name in adapters}
+    own = {name: make_export(mode="merged", **fields) for name, fields in options.items()}
+    model = tmp_path_factory.mktemp("team") / "model.onnx"
+    exported = {name: own[name].adapter for name in ("first", "lora")}
+    export_grouped(exported, model, base_model=own["first"].base, check=False)
+    files = {name: model.with_name(f"{name}.onnx_adapter") for name in own}
     assert files["first"].is_file()
     assert files["lora"].is_file()
-    convert_adapter(adapters["later"], model, files["later"])
-    expected: dict[str | None, np.ndarray] = {}
-    for name, adapter in adapters.items():
-        export_adapter(
-            adapter, folder / name / "model.onnx", ExportOptions(base_model=base, mode="merged", check=False)
-        )
-        expected[name] = create_session(folder / name / "model.onnx").run(None, IDS)[0]
-    swappable = make_export("bert", "text-classification", "loratrf", swappable="base")
-    expected[None] = create_session(swappable.model).run(None, IDS)[0]
-    return Team(model, files, expected)
+    convert_adapter(own["later"].adapter, model, files["later"])
+    own[None] = make_export(swappable="base")
+    return Team(model, files, {name: create_session(made.model).run(None, IDS)[0] for name, made in own.items()})
 
 
 def assert_rows(session: AdapterSession, team: Team, names: list[str | None], known: dict | None = None) -> None:
@@ -156,30 +146,20 @@ def test_threads_while_slots_come_and_go(team: Team) -> None:
     session = AdapterSession(team.model)
     for name in team.files:
         session.load(name, team.files[name])
-    stop = threading.Event()
 
-    def churn() -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            for number in range(turn % 12):
-                session.load(f"passing {number}", team.files["lora"], replace=True)
-            session.load("first", team.files["first"], replace=True)
-            for number in range(turn % 12):
-                session.unload(f"passing {number}")
+    def churn(turn: int) -> None:
+        for number in range((turn + 1) % 12):
+            session.load(f"passing {number}", team.files["lora"], replace=True)
+        session.load("first", team.files["first"], replace=True)
+        for number in range((turn + 1) % 12):
+            session.unload(f"passing {number}")
 
     def ask(number: int) -> None:
         for turn in range(25):
             names = ["first", "lora", None, "later"] * 3
             assert_rows(session, team, names[(number + turn) % 4 :] + names[: (number + turn) % 4])
 
-    with ThreadPoolExecutor(9) as pool:
-        churner = pool.submit(churn)
-        try:
-            list(pool.map(ask, range(8)))
-        finally:
-            stop.set()
-        churner.result()
+    ask_while(churn, ask)
 
 
 def test_the_files_hold_each_adapter_whole(team: Team) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +22,7 @@ from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.formats.inspection import inspect_path
 from loratrf_deploy.parity import check_parity
-
-IDS = {
-    "input_ids": np.arange(5, 17).reshape(2, 6),
-    "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2]),
-    "token_type_ids": np.zeros((2, 6), np.int64),
-}
+from shared import FRAMEWORKS, IDS, edit_json, edit_tensors, read_json, run_python
 
 
 def adapter_file(exported: Exported) -> Path:
@@ -48,10 +40,10 @@ def assert_proven(exported: Exported, adapter: Path | None = None, *, no_adapter
 def test_any_rank_and_alpha_swap_and_the_default_is_what_was_asked_for(
     make_export: Callable, make_tiny: Callable, swappable: str
 ) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable=swappable)
+    exported = make_export(swappable=swappable)
     assert_proven(exported)
     if swappable == "base":
-        _, other = make_tiny("bert", kind="loratrf", r=7, lora_alpha=3, filter_rank=1, filter_gamma=0.7, seed=9)
+        _, other = make_tiny(kind="loratrf", r=7, lora_alpha=3, filter_rank=1, filter_gamma=0.7, seed=9)
         assert_proven(exported, other)
         _, patterned = make_tiny(
             "bert", kind="loratrf", use_rslora=True, rank_pattern={"layer.1.attention.self.query": 9}, seed=3
@@ -62,8 +54,8 @@ def test_any_rank_and_alpha_swap_and_the_default_is_what_was_asked_for(
 def test_lora_fits_into_a_loratrf_graph_and_covers_fewer_layers_with_explicit_zeros(
     make_export: Callable, make_tiny: Callable, tmp_path: Path
 ) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
-    _, lora = make_tiny("bert", kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
+    exported = make_export(swappable="base")
+    _, lora = make_tiny(kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
     assert_proven(exported, lora)
     made = convert_adapter(lora, exported.model, tmp_path / "lora.onnx_adapter")
     assert (made.layers, made.model_layers, made.base_by) == (1, 4, "hash")
@@ -88,9 +80,10 @@ def test_families(make_export: Callable, family: str, task: str, dtype: str) -> 
 
 
 def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, tmp_path: Path) -> None:
-    base, original = make_tiny("bert", kind="loratrf")
+    base, original = make_tiny(kind="loratrf")
     fresh = Path(shutil.copytree(original, tmp_path / "fresh"))
-    tensors = load_file(fresh / "adapter_model.safetensors")
+    weights = fresh / "adapter_model.safetensors"
+    tensors = load_file(weights)
     # As PEFT initialises them: every B and D zero. And one A for all, which an exporter may share.
     first = next(value for name, value in tensors.items() if name.endswith("lora_A.weight"))
     for name in tensors:
@@ -98,7 +91,7 @@ def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, t
             tensors[name] = np.zeros_like(tensors[name])
         elif name.endswith("lora_A.weight"):
             tensors[name] = first.copy()
-    save_file(tensors, fresh / "adapter_model.safetensors")
+    save_file(tensors, weights)
     model = tmp_path / "out" / "model.onnx"
     export_adapter(fresh, model, ExportOptions(base_model=base, mode="separate", swappable="adapter", check=False))
     graph = onnx.load(model, load_external_data=False).graph
@@ -113,13 +106,11 @@ def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, t
 
 
 def test_a_base_without_a_head_keeps_the_adapters(make_tiny: Callable, tmp_path: Path) -> None:
-    base, adapter = make_tiny("bert", kind="loratrf")
+    base, adapter = make_tiny(kind="loratrf")
     headless = Path(shutil.copytree(base, tmp_path / "headless"))
-    tensors = load_file(headless / "model.safetensors")
-    save_file(
-        {name: value for name, value in tensors.items() if not name.startswith("classifier")},
+    edit_tensors(
         headless / "model.safetensors",
-        {"format": "pt"},
+        lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("classifier")},
     )
     model = tmp_path / "out" / "model.onnx"
     result = export_adapter(
@@ -134,18 +125,17 @@ def test_a_base_without_a_head_keeps_the_adapters(make_tiny: Callable, tmp_path:
 
 
 def test_parity_notices_a_default_that_is_not_the_base(make_export: Callable, tmp_path: Path) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="adapter")
+    exported = make_export(swappable="adapter")
     folder = Path(shutil.copytree(exported.model.parent, tmp_path / "lying"))
-    manifest = json.loads((folder / "loratrf.json").read_text())
-    manifest["swappable"]["default"] = "base"
-    (folder / "loratrf.json").write_text(json.dumps(manifest))
+    swappable = read_json(folder / "loratrf.json")["swappable"]
+    edit_json(folder / "loratrf.json", swappable=swappable | {"default": "base"})
     report = check_parity(folder / "model.onnx", exported.adapter, exported.base)
     assert {check.variant for check in report.checks if check.status == "failed"} == {"no adapter"}
 
 
 def test_onnx_runtimes_own_loader_takes_the_file(make_export: Callable) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
-    plain = make_export("bert", "text-classification", "loratrf")
+    exported = make_export(swappable="base")
+    plain = make_export()
     session = create_session(exported.model)
     adapter = onnxruntime.LoraAdapter()
     adapter.Load(str(adapter_file(exported)))
@@ -158,7 +148,7 @@ def test_onnx_runtimes_own_loader_takes_the_file(make_export: Callable) -> None:
 
 @pytest.mark.parametrize("size", ["end", "half", "start"])
 def test_truncated_file(make_export: Callable, tmp_path: Path, size: str) -> None:
-    raw = adapter_file(make_export("bert", "text-classification", "loratrf", swappable="base")).read_bytes()
+    raw = adapter_file(make_export(swappable="base")).read_bytes()
     file = tmp_path / "short.onnx_adapter"
     file.write_bytes(raw[: {"end": len(raw) - 1, "half": len(raw) // 2, "start": 3}[size]])
     with pytest.raises(UserError, match="truncated"):
@@ -168,7 +158,7 @@ def test_truncated_file(make_export: Callable, tmp_path: Path, size: str) -> Non
 def test_damaged_bytes_are_refused_and_never_read_out_of_bounds(
     make_export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = bytearray(adapter_file(make_export("bert", kind="loratrf", swappable="base")).read_bytes())
+    raw = bytearray(adapter_file(make_export(swappable="base")).read_bytes())
     file = tmp_path / "damaged.onnx_adapter"
     rng = np.random.default_rng(0)
     places = rng.integers(0, len(raw), 60)
@@ -179,7 +169,7 @@ def test_damaged_bytes_are_refused_and_never_read_out_of_bounds(
         with pytest.raises(UserError, match=r"damaged|truncated|no block"):
             read_adapter_file(file)
     # Somebody who wants to harm gets the checksum right.
-    right = read_adapter_file(adapter_file(make_export("bert", kind="loratrf", swappable="base")))
+    right = read_adapter_file(adapter_file(make_export(swappable="base")))
     monkeypatch.setattr("zlib.crc32", lambda content: right.crc32)
     # Past the weights' values lie the tables: every byte of some of them, then any.
     refused = 0
@@ -199,41 +189,33 @@ def test_damaged_bytes_are_refused_and_never_read_out_of_bounds(
 
 def copied(source: Path, target: Path, **config: object) -> Path:
     folder = Path(shutil.copytree(source, target))
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    edit_json(folder / "adapter_config.json", **config)
     return folder
 
 
 def test_what_does_not_fit_is_refused_by_name(
-    make_export: Callable, make_tiny: Callable, tmp_path: Path, capsys
+    make_export: Callable, make_tiny: Callable, refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    loratrf = make_export("bert", "text-classification", "loratrf", swappable="base")
-    lora = make_export("bert", "text-classification", "lora", swappable="base", target_modules=["query"])
+    loratrf = make_export(swappable="base")
+    lora = make_export(kind="lora", swappable="base", target_modules=["query"])
 
-    def refused(adapter: Path, onto: Path, *words: str, options: tuple[str, ...] = ()) -> None:
-        out = tmp_path / "out" / "other.onnx_adapter"
-        capsys.readouterr()  # what fixtures printed
-        code = main(["--adapter", str(adapter), "--onto", str(onto), "--out", str(out), *map(str, options)])
-        captured = capsys.readouterr()
-        assert (code, captured.out) == (2, "")
-        assert captured.err.count("\n") == 1
-        for word in words:
-            assert word in captured.err, captured.err
-        assert not out.parent.exists()
+    def assert_refused(adapter: Path, onto: Path, *words: str, options: tuple[object, ...] = ()) -> None:
+        message = refused(tmp_path / "out" / "other.onnx_adapter", "--adapter", adapter, "--onto", onto, *options)
+        assert all(word in message for word in words), message
 
     query, value = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
-    refused(loratrf.adapter, lora.model, f"no filter at {query}", f"no low-rank half at {value}")
-    refused(make_tiny("bert", kind="loratrf", filter_input="base")[1], loratrf.model, 'filter_input "base"')
-    refused(make_tiny("bert", kind="lora", bias="lora_only")[1], loratrf.model, "biases", "--swappable")
-    refused(make_tiny("bert", kind="lora", lora_bias=True)[1], loratrf.model, "lora_bias")
-    refused(make_tiny("bert", kind="lora", use_dora=True)[1], loratrf.model, "use_dora")
-    headless = make_tiny("bert", kind="lora", modules_to_save=None, task_type=None)[1]
-    refused(headless, loratrf.model, "classifier.weight", "brings none")
-    refused(make_tiny("bert", "token-classification", "lora")[1], loratrf.model, "token-classification")
+    assert_refused(loratrf.adapter, lora.model, f"no filter at {query}", f"no low-rank half at {value}")
+    assert_refused(make_tiny(kind="loratrf", filter_input="base")[1], loratrf.model, 'filter_input "base"')
+    assert_refused(make_tiny(kind="lora", bias="lora_only")[1], loratrf.model, "biases", "--swappable")
+    assert_refused(make_tiny(kind="lora", lora_bias=True)[1], loratrf.model, "lora_bias")
+    assert_refused(make_tiny(kind="lora", use_dora=True)[1], loratrf.model, "use_dora")
+    headless = make_tiny(kind="lora", modules_to_save=None, task_type=None)[1]
+    assert_refused(headless, loratrf.model, "classifier.weight", "brings none")
+    assert_refused(make_tiny("bert", "token-classification", "lora")[1], loratrf.model, "token-classification")
     five = tiny.make_base(tmp_path / "five", num_labels=5)
     labels = tiny.make_adapter(five, tmp_path / "labels", kind="lora")
-    refused(labels, loratrf.model, "their weights differ")
-    refused(
+    assert_refused(labels, loratrf.model, "their weights differ")
+    assert_refused(
         labels,
         loratrf.model,
         "classifier.weight is (3, 32) in the model, (5, 32)",
@@ -242,29 +224,31 @@ def test_what_does_not_fit_is_refused_by_name(
     wide = tiny.make_adapter(
         tiny.make_base(tmp_path / "wide", hidden_size=16), tmp_path / "w", kind="lora", target_modules=["query"]
     )
-    refused(wide, loratrf.model, f"{query} has 32 features in the model, 16", options=("--base-model", loratrf.base))
+    assert_refused(
+        wide, loratrf.model, f"{query} has 32 features in the model, 16", options=("--base-model", loratrf.base)
+    )
     nameless = copied(loratrf.adapter, tmp_path / "nameless", base_model_name_or_path="somebody/bert-large")
-    refused(nameless, loratrf.model, "somebody/bert-large", "--base-model")
+    assert_refused(nameless, loratrf.model, "somebody/bert-large", "--base-model")
     convert_adapter(nameless, loratrf.model, tmp_path / "named.onnx_adapter", base_model=loratrf.base)
     named = copied(loratrf.adapter, tmp_path / "named", base_model_name_or_path=f"elsewhere/{loratrf.base.name}")
     assert convert_adapter(named, loratrf.model, tmp_path / "named.onnx_adapter").base_by == "name"
-    plain = make_export("bert", "text-classification", "loratrf")
-    refused(plain.adapter, plain.model, "--swappable base")
-    refused(plain.adapter, tmp_path / "nowhere.onnx", "No model at")
-    refused(plain.adapter, loratrf.model, "--mode", options=("--mode", "merged"))
+    plain = make_export()
+    assert_refused(plain.adapter, plain.model, "--swappable base")
+    assert_refused(plain.adapter, tmp_path / "nowhere.onnx", "No model at")
+    assert_refused(plain.adapter, loratrf.model, "--mode", options=("--mode", "merged"))
     changed = Path(shutil.copytree(loratrf.model.parent, tmp_path / "changed"))
     (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\x00")
-    refused(plain.adapter, changed / "model.onnx", "changed or replaced")
+    assert_refused(plain.adapter, changed / "model.onnx", "changed or replaced")
     with pytest.raises(UserError, match="onnx_adapter"):
         convert_adapter(loratrf.adapter, loratrf.model, tmp_path / "model.onnx")
 
 
 def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path: Path, capsys) -> None:
-    base, adapter = make_tiny("bert", kind="loratrf")
+    base, adapter = make_tiny(kind="loratrf")
     arguments = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(tmp_path / "o" / "model.onnx")]
     assert main([*arguments, "--swappable", "base", "--mode", "merged"]) == 2
     assert "can't be swapped" in capsys.readouterr().err
-    biased = make_tiny("bert", kind="lora", bias="all")[1]
+    biased = make_tiny(kind="lora", bias="all")[1]
     with pytest.raises(UserError, match="biases"):
         export_adapter(
             biased, tmp_path / "o" / "model.onnx", ExportOptions(base_model=base, mode="separate", swappable="base")
@@ -285,14 +269,11 @@ def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) 
 
 
 def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'onnx', 'onnx_ir']));"
-        "from loratrf_deploy.cli.export import main; sys.exit(main())"
-    )
+    exported = make_export(swappable="base")
+    code = "import sys; from loratrf_deploy.cli.export import main; sys.exit(main())"
     out = tmp_path / "again.onnx_adapter"
     arguments = ["--adapter", exported.adapter, "--onto", exported.model, "--out", out]
-    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    result = run_python(code, *arguments, without=FRAMEWORKS)
     assert (result.returncode, result.stderr) == (0, "")
     assert "4 adapted of the model's 4" in result.stdout
     command = [sys.executable, "-c", code, *map(str, arguments), "--json"]
@@ -304,7 +285,7 @@ def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path
 
 
 def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tmp_path: Path) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", swappable="base")
+    exported = make_export(swappable="base")
     folder = Path(shutil.copytree(exported.model.parent, tmp_path / "model"))
     (folder / "foreign.onnx_adapter").write_bytes(b"not an adapter")
     assert inspect_path(folder)["swappable"] == {
@@ -314,7 +295,7 @@ def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tm
         "files": [adapter_file(exported).name],
         "other_files": ["foreign.onnx_adapter"],
     }
-    _, lora = make_tiny("bert", kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
+    _, lora = make_tiny(kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
     convert_adapter(lora, exported.model, folder / "lora.onnx_adapter")
     facts = inspect_path(folder / "lora.onnx_adapter")
     assert facts["adapter"]["peft_type"] == "LORA"
