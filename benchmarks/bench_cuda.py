@@ -91,7 +91,7 @@ def function_body(T: int, features: int, rank: int, dtype: str, library: bool) -
 
         options.register_custom_ops_library(str(library_path()))
     values = values_of(shapes_of("LoraTrf", T, features, features, rank), dtype)
-    model = ir.to_proto(op_model("LoraTrf", values, dtype, constant=True)).SerializeToString()
+    model = ir.to_proto(op_model("LoraTrf", values, constant=True)).SerializeToString()
     session = ort.InferenceSession(model, options, ["CUDAExecutionProvider"])
     if "CUDAExecutionProvider" not in session.get_providers():  # which is only a warning to ONNX Runtime
         raise RuntimeError("ONNX Runtime can't start its CUDA provider: it lacks a library, such as cuDNN")

@@ -19,7 +19,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import common
 import numpy as np
@@ -36,7 +36,7 @@ FEATURES = (384, 768, 2048, 4096)
 RANKS = (8, 16, 64)
 OPSET = 20
 SETTLE_SECONDS = 5e-3
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+DTYPES = ("float32", "float16")
 
 
 def shapes_of(op: str, T: int, K: int, N: int, R: int) -> dict[str, tuple[int, ...]]:
@@ -57,21 +57,17 @@ def session_of(model: ir.Model, threads: int, library: bool) -> ort.InferenceSes
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
-def op_model(op: str, values: dict[str, np.ndarray], dtype: str, constant: bool) -> ir.Model:
-    """One node, with its function body; weights and tau are initializers if `constant`."""
+def one_node(
+    op: str, domain: str, values: dict[str, np.ndarray], constants: Iterable[str], shape: tuple[int, ...]
+) -> ir.Model:
+    """A model of one node with the output y of that shape; `constants` are initializers, the other values inputs."""
     inputs = []
     for name, value in values.items():
-        const = constant and name not in ("base", "x", "z")
-        inputs.append(
-            ir.Value(
-                name=name,
-                shape=ir.Shape(value.shape),
-                type=ir.TensorType(DTYPES[dtype]),
-                const_value=ir.tensor(value, name=name) if const else None,
-            )
-        )
-    node = ir.node(op, inputs, domain=DOMAIN)
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", inputs[0].type, inputs[0].shape
+        tensor = ir.tensor(value, name=name)
+        const = tensor if name in constants else None
+        inputs.append(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=const))
+    node = ir.node(op, inputs, domain=domain)
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", inputs[0].type, ir.Shape(shape)
     graph = ir.Graph(
         [value for value in inputs if value.const_value is None],
         node.outputs,
@@ -80,19 +76,20 @@ def op_model(op: str, values: dict[str, np.ndarray], dtype: str, constant: bool)
         opset_imports={"": OPSET, DOMAIN: VERSION},
         name=op,
     )
-    body = function_body(op, OPSET)
-    return ir.Model(graph, ir_version=10, functions=[body])
+    return ir.Model(graph, ir_version=10, functions=[function_body(op, OPSET)] if domain else [])
+
+
+def op_model(op: str, values: dict[str, np.ndarray], constant: bool) -> ir.Model:
+    """With its function body; weights and tau are initializers if `constant`."""
+    first, *_ = values.values()
+    return one_node(op, DOMAIN, values, set(values) - {"base", "x", "z"} if constant else (), first.shape)
 
 
 def gemm_model(T: int, K: int, N: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """The adapted layer's own product, x Wᵀ, with a constant weight."""
     rng = np.random.default_rng(0)
-    x = ir.Value(name="x", shape=ir.Shape((T, K)), type=ir.TensorType(ir.DataType.FLOAT))
-    weight = ir.Value(name="w", const_value=ir.tensor(rng.standard_normal((K, N), dtype=np.float32), name="w"))
-    node = ir.node("MatMul", [x, weight])
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", x.type, ir.Shape((T, N))
-    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": OPSET}, name="gemm")
-    return ir.Model(graph, ir_version=10), {"x": rng.standard_normal((T, K), dtype=np.float32)}
+    values = {"x": rng.standard_normal((T, K), np.float32), "w": rng.standard_normal((K, N), np.float32)}
+    return one_node("MatMul", "", values, ("w",), (T, N)), values
 
 
 def runner(session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> Callable[[], None]:
@@ -187,7 +184,7 @@ def floor_seconds(op: str, values: dict[str, np.ndarray], rates: dict[str, float
 
 def measure(op: str, T: int, features: int, R: int, options: argparse.Namespace, rates: dict[str, float]) -> dict:
     values = values_of(shapes_of(op, T, features, features, R), options.dtype)
-    model = op_model(op, values, options.dtype, constant=not options.inputs)
+    model = op_model(op, values, constant=not options.inputs)
     runs: dict[str, Callable[[], object]] = {
         "kernel": runner(session_of(model, options.threads, library=True), values),
         "function": runner(session_of(model, options.threads, library=False), values),
@@ -226,7 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--features", nargs="+", type=int, default=list(FEATURES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--inputs", action="store_true", help="weights are graph inputs, not constants")
     parser.add_argument("--seconds", type=float, default=0.6, help="per row")
     parser.add_argument("--no-torch", action="store_true")

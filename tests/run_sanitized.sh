@@ -31,7 +31,8 @@ g++ $flags $sources $objects -o "$out/selftest"
 cmake -S . -B "$out/cmake" -DLORATRF_SANITIZE=ON -DLORATRF_OUTPUT="$PWD/$out/loratrf_deploy" \
   -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
 cmake --build "$out/cmake" --parallel 2
-cp loratrf_deploy/*.py "$out/loratrf_deploy/"
+ln -sf "$PWD"/loratrf_deploy/*[!o] "$out/loratrf_deploy/"  # all but *.so
+ln -sfn "$PWD/export" "$out/loratrf_deploy/export"
 
 # The interpreter is not built for them, so the sanitizers' run-time comes first, with the C++ one that it wraps.
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so.6)"

@@ -16,8 +16,8 @@ from peft.tuners.lora.config import MontecloraConfig
 
 from loratrf_deploy.adapters.adapter import check_fits, read_adapter
 from loratrf_deploy.errors import UserError
+from tiny import bert, conv1d_layers, gpt2, shapes
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 pytestmark = [
     # PEFT's own habits while wrapping tiny random models; none concerns what is read back.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
@@ -28,28 +28,11 @@ pytestmark = [
 ]
 
 
-def bert() -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=20, num_labels=3, **SIZES)
-    return transformers.BertForSequenceClassification(config)
-
-
 def roberta() -> Any:
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=20, **SIZES)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=20, **sizes)
     return transformers.RobertaForSequenceClassification(config)
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=20, bos_token_id=0, eos_token_id=0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def saved(folder: Path, model: Any, config: Any, randomise: bool = True, **how: Any) -> Any:
@@ -94,7 +77,7 @@ def test_layers_are_those_of_peft(tmp_path: Path, flavour: str) -> None:
     make, config = PLAIN[flavour]
     base = make()
     base_shapes = shapes(base)
-    conv1d = {name for name, part in base.named_modules() if isinstance(part, transformers.pytorch_utils.Conv1D)}
+    conv1d = conv1d_layers(base)
     adapted = saved(tmp_path, base, LoraConfig(**({"r": 4} | config)))
     adapter = read_adapter(tmp_path)
     assert adapter.not_separable is None

@@ -172,7 +172,7 @@ def test_truncated_missing_and_foreign_files(zoo: Zoo, tmp_path: Path) -> None:
 
 
 def test_adapter_of_another_export(zoo: Zoo, make_export: Callable) -> None:
-    other = make_export("bert", "text-classification", "loratrf", swappable="adapter")
+    other = make_export(swappable="adapter")
     session = AdapterSession(other.model)
     assert session.default == "adapter"
     with pytest.raises(UserError, match="another export"):
@@ -210,7 +210,7 @@ def test_inputs_that_the_model_does_not_take(zoo: Zoo) -> None:
 def test_scale(zoo: Zoo, make_tiny: Callable, tmp_path: Path) -> None:
     session = opened(zoo)
     # The same weights, trained with half the alpha and half the gamma.
-    _, half = make_tiny("bert", kind="loratrf", lora_alpha=4, filter_gamma=0.5)
+    _, half = make_tiny(kind="loratrf", lora_alpha=4, filter_gamma=0.5)
     convert_adapter(half, zoo.exported.model, tmp_path / "half.onnx_adapter")
     session.load("half", tmp_path / "half.onnx_adapter")
     expected = session.run(IDS, adapter="half")["logits"]
@@ -292,7 +292,7 @@ def test_unload_while_a_run_uses_it(zoo: Zoo) -> None:
 
 def test_a_model_that_takes_no_adapters(make_export: Callable, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--swappable base"):
-        AdapterSession(make_export("bert", "text-classification", "loratrf").model)
+        AdapterSession(make_export().model)
     with pytest.raises(UserError, match="No model at"):
         AdapterSession(tmp_path / "model.onnx")
 

@@ -28,31 +28,30 @@ def test_session_without_the_gpu_build(no_gpu, tmp_path):
         create_session(model, providers=["NoSuchProvider"])
 
 
-def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, monkeypatch):
-    # The GPU build on a machine without a driver lists the provider, warns, and runs on the CPU.
+@pytest.fixture
+def asked(monkeypatch):
+    """The GPU build on a machine without a driver lists the provider, and runs on the CPU: what sessions asked for."""
+    providers_asked = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, model, options, providers):
+            providers_asked.append(providers)
+            super().__init__(model, options, providers=["CPUExecutionProvider"])
+
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    real = onnxruntime.InferenceSession
-    monkeypatch.setattr(
-        onnxruntime,
-        "InferenceSession",
-        lambda model, options, providers: real(model, options, providers=["CPUExecutionProvider"]),
-    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return providers_asked
+
+
+def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, asked):
     with pytest.raises(UserError, match=r"can't start CUDAExecutionProvider here: it needs an NVIDIA GPU.*nvidia-smi"):
         create_session(make_export().model, providers=[CUDA])
 
 
-def test_float32_on_a_gpu_is_not_rounded_to_tf32(make_export, monkeypatch):
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    real, asked = onnxruntime.InferenceSession, []
-
-    def session(model, options, providers):
-        asked.extend(providers)
-        return real(model, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+def test_float32_on_a_gpu_is_not_rounded_to_tf32(make_export, asked):
     with pytest.raises(UserError):
         create_session(make_export().model, providers=[CUDA, "CPUExecutionProvider"])
-    assert asked == [(CUDA, {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+    assert asked == [[(CUDA, {"use_tf32": "0"}), ("CPUExecutionProvider", {})]]
 
 
 def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, capsys):
@@ -71,26 +70,17 @@ def test_export_and_parity_without_the_gpu_build(no_gpu, make_export, tmp_path, 
     assert "pip install 'loratrf-deploy[gpu]'" in capsys.readouterr().err
 
 
-def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, monkeypatch):
+def test_parity_on_a_gpu_compares_the_layers_there_too(make_export, asked, monkeypatch):
     from loratrf_deploy.parity import check_parity
 
-    asked = []
-
-    class Session(onnxruntime.InferenceSession):
-        def __init__(self, model, options, providers):
-            asked.append(providers[0][0])
-            super().__init__(model, options, providers=["CPUExecutionProvider"])
-
-        def get_providers(self):
-            return asked[-1:]
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: [CUDA])
     base, adapter, model = make_export()
     report = check_parity(model, adapter, base, device="cuda")
     assert report.passed
     assert report.layers
-    assert asked == [CUDA] * 3  # with the library, without, and with the layers as outputs
+    assert [providers[0][0] for providers in asked] == [
+        CUDA
+    ] * 3  # with the library, without, and with the layers as outputs
 
 
 def test_what_cuda_has_no_kernels_for_is_refused_before_it_is_written(make_tiny, tmp_path):

@@ -18,6 +18,7 @@ from loratrf_deploy.pytorch.oracle import load_reference
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 SHAPES = [(1, 1), (1, 7), (3, 2), (2, 19), (4, 64)]
+CLASSIFICATION = dict.fromkeys(tiny.FAMILIES, "text-classification") | {"vit": "image-classification"}
 TEXT_TASKS = [task for task in tiny.TASKS if task != "image-classification"]
 FAMILY_TASKS = [
     (family, task)
@@ -62,8 +63,7 @@ def test_separate_loratrf(make_export: Callable, family: str, task: str) -> None
 @pytest.mark.parametrize("kind", ["lora", "loratrf"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_merged(make_export: Callable, family: str, kind: str) -> None:
-    task = "image-classification" if family == "vit" else "text-classification"
-    exported = make_export(family, task, kind, mode="merged")
+    exported = make_export(family, CLASSIFICATION[family], kind, mode="merged")
     assert_parity(exported)
     domains = {entry.domain for entry in onnx.load(exported.model, load_external_data=False).opset_import}
     assert ("com.loratrf" in domains) == (kind == "loratrf")
@@ -72,23 +72,19 @@ def test_merged(make_export: Callable, family: str, kind: str) -> None:
 @pytest.mark.parametrize("mode", ["separate", "merged"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_float16(make_export: Callable, family: str, mode: str) -> None:
-    task = "image-classification" if family == "vit" else "text-classification"
-    exported = make_export(family, task, "loratrf", mode=mode, dtype="float16")
-    assert_parity(exported, "float16")
+    assert_parity(make_export(family, CLASSIFICATION[family], mode=mode, dtype="float16"), "float16")
 
 
 @pytest.mark.parametrize("mode", ["separate", "merged"])
 def test_filter_on_the_unadapted_output(make_export: Callable, mode: str) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", mode=mode, filter_input="base")
+    exported = make_export(mode=mode, filter_input="base")
     assert_parity(exported)
     nodes = onnx.load(exported.model, load_external_data=False).graph.node
     assert {node.op_type for node in nodes if node.domain == "com.loratrf"} == {"LoraTrf"}
 
 
 def test_filters_where_there_is_no_low_rank_half_and_the_other_way_round(make_export: Callable) -> None:
-    exported = make_export(
-        "bert", kind="loratrf", target_modules=["query"], filter_target_modules=["value", "intermediate.dense"]
-    )
+    exported = make_export(target_modules=["query"], filter_target_modules=["value", "intermediate.dense"])
     assert_parity(exported)
     nodes = onnx.load(exported.model, load_external_data=False).graph.node
     ops = {node.metadata_props[0].value: node.op_type for node in nodes if node.domain == "com.loratrf"}
@@ -112,12 +108,12 @@ def test_filters_where_there_is_no_low_rank_half_and_the_other_way_round(make_ex
 )
 @pytest.mark.parametrize("mode", ["separate", "merged"])
 def test_every_flavour_of_plain_lora(make_export: Callable, options: dict, mode: str) -> None:
-    assert_parity(make_export("bert", "text-classification", "lora", mode=mode, **options))
+    assert_parity(make_export(kind="lora", mode=mode, **options))
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}], ids=lambda options: "+".join(options))
 def test_kinds_that_only_merge(make_export: Callable, options: dict) -> None:
-    assert_parity(make_export("bert", "text-classification", "lora", mode="merged", **options))
+    assert_parity(make_export(kind="lora", mode="merged", **options))
 
 
 @pytest.mark.parametrize("opset", [18, 23])
@@ -125,17 +121,15 @@ def test_opset(make_tiny: Callable, tmp_path: Path, opset: int) -> None:
     from conftest import Exported
     from loratrf_deploy.export import ExportOptions, export_adapter
 
-    base, adapter = make_tiny("bert", "text-classification", "loratrf")
-    export_adapter(
-        adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, mode="separate", opset=opset, check=False)
-    )
+    base, adapter = make_tiny()
+    export_adapter(adapter, tmp_path / "model.onnx", base_model=base, mode="separate", opset=opset, check=False)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
     assert_parity(Exported(base, adapter, tmp_path / "model.onnx"))
 
 
 def test_the_folder_and_the_graph_are_clean(make_export: Callable) -> None:
-    exported = make_export("bert", "text-classification", "loratrf", mode="separate")
+    exported = make_export()
     folder = exported.model.parent
     names = {path.name for path in folder.iterdir()}
     assert names >= {"model.onnx", "model.onnx.data", "config.json", "loratrf.json", "tokenizer.json"}
@@ -171,7 +165,7 @@ def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:
     from transformers import AutoTokenizer
 
     for family in ("bert", "roberta", "deberta-v2"):
-        exported = make_export(family, "text-classification", "loratrf", mode="separate")
+        exported = make_export(family)
         tokenizer = AutoTokenizer.from_pretrained(exported.model.parent)
         session = create_session(exported.model)
         feeds = tokenizer(["rain fell on the harbour", "short"], padding=True, return_tensors="np")

@@ -120,7 +120,7 @@ def test_what_is_not_one_adapter_per_row(team: Team, make_export: Callable, tmp_
         session.run(IDS, adapter="first", scale=0.5)
     with pytest.raises(TypeError):
         session.run(IDS, adapter="first", adapters=["first"] * ROWS)
-    swappable = make_export("bert", "text-classification", "loratrf", swappable="base")
+    swappable = make_export(swappable="base")
     with pytest.raises(UserError, match="one adapter per batch"):
         AdapterSession(swappable.model).run(IDS, adapters=[None] * ROWS)
     with pytest.raises(UserError, match="another export"):

@@ -22,31 +22,12 @@ from loratrf_deploy.errors import UserError
 from loratrf_deploy.ops import reference
 from loratrf_deploy.peft import FilteredLinear, LoraTrfConfig, LoraTrfLinear, LoraTrfModel, initialize_filters
 from loratrf_deploy.peft.layer import filter_score
+from tiny import bert, conv1d_layers, gpt2, shapes
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 # Raised by PEFT and by the renaming of gradient checkpointing in this transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
 )
-
-
-def bert(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=20, num_labels=3, **SIZES)
-    model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():  # transformers starts biases at zero
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    return model.eval().to(dtype)
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=20, bos_token_id=0, eos_token_id=0
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def config(**fields: Any) -> LoraTrfConfig:
@@ -207,8 +188,7 @@ def test_round_trip_through_files(tmp_path: Path, make: Callable[[], Any]) -> No
     assert isinstance(again.peft_config["default"], LoraTrfConfig)
 
     adapter = read_adapter(tmp_path)
-    conv1d = {name for name, part in make().named_modules() if isinstance(part, transformers.pytorch_utils.Conv1D)}
-    check_fits(adapter, {name: tuple(value.shape) for name, value in make().state_dict().items()}, conv1d=conv1d)
+    check_fits(adapter, shapes(make()), conv1d=conv1d_layers(make()))
     assert adapter.config["fan_in_fan_out"] == (make is gpt2)
     for name, layer in layers(again).items():
         read = adapter.layers[name.removeprefix("base_model.model.")]

@@ -113,7 +113,6 @@ def make_adapter(
 
     `config` are further fields of LoraConfig or LoraTrfConfig. Targets, task type and the saved head follow the base.
     """
-    import peft
     import transformers
 
     base_path, path = Path(base_path), Path(path)
@@ -135,16 +134,23 @@ def make_adapter(
         "task_type": task_type,
         "modules_to_save": [head] if head else None,
     }
+    model = getattr(transformers, auto).from_pretrained(base_path)
+    return save_adapter(model, path, kind, seed, filter_rank, values | config)
+
+
+def save_adapter(model: Any, path: Path, kind: str, seed: int, filter_rank: int, config: dict[str, Any]) -> Path:
+    """Saves a random `kind` adapter of `model` in `path`; returns it."""
+    import peft
+
     if kind == "loratrf":
         from loratrf_deploy.peft import LoraTrfConfig as Config
 
-        values |= {"filter_rank": filter_rank, "filter_gamma": 1.0}
+        config = {"filter_rank": filter_rank, "filter_gamma": 1.0} | config
     else:
         from peft import LoraConfig as Config
-    model = getattr(transformers, auto).from_pretrained(base_path)
-    model = peft.get_peft_model(model, Config(**(values | config)))
-    randomise(model, seed, trainable_only=True)
-    model.save_pretrained(str(path))
+    adapted = peft.get_peft_model(model, Config(**config))
+    randomise(adapted, seed, trainable_only=True)
+    adapted.save_pretrained(str(path))
     return path
 
 
@@ -213,3 +219,37 @@ def make_tokenizer(family: str) -> Any:
         model_max_length=64,
         model_input_names=names,
     )
+
+
+def bert(dtype: torch.dtype = torch.float32) -> Any:
+    """In memory, 16 wide, with biases, which transformers starts at zero."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=20, num_labels=3, **sizes)
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model.eval().to(dtype)
+
+
+def gpt2() -> Any:
+    """In memory, as wide; its linear layers are Conv1D, whose weights are transposed."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def conv1d_layers(model: nn.Module) -> set[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {name for name, part in model.named_modules() if isinstance(part, Conv1D)}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tiny import SENTENCES, randomise
+from tiny import SENTENCES, randomise, save_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 ATTENTION = {"phi3": ["qkv_proj", "o_proj"]}
@@ -70,7 +70,6 @@ def make_adapter(base: str | Path, path: str | Path, kind: str = "lora", seed: i
 
     `config` are fields of LoraConfig or LoraTrfConfig, which take precedence.
     """
-    import peft
     import transformers
 
     base, path = Path(base), Path(path)
@@ -81,20 +80,11 @@ def make_adapter(base: str | Path, path: str | Path, kind: str = "lora", seed: i
         "target_modules": targets(model.config.model_type),
         "task_type": "CAUSAL_LM",
     }
-    if kind == "loratrf":
-        from loratrf_deploy.peft import LoraTrfConfig as Config
-
-        values |= {"filter_rank": 3, "filter_gamma": 1.0}
-    else:
-        from peft import LoraConfig as Config
     with warnings.catch_warnings():
         # What PEFT has to say about tied and adapted heads is what the tests are about.
         for message in ("Model has `tie_word_embeddings=True`", "Setting `save_embedding_layers` to `True`"):
             warnings.filterwarnings("ignore", message)
-        adapted = peft.get_peft_model(model, Config(**(values | config)))
-        randomise(adapted, seed, trainable_only=True)
-        adapted.save_pretrained(str(path))
-    return path
+        return save_adapter(model, path, kind, seed, 3, values | config)
 
 
 def make_tokenizer() -> Any:
