@@ -154,12 +154,20 @@ def header_says(**entry: Any) -> Spoil:
     return spoil
 
 
+def bytes_are(change: Callable[[bytes], bytes]) -> Spoil:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
 def set_one(name: str, value: float) -> Spoil:
     return tensors_are(lambda tensors: tensors[name].__setitem__((0, 0), value))
 
 
+def tensor_is(name: str, value: Any) -> Spoil:
+    return tensors_are(lambda tensors: tensors.update({name: value}))
+
+
 def resized(part: str, shape: tuple[int, ...]) -> Spoil:
-    return tensors_are(lambda tensors: tensors.__setitem__(f"{KEY}.{part}", np.ones(shape, np.float32)))
+    return tensor_is(f"{KEY}.{part}", np.ones(shape, np.float32))
 
 
 def without(part: str) -> Spoil:
@@ -216,14 +224,8 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "filter targets a number": (config_is(filter_target_modules=1), "filter_target_modules is 1"),
     "weights empty": (text_is(WEIGHTS, b""), "not a valid safetensors file"),
     "weights not safetensors": (text_is(WEIGHTS, b"PK\x03\x04" * 9), "not a valid safetensors file"),
-    "weights truncated": (
-        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4]),
-        "not a valid safetensors file",
-    ),
-    "weights with a tail": (
-        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + b"tail"),
-        "not a valid safetensors file",
-    ),
+    "weights truncated": (bytes_are(lambda raw: raw[:-4]), "not a valid safetensors file"),
+    "weights with a tail": (bytes_are(lambda raw: raw + b"tail"), "not a valid safetensors file"),
     "header offsets beyond the file": (header_says(data_offsets=[0, 1 << 40]), "not a valid safetensors file"),
     "header shape too large": (header_says(shape=[1 << 31, 1 << 31]), "not a valid safetensors file"),
     "header shape overflowing": (header_says(shape=[1 << 62, 1 << 62]), "not a valid safetensors file"),
@@ -231,16 +233,13 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "header type unknown": (header_says(dtype="F7"), "not a valid safetensors file"),
     "header length a lie": (text_is(WEIGHTS, b"\xff" * 64), "not a valid safetensors file"),
     "weights integers": (
-        tensors_are(lambda tensors: tensors.update({f"{KEY}.lora_A.weight": np.ones((R, K), np.int32)})),
+        tensor_is(f"{KEY}.lora_A.weight", np.ones((R, K), np.int32)),
         "lora_A.weight is stored as I32",
     ),
     "weights eight-bit floats": (header_says(dtype="F8_E4M3", shape=[4, 4]), "is stored as F8_E4M3"),
     "NaN": (set_one(f"{KEY}.lora_A.weight", float("nan")), "NaN or infinite.*lora_A.weight"),
     "infinity in the head": (set_one("base_model.model.classifier.weight", float("inf")), "NaN or inf.*classifier"),
-    "beyond float32": (
-        tensors_are(lambda tensors: tensors.update({f"{KEY}.trf_D.weight": np.full((N, F), 1e300)})),
-        "beyond float32.*trf_D",
-    ),
+    "beyond float32": (tensor_is(f"{KEY}.trf_D.weight", np.full((N, F), 1e300)), "beyond float32.*trf_D"),
     "A without B": (without("lora_B.weight"), "low-rank half is incomplete: B missing"),
     "B without A": (without("lora_A.weight"), "low-rank half is incomplete: A missing"),
     "filter without tau": (without("trf_tau"), "filter is incomplete: tau missing"),
@@ -259,17 +258,14 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "C too wide": (resized("trf_C.weight", (F, N + 1)), r"C has shape \(3, 6\)"),
     "D too long": (resized("trf_D.weight", (N + 1, F)), r"D has shape \(6, 3\)"),
     "tensor without a rule": (
-        tensors_are(lambda tensors: tensors.update({"base_model.model.mystery": np.ones(2, np.float32)})),
+        tensor_is("base_model.model.mystery", np.ones(2, np.float32)),
         "no rule uses: base_model.model.mystery",
     ),
     "tensor without PEFT's prefix": (
-        tensors_are(lambda tensors: tensors.update({f"{LAYER}.lora_A.weight": np.ones((R, K), np.float32)})),
+        tensor_is(f"{LAYER}.lora_A.weight", np.ones((R, K), np.float32)),
         f"no rule uses: {LAYER}",
     ),
-    "bias that bias=none excludes": (
-        tensors_are(lambda tensors: tensors.update({f"{KEY}.base_layer.bias": np.ones(N, np.float32)})),
-        "no rule uses",
-    ),
+    "bias that bias=none excludes": (tensor_is(f"{KEY}.base_layer.bias", np.ones(N, np.float32)), "no rule uses"),
     "no adapter weights": (
         tensors_are(lambda tensors: [tensors.pop(name) for name in list(tensors) if "classifier" not in name]),
         "holds no adapter weights",
