@@ -275,7 +275,7 @@ def variants(file: Path) -> list[Path]:
     files = [file.with_name(f"{number}.onnx_adapter") for number in range(FILES)]
     for path in files:
         values = {name: (value * rng.uniform(0.2, 3)).astype(value.dtype) for name, value in first.values.items()}
-        write_adapter_file(path, values, first.facts)
+        write_adapter_file(path, values, first.origin)
     return files
 
 

@@ -88,9 +88,9 @@ def model_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
         base = common.make_base(folder / "base", "bert-base")
         adapter = common.make_adapter(base, folder / "adapter", "loratrf")
-        export_grouped({"first": adapter}, folder / "model" / "model.onnx", base_model=base, check=False)
+        export_grouped({"first": adapter}, folder / "model" / "model.onnx", ExportOptions(base_model=base, check=False))
         reference = load_base(read_adapter(adapter), base)
-        contract = read_swappable(folder / "model" / "model.onnx")
+        _, contract = read_swappable(folder / "model" / "model.onnx")
         session = create_session(folder / "model" / "model.onnx", options=common.session_options(args.threads))
     rng = np.random.default_rng(0)
     slots: dict[int, dict[str, Any]] = {}

@@ -117,7 +117,9 @@ def deployments(folder: Path, layers: int, rank: int, vocabulary: int, device: s
         adapter, model = folder / kind, folder / f"{kind}-{mode}" / "model.onnx"
         if not adapter.is_dir():
             common.make_adapter(base, adapter, kind, rank)
-        export_adapter(adapter, model, base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        export_adapter(
+            adapter, model, ExportOptions(base_model=base, mode=mode, dtype=dtype, device=device, check=False)
+        )
         return model
 
     bare = folder / "bare" / "model.onnx"

@@ -61,7 +61,7 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: p
     @once
     def export(adapter: Path, base: Path, **how: Any) -> Path:
         out = tmp_path_factory.mktemp("export") / "model.onnx"
-        export_adapter(adapter, out, base_model=base, check=False, **how)
+        export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **how))
         return out
 
     def make(
@@ -139,7 +139,7 @@ def exported(
     def make(kind: str = "loratrf", **options: Any) -> Path:
         base, adapter = make_llm("llama", kind)
         out = tmp_path_factory.mktemp("genai") / "model.onnx"
-        export_adapter(adapter, out, base_model=base, check=False, **options)
+        export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **options))
         return out
 
     return make

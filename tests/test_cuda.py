@@ -11,7 +11,7 @@ import pytest
 
 import operators
 from loratrf_deploy import AdapterSession
-from loratrf_deploy.ops import schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from operators import CASES, reference_of
 from tolerances import assert_close
 
@@ -148,7 +148,7 @@ def cuda_session(ort, model, **provider_options):
 
 
 @pytest.mark.parametrize("constant", [(), operators.WEIGHTS], ids=["inputs", "constants"])
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "filter_input"), [*CASES, ("GroupedLoraTrf", "adapted")])
 def test_onnx_runtime(ort, op, filter_input, dtype, constant):
     for T in ((2, 1), (3, 70)):

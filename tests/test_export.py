@@ -122,7 +122,9 @@ def test_opset(make_tiny: Callable, tmp_path: Path, opset: int) -> None:
     from loratrf_deploy.export import ExportOptions, export_adapter
 
     base, adapter = make_tiny()
-    export_adapter(adapter, tmp_path / "model.onnx", base_model=base, mode="separate", opset=opset, check=False)
+    export_adapter(
+        adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, mode="separate", opset=opset, check=False)
+    )
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
     assert_parity(Exported(base, adapter, tmp_path / "model.onnx"))

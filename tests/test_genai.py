@@ -17,7 +17,7 @@ import transformers
 
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
-from loratrf_deploy.export import export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import _insert, check_precision
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
@@ -200,14 +200,18 @@ def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tm
     adapter = tmp_path / "small"
     shutil.copytree(full, adapter)
     edit_json(adapter / "adapter_config.json", lora_alpha=8 / 100)
-    good = export_adapter(adapter, tmp_path / "good" / "model.onnx", base_model=base, quantize="int4").parity
+    good = export_adapter(
+        adapter, tmp_path / "good" / "model.onnx", ExportOptions(base_model=base, quantize="int4")
+    ).parity
     assert good is not None
     assert good.passed
     # The same folder with the bare base's weights in it.
     nothing = tmp_path / "nothing"
     shutil.copytree(adapter, nothing)
     edit_json(nothing / "adapter_config.json", lora_alpha=1e-6)
-    export_adapter(nothing, tmp_path / "bare" / "model.onnx", base_model=base, quantize="int4", check=False)
+    export_adapter(
+        nothing, tmp_path / "bare" / "model.onnx", ExportOptions(base_model=base, quantize="int4", check=False)
+    )
     report = check_parity(tmp_path / "bare" / "model.onnx", adapter, base)
     failed = [check for check in report.checks if check.status == "failed"]
     assert [check.variant for check in failed] == ["quantised"]

@@ -195,7 +195,7 @@ def test_families_and_tasks(make_tiny, tmp_path, family, task, dtype):
 def test_filter_on_the_base_output(make_tiny, tmp_path):
     base, first = make_tiny(kind="loratrf", filter_input="base")
     adapters = {"first": first, "second": make_tiny(kind="loratrf", filter_input="base", seed=2)[1]}
-    export_grouped(adapters, tmp_path / "model.onnx", base_model=base, check=False)
+    export_grouped(adapters, tmp_path / "model.onnx", ExportOptions(base_model=base, check=False))
     inputs = sample(base, first, 3, 11)
     results = torch_outputs(base, adapters, inputs)
     for library in (True, False):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy.ops import schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from operators import expected_of, model_of, reference_of, run, session_of, values_of
 from tolerances import assert_close, assert_rounded_once
 

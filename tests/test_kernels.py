@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy.ops import schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from operators import CASES, FUNCTIONS, attributes_of, in_threads, reference_of, values_of
 from tolerances import assert_close, assert_rounded_once
 

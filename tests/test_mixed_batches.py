@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loratrf_deploy import AdapterSession, UserError, create_session
-from loratrf_deploy.export import export_grouped
+from loratrf_deploy.export import ExportOptions, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from shared import ask_while
@@ -42,7 +42,7 @@ def team(make_export: Callable, tmp_path_factory: pytest.TempPathFactory) -> Tea
     own = {name: make_export(mode="merged", **fields) for name, fields in options.items()}
     model = tmp_path_factory.mktemp("team") / "model.onnx"
     exported = {name: own[name].adapter for name in ("first", "lora")}
-    export_grouped(exported, model, base_model=own["first"].base, check=False)
+    export_grouped(exported, model, ExportOptions(base_model=own["first"].base, check=False))
     files = {name: model.with_name(f"{name}.onnx_adapter") for name in own}
     assert files["first"].is_file()
     assert files["lora"].is_file()

@@ -14,6 +14,7 @@ import pytest
 
 from loratrf_deploy import UserError, library_path
 from loratrf_deploy.ops import schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from operators import (
     CASES,
     FUNCTIONS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -276,8 +277,7 @@ def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path
     result = run_python(code, *arguments, without=FRAMEWORKS)
     assert (result.returncode, result.stderr) == (0, "")
     assert "4 adapted of the model's 4" in result.stdout
-    command = [sys.executable, "-c", code, *map(str, arguments), "--json"]
-    facts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    facts = json.loads(run_python(code, *arguments, "--json", without=FRAMEWORKS).stdout)
     assert facts == {"file": str(out), "bytes": out.stat().st_size, "layers": 4, "model_layers": 4, "base_by": "hash"}
     again, first = read_adapter_file(out), read_adapter_file(adapter_file(exported))
     assert all(np.array_equal(again.values[name], value) for name, value in first.values.items())

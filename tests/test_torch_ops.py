@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loratrf_deploy.ops import schemas
+from loratrf_deploy.ops.dtypes import DTYPES
 from operators import FUNCTIONS, reference_of, values_of
 from tolerances import assert_close
 
@@ -18,7 +19,7 @@ def inputs_of(op, dtype="float32"):
     return [torch.from_numpy(v.copy()).to(torch.int64 if v.dtype == "int64" else getattr(torch, dtype)) for v in values]
 
 
-@pytest.mark.parametrize("dtype", schemas.TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_matches_reference(op, dtype):
     tensors = inputs_of(op, dtype)
