@@ -134,7 +134,7 @@ def _parser() -> Parser:
 def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
     """UserError for options that would be ignored beside --onto."""
     if args.adapters is not None:
-        raise UserError("--onto converts one adapter: name it with --adapter PATH.")
+        raise UserError("--onto is for one adapter: name it with --adapter PATH.")
     if flag := options.given(field.name for field in dataclasses.fields(options) if field.name != "base_model"):
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
