@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterInfo", "AdapterSession"]
 
+_DEVICES: dict[str, Device] = {PROVIDERS["cuda"]: "cuda"}
+"""Where an execution provider keeps its weights; the others work in host memory."""
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -64,8 +67,7 @@ class AdapterSession:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}  # least recently used first
-        # Where the weights are kept.
-        device: Device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+        device = _DEVICES.get(self._session.get_providers()[0], "cpu")
         way = OnePerRow if self._swappable.slots else OnePerRun
         self._way: OnePerRun | OnePerRow = way(self._session, device, self._swappable)
 
