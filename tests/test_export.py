@@ -157,7 +157,7 @@ def test_the_folder_and_the_graph_are_clean(make_export: Callable) -> None:
 
 def test_a_merged_lora_leaves_operators_of_onnx_and_onnx_runtime_alone(make_export: Callable) -> None:
     """No custom-op library is needed; but "pure standard ONNX" it is not."""
-    model = onnx.load(make_export("bert", "text-classification", "lora").model, load_external_data=False)
+    model = onnx.load(make_export("bert", "text-classification", "lora", mode="merged").model, load_external_data=False)
     assert {node.domain for node in model.graph.node} == {"", "com.microsoft"}
     assert {node.op_type for node in model.graph.node} >= {"SkipLayerNormalization", "BiasGelu"}
     assert not model.functions
