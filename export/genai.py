@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
+from ..formats.fit import fit
 from ..formats.manifest import LayerRow
-from ..formats.swappable import LAYER_PARTS
+from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.dtypes import NUMPY
@@ -30,6 +31,7 @@ from ..pytorch.base import tokenizer_of
 from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
 from .options import ExportOptions
+from .swappable import weights_to_inputs
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -71,8 +73,9 @@ def write_genai(
     *,
     merge_with_peft: Callable[[], list[LayerRow]],
     step: Callable[[str], None],
-) -> list[LayerRow]:
-    """Writes the folder of `out` as onnxruntime_genai loads it; returns what became of each adapted layer.
+) -> tuple[list[LayerRow], list[RuntimeWeight]]:
+    """Writes the folder of `out` as onnxruntime_genai loads it; returns what became of each adapted layer, and what
+    the graph takes at run time where it is swappable.
 
     The folder gets the graph, its weights in `out`.data (the builder's) and `out`.adapter (the operators'),
     genai_config.json, config.json and the tokenizer; with `options.bundle_library` the custom-op library too,
@@ -101,11 +104,12 @@ def write_genai(
     model = ir.load(out)
     _insert(model, rest, adapter.filter_input, options.dtype)
     _name_modules(model, linears, rest)
+    weights = _swap(model.graph, adapter, rest, options)
     _fix_cache_width(model, out.parent)
     _save(model, out)
     if options.bundle_library:
         _bundle_library(out.parent)
-    return rows
+    return rows, weights
 
 
 def _linear_layers(model: Any) -> list[str]:
@@ -270,6 +274,21 @@ def _insert_one(
         if value is hidden:
             hidden.name, output.name = f"{path}.base_layer.output", hidden.name
             graph.outputs[index] = output
+
+
+def _swap(graph: ir.Graph, adapter: Adapter, rest: Mapping[str, Any], options: ExportOptions) -> list[RuntimeWeight]:
+    """Makes the operators' weights inputs of the graph with defaults, where `options` say so; returns them."""
+    if options.swappable is None:
+        return []
+    weights = [
+        weight
+        for path, own in rest.items()
+        for weight in layer_weights(adapter.layers[path], own, options.dtype, options.swappable)
+    ]
+    values = fit(adapter, weights, adapter.filter_input)
+    defaults = {weight.name: zeros(weight) for weight in weights} if options.swappable == "base" else values
+    weights_to_inputs(graph, {weight.name: weight.shape for weight in weights}, defaults)
+    return weights
 
 
 def _name_modules(model: ir.Model, linears: list[str], rest: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
-from ..errors import UserError
-from ..formats.adapter_file import Origin, write_adapter_file
-from ..formats.fit import check_swappable
-from ..formats.manifest import LayerRow, Manifest
+from ..errors import UserError, some
+from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
+from ..formats.fit import check_swappable, fit
+from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..runtime.session import PROVIDERS, check_providers
@@ -87,28 +87,34 @@ def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptio
 def _write_generating(
     adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
 ) -> tuple[Manifest, Values]:
-    """Writes a causal language model; returns its manifest, and no run-time weights."""
+    """Writes a causal language model; returns its manifest and its run-time weights."""
     import onnx_ir as ir
 
     from .genai import write_genai
 
     if options.opset is not None:
         raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
-    if options.swappable is not None:
+    if options.swappable is not None and adapter.modules_to_save:
         raise UserError(
-            "--swappable isn't for causal language models yet. Export each adapter by itself, with --mode separate or "
-            "merged."
+            f"The adapter {adapter.path} saves {some(adapter.modules_to_save)} whole, which becomes part of a language "
+            "model's own weights and can't be swapped. Export it without --swappable, or train it without "
+            "modules_to_save."
         )
     if options.check and options.dtype == "bfloat16":
         raise UserError(
             "bfloat16 language models run on a GPU alone, and their parity is checked on the CPU. Export it unchecked "
             "(--no-check), after a float16 export that was checked."
         )
-    layers = write_genai(
+    layers, weights = write_genai(
         adapter, base, out, options, merge_with_peft=lambda: _merge_with_peft(adapter, base), step=clock
     )
-    versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
-    return common_facts(base, [adapter], out, options, ir.load(out).opset_imports[""], layers, versions=versions), {}
+    swappable, values = None, {}
+    if options.swappable is not None:
+        swappable = Swappable(options.swappable, tuple(weights), file=f"{adapter.path.resolve().name}{SUFFIX}")
+        values = fit(adapter, weights, adapter.filter_input)
+    versions, opset = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, ir.load(out).opset_imports[""]
+    manifest = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, versions=versions)
+    return manifest, values
 
 
 def _write_encoder(

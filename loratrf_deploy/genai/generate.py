@@ -65,11 +65,18 @@ def decoder_config(model: Path) -> dict[str, Any] | None:
 
 
 def generate_tokens(
-    model: onnxruntime_genai.Model, prompt: Sequence[int], count: int, *, stop: bool = True, **search: Any
+    model: onnxruntime_genai.Model,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    stop: bool = True,
+    adapter: tuple[onnxruntime_genai.Adapters, str] | None = None,
+    **search: Any,
 ) -> Iterator[int]:
     """Yields up to `count` tokens that follow the tokens `prompt`; fewer where an end-of-sequence token is `stop`.
 
-    `search` are onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); with none of them it
+    `adapter` is one that onnxruntime-genai has loaded, and its name there; None is the model as it is. `search` are
+    onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); with none of them it
     is greedy, whatever the folder's own defaults are. Raises UserError where prompt and `count` exceed the context.
     """
     import onnxruntime_genai as og
@@ -81,6 +88,8 @@ def generate_tokens(
             **{**_GREEDY, **search}, max_length=length, min_length=0 if stop else length, batch_size=1
         )
         generator = og.Generator(model, params)
+        if adapter is not None:
+            generator.set_active_adapter(*adapter)
         generator.append_tokens(np.asarray(prompt, dtype=np.int32))
     except Exception as error:  # plain RuntimeErrors
         raise UserError(

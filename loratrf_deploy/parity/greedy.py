@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..genai.generate import CONFIG_FILE, generate_tokens, load_model
+from ..pytorch.oracle import layers_off
 from ..runtime.session import library_path
 from .case import Case
 from .figures import Figures
-from .result import LIBRARY, Check, Variant
+from .result import LIBRARY, NO_ADAPTER, Check, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,27 +73,48 @@ def linked_folder(model: Path, graph: ir.Model, config: dict[str, Any], *, libra
 def check_greedy(case: Case) -> list[Check]:
     """Whether onnxruntime-genai takes the tokens that PyTorch takes: greedy, TOKENS of them, with and without library.
 
-    A token that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is
-    another text and isn't compared. Requires a case with a genai_config.
+    A swappable model is given the adapter through onnxruntime-genai's own Adapters, and runs without one too. A token
+    that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is another
+    text and isn't compared. Requires a case with a genai_config.
     """
-    config = case.genai_config
-    assert config is not None
-    facts, rng = config["model"], np.random.default_rng(0)
+    facts, rng = (case.genai_config or {})["model"], np.random.default_rng(0)
     length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
     prompt = rng.integers(0, case.base.model.config.vocab_size, length - count)
     stops = facts.get("eos_token_id") or []
-    tokens, scores = _torch_greedy(case.base.model, prompt, count, [stops] if isinstance(stops, int) else stops)
+    stops = [stops] if isinstance(stops, int) else stops
+    right = _torch_greedy(case.base.model, prompt, count, stops)
+    variants = dict(LIBRARY)
+    expected = dict.fromkeys(variants, right)
+    swappable = case.manifest and case.manifest.swappable
+    if swappable:
+        variants[NO_ADAPTER] = False
+        off = layers_off(case.base.model) if swappable.default == "base" else contextlib.nullcontext()
+        with off:
+            expected[NO_ADAPTER] = _torch_greedy(case.base.model, prompt, count, stops)
     checks, name = [], f"{count} greedy tokens"
-    for variant, library in LIBRARY.items():
+    for variant, library in variants.items():
         try:
-            with linked_folder(case.model, case.graph, config, library=library) as folder:
-                got = list(generate_tokens(load_model(folder), prompt.tolist(), count, stop=False))
+            got = _generate(case, prompt.tolist(), count, library=library, adapter_on=variant != NO_ADAPTER)
         except UserError as error:
             checks.append(Check(variant, name, "skipped", re.sub(r"/\.?loratrf-parity-\w+", "", str(error))))
             continue
-        checks.append(_compare_tokens(variant, name, got, tokens, scores, case.tolerance))
+        checks.append(_compare_tokens(variant, name, got, *expected[variant], case.tolerance))
     return checks
+
+
+def _generate(case: Case, prompt: list[int], count: int, *, library: bool, adapter_on: bool) -> list[int]:
+    """What onnxruntime-genai makes of `prompt`, a swappable model with the adapter of `case` or without."""
+    with linked_folder(case.model, case.graph, case.genai_config or {}, library=library) as folder:
+        model, active = load_model(folder), None
+        if case.manifest is not None and adapter_on:
+            import onnxruntime_genai as og
+
+            file = folder / f"adapter{SUFFIX}"
+            write_adapter_file(file, case.weights, Origin.of(case.adapter, case.manifest))
+            active = (og.Adapters(model), "adapter")
+            active[0].load(str(file), active[1])
+        return list(generate_tokens(model, prompt, count, stop=False, adapter=active))
 
 
 def _compare_tokens(

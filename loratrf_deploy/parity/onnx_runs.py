@@ -60,7 +60,7 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     if case.manifest is not None:
         step("running ONNX Runtime without an adapter")
         runs[NO_ADAPTER] = _foreign_default(case) or run_batches(
-            case.model, case.batches, case.outputs, LIBRARY[worked], case.device
+            case.model, case.batches, case.outputs, LIBRARY[worked], case.device, graph=graph
         )
     return OnnxRuns(runs, worked, ran[worked])
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["bare_reference", "load_reference", "merge_adapter", "plain_name", "run_torch"]
+__all__ = ["bare_reference", "layers_off", "load_reference", "merge_adapter", "plain_name", "run_torch"]
 
 
 def load_reference(
@@ -85,7 +85,7 @@ def run_torch(
     from peft import PeftModel
 
     model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
-    with torch.no_grad(), contextlib.nullcontext() if adapter_on else _layers_off(base.model, heads_off):
+    with torch.no_grad(), contextlib.nullcontext() if adapter_on else layers_off(base.model, heads_off):
         outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
     return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
@@ -96,7 +96,8 @@ def plain_name(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _layers_off(model: torch.nn.Module, heads: Collection[str]) -> Iterator[None]:
+def layers_off(model: torch.nn.Module, heads: Collection[str] = ()) -> Iterator[None]:
+    """Inside, the adapter's layers are switched off, and saved modules named in `heads` are the base's own again."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
