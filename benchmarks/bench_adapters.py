@@ -114,7 +114,7 @@ class Bench:
             firsts.append(timed(lambda: session.run(ids, adapter="new")) - same)
         inside = Stopwatch(session._session)
         for name in "ab":
-            session._resident(name)._session = inside  # type: ignore[assignment]
+            session._residents.resident(name)._session = inside  # type: ignore[assignment]
         around: dict[str, list[float]] = {"same": [], "swap": []}
         for turn in range(8 * self.rounds):
             whole = timed(lambda turn=turn: session.run(ids, adapter="ab"[turn // 2 % 2]))

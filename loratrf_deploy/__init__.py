@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
-from .runtime.adapter_session import AdapterInfo, AdapterSession
+from .runtime.adapter_session import AdapterSession
+from .runtime.residents import AdapterInfo
 from .runtime.session import create_session, library_path
 from .version import __version__
 

@@ -285,7 +285,7 @@ def test_threads_never_get_another_adapters_answer_while_adapters_come_and_go(zo
 
 def test_unload_while_a_run_uses_it(zoo: Zoo) -> None:
     session = opened(zoo)
-    weights = session._resident("ours")  # what a run holds once it has begun
+    weights = session._residents.resident("ours")  # what a run holds once it has begun
     session.unload("ours")
     np.testing.assert_allclose(weights.run(IDS, ["logits"])["logits"], zoo.expected["ours"], atol=2e-6)
 

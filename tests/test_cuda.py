@@ -232,7 +232,7 @@ def assert_same(cpu, gpu, dtype, **chosen):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_one_adapter_per_run(both, make_export, dtype, tmp_path):
     cpu, gpu, copied = both(make_export(kind="loratrf", swappable="base", dtype=dtype).model)
-    for weights in (entry.weights for entry in gpu._entries.values()):
+    for weights in (entry.weights for entry in gpu._residents._entries.values()):
         assert {value.device_name() for value in weights._values.values()} == {"cuda"}
     copied.clear()
     answers = [assert_same(cpu, gpu, dtype, adapter=name) for name in ("ours", "small", None, "later", "ours", "small")]
@@ -256,12 +256,12 @@ def test_one_adapter_per_row(both, adapters, make_tiny, dtype, tmp_path):
     cpu, gpu, copied = both(model)
     rows = [["ours", "small", "later"] * 2, [None] * 6, ["later", None, None, "ours", "ours", "small"], ["small"] * 6]
     assert_same(cpu, gpu, dtype, adapters=rows[0])
-    bound = gpu._way.weights()
+    bound = gpu._way._bank.bound()
     assert {value.device_name() for value in bound._values.values()} == {"cuda"}
     copied.clear()
     for names in rows:
         assert_same(cpu, gpu, dtype, adapters=names)
-    assert gpu._way.weights() is bound
+    assert gpu._way._bank.bound() is bound
     assert copied == []
     for session in (cpu, gpu):
         session.unload("small")

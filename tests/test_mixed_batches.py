@@ -81,12 +81,12 @@ def test_slots_are_used_again_and_grow(team: Team) -> None:
         session.load(str(number), team.files[("first", "lora")[number % 2]])
     known = {str(number): ("first", "lora")[number % 2] for number in range(20)}
     assert_rows(session, team, [str(number) for number in range(ROWS)], known)
-    count = session._way._count
+    count = session._way._bank._count
     for turn in range(60):
         session.load("0", team.files["later"], replace=True)
         session.unload(str(1 + turn % 19))
         session.load(str(1 + turn % 19), team.files["later"])
-    assert session._way._count == count
+    assert session._way._bank._count == count
     assert_rows(session, team, [str(number) for number in range(ROWS)], dict.fromkeys(known, "later"))
 
 

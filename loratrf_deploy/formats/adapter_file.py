@@ -26,7 +26,7 @@ from ..ops.dtypes import RUN_TIME_DTYPES
 from .decode import decode
 from .manifest import AdapterId, Manifest
 
-__all__ = ["SUFFIX", "AdapterFile", "Origin", "read_adapter_file", "write_adapter_file"]
+__all__ = ["SUFFIX", "AdapterFile", "Origin", "read_adapter_file", "write_adapter_file", "write_values"]
 
 SUFFIX = ".onnx_adapter"
 _MAGIC = b"LORATRF1"
@@ -62,13 +62,7 @@ class AdapterFile:
 
 def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], origin: Origin) -> None:
     """Writes `values` (graph input -> float32 or float16) and `origin` to `path`, then reads them back."""
-    import onnxruntime
-
-    content = onnxruntime.AdapterFormat()
-    content.set_adapter_version(1)
-    content.set_model_version(1)
-    content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-    content.export_adapter(str(path))
+    write_values(path, values)
     text = json.dumps(asdict(origin)).encode()
     with path.open("r+b") as file:
         checksum = zlib.crc32(text, zlib.crc32(file.read()))
@@ -76,6 +70,17 @@ def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], origin: O
     again = read_adapter_file(path).values
     if again.keys() != values.keys() or any(not np.array_equal(again[name], values[name]) for name in values):
         raise RuntimeError(f"{path} doesn't hold what ONNX Runtime was given to write")
+
+
+def write_values(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
+    """Writes `values` to `path` in ONNX Runtime's adapter format alone, for its own loaders: without an origin."""
+    import onnxruntime
+
+    content = onnxruntime.AdapterFormat()
+    content.set_adapter_version(1)
+    content.set_model_version(1)
+    content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    content.export_adapter(str(path))
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:

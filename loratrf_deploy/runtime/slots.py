@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from .bound import BoundWeights, Request
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["OnePerRow", "Slot", "Slots"]
+__all__ = ["OnePerRow", "Slot", "SlotBank", "Slots"]
+
+
+B = TypeVar("B")
 
 
 class Slots:
@@ -91,16 +94,22 @@ class Slot:
         self.number = number
 
 
-class OnePerRow:
-    """Many adapters in the (S, ...) arrays of a grouped model. Slots that no run names are not read by the kernels."""
+class SlotBank(Generic[B]):
+    """Many adapters in the (S, ...) arrays of a grouped model, `B` being what `bind` makes of all arrays for a run.
 
-    default: Default = "base"
+    Slots that no run names are not read by the kernels. `shares` says whether what is bound are views of the arrays.
+    """
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: Device, swappable: Swappable):
-        self._session, self._device = session, device
+    def __init__(
+        self,
+        swappable: Swappable,
+        bind: Callable[[Mapping[str, NDArray[Any]]], B],
+        shares: Callable[[B, Mapping[str, NDArray[Any]]], bool] = lambda bound, values: False,
+    ):
+        self._bind, self._shares = bind, shares
         self._slots, self._count = Slots(swappable.weights, _FIRST_SLOTS), _FIRST_SLOTS
         self._free = list(range(_FIRST_SLOTS))
-        self._bound: BoundWeights | None = None
+        self._bound: B | None = None
         self._lock = threading.Lock()
 
     def place(self, values: Mapping[str, NDArray[Any]]) -> Slot:
@@ -113,18 +122,31 @@ class OnePerRow:
             slot = Slot(self._free.pop())
             weakref.finalize(slot, self._free.append, slot.number).atexit = False
             self._slots.put(slot.number, values)
-            # Runs that have begun keep the arrays that they were given. Arrays that are the same in host memory have
-            # the new adapter already, since what is bound are views of them.
-            if self._device != "cpu" or self._bound is None or not self._bound.views(self._slots.values):
+            # Runs that have begun keep what they were given. Views of the same arrays have the new adapter already.
+            if self._bound is not None and not self._shares(self._bound, self._slots.values):
                 self._bound = None
             return slot
 
-    def weights(self) -> BoundWeights:
+    def bound(self) -> B:
         """The arrays as they are now, bound."""
         with self._lock:
             if self._bound is None:
-                self._bound = BoundWeights(self._session, self._device, dict(self._slots.values))
+                self._bound = self._bind(dict(self._slots.values))
             return self._bound
+
+
+class OnePerRow:
+    """The adapters of a grouped model in ONNX Runtime."""
+
+    default: Default = "base"
+
+    def __init__(self, session: onnxruntime.InferenceSession, device: Device, swappable: Swappable):
+        self._bank = SlotBank(
+            swappable,
+            lambda values: BoundWeights(session, device, values),
+            lambda bound, values: device == "cpu" and bound.views(values),
+        )
+        self.place = self._bank.place
 
     def run(self, request: Request, resident: Callable[[Any], Slot]) -> dict[str, NDArray[Any]]:
         """Output name -> value, each row under its own adapter; `resident` gives what `place` made, by name."""
@@ -137,4 +159,4 @@ class OnePerRow:
         # Held until the run ends: a slot is free for others when nobody has it any more.
         slots = {name: resident(name) for name in dict.fromkeys(names) if name is not None}
         ids = np.array([slots[name].number if name is not None else -1 for name in names], np.int64)
-        return self.weights().run({**request.inputs, ADAPTER_IDS: ids}, request.outputs)
+        return self._bank.bound().run({**request.inputs, ADAPTER_IDS: ids}, request.outputs)

@@ -1,0 +1,235 @@
+"""One language model and many resident adapters: each call names its own, or one per row. Needs GenAI alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..errors import UserError
+from ..formats.manifest import MANIFEST, Swappable, read_manifest, read_swappable
+from ..formats.swappable import Default
+from ..genai.generate import load_model, read_config
+from .genai_adapters import GenaiAdapters, Placed, decode_rows
+from .residents import AdapterInfo, Choice, Residents
+from .slots import SlotBank
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["GenerationSession", "Prompt"]
+
+Prompt: TypeAlias = "str | Sequence[Mapping[str, str]]"
+"""A text, or a chat: messages of {"role": "user", "content": ...}, put through the tokenizer's template."""
+
+
+class GenerationSession:
+    """text = model(prompt; weights of one adapter), the adapter named in each call, or for each row of a batch.
+
+    Opens the folder of a language model of `loratrf-export --swappable` (one adapter per call) or `--adapters` (one per
+    row); one with a fixed adapter too, which takes no others. No adapter is loaded at first. Every method may be called
+    from any number of threads; a call that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
+    `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
+    again from their files when a call names them. Raises UserError where the folder is no exported language model.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bytes: int | None = None):
+        import onnxruntime_genai as og
+
+        folder = Path(folder)
+        folder = folder.parent if folder.suffix == ".onnx" else folder
+        self._model = load_model(folder)
+        self._config = read_config(folder)["model"]
+        self._tokenizer = og.Tokenizer(self._model)
+        self._pad, self._context = self._config["pad_token_id"], self._config["context_length"]
+        stops = self._config.get("eos_token_id") or []
+        self._stops = {stops} if isinstance(stops, int) else set(stops)
+        graph = folder / self._config["decoder"]["filename"]
+        self._swappable: Swappable | None = None
+        if (folder / MANIFEST).is_file() and read_manifest(folder / MANIFEST).swappable is not None:
+            manifest, self._swappable = read_swappable(graph)
+            self._adapters = GenaiAdapters(self._model)
+            self._slots = SlotBank(self._swappable, self._adapters.place) if self._swappable.slots else None
+            place = self._slots.place if self._slots else self._adapters.place
+            self._residents = Residents(graph, manifest, self._swappable, place, max_bytes)
+
+    @property
+    def default(self) -> Default:
+        """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
+        return "adapter" if self._swappable is None else "base" if self._slots else self._swappable.default
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name, the one that was used least recently first."""
+        return {} if self._swappable is None else self._residents.infos()
+
+    def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+        """Reads the .onnx_adapter file `path` and keeps it as `name`; as `AdapterSession.load`."""
+        self._loaded().load(name, path, replace=replace)
+
+    def unload(self, name: str) -> None:
+        """Forgets the adapter `name`; freed when the last call that uses it ends. UserError if unknown."""
+        self._loaded().unload(name)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapter: Choice | EllipsisType | None = ...,
+        adapters: Sequence[Choice | None] | None = None,
+        scale: float = 1.0,
+        max_new_tokens: int = 128,
+        **search: Any,
+    ) -> list[str]:
+        """What follows each of `prompts`, as text; arguments as in `generate_tokens`."""
+        if isinstance(prompts, str):
+            raise TypeError("generate() takes a list of prompts: generate([prompt], ...)")
+        rows = [self._encode(prompt) for prompt in prompts]
+        made = self.generate_tokens(
+            rows, adapter=adapter, adapters=adapters, scale=scale, max_new_tokens=max_new_tokens, **search
+        )
+        return [self._tokenizer.decode(row) for row in made]
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        adapter: Choice | EllipsisType | None = ...,
+        adapters: Sequence[Choice | None] | None = None,
+        scale: float = 1.0,
+        max_new_tokens: int = 128,
+        **search: Any,
+    ) -> list[list[int]]:
+        """Each row's new tokens, at most `max_new_tokens`, without the end-of-sequence token that stopped it.
+
+        `adapter` is one loaded name for all rows, or a blend {name: weight}; `adapters` names one per row instead, for
+        a model of --adapters. None asks for the model's default (see `default`): where the model takes adapters, one of
+        the two must be given. `scale` multiplies alpha/R and gamma, as in `AdapterSession.run`. `search` are
+        onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy. Raises
+        UserError for an unknown adapter, an empty prompt, or one that leaves no room in the context.
+        """
+        self._check(prompts, max_new_tokens)
+        if not prompts:
+            return []
+        choices = self._choices(len(prompts), adapter, adapters, scale)
+        made: list[list[int]] = [[] for _ in prompts]
+        # onnxruntime-genai takes a pad token at a row's end for padding wherever there are several rows.
+        alone = [at for at, row in enumerate(prompts) if row[-1] == self._pad and len(prompts) > 1]
+        together = [at for at in range(len(prompts)) if at not in alone]
+        for batch in ([together] if together else []) + [[at] for at in alone]:
+            own = [choices[at] for at in batch]
+            rows = [prompts[at] for at in batch]
+            for tokens in self._decode(rows, own, scale, max_new_tokens, search):
+                for at, token in zip(batch, tokens, strict=True):
+                    made[at].append(int(token))
+        return [self._until_end(row) for row in made]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: Choice | EllipsisType | None = ...,
+        activate_after: str = "",
+        scale: float = 1.0,
+        max_new_tokens: int = 128,
+        **search: Any,
+    ) -> Iterator[str]:
+        """Yields the text that follows `prompt` as it is made; arguments as in `generate_tokens`.
+
+        `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
+        the default's, what follows is the adapter's.
+        """
+        row = self._encode(prompt)
+        prefix = self._encode(activate_after) if activate_after else []
+        self._check([[*prefix, *row]], max_new_tokens)
+        choices = self._choices(1, adapter, None, scale)
+        if prefix and (self._swappable is None or self._slots):
+            raise UserError("activate_after is for a model of --swappable: this one's adapters are not activated.")
+        text = self._tokenizer.create_stream()
+        for tokens in self._decode([row], choices, scale, max_new_tokens, search, prefix):
+            if int(tokens[0]) in self._stops:
+                return
+            yield text.decode(int(tokens[0]))
+
+    def _decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        choices: Sequence[Choice | None],
+        scale: float,
+        count: int,
+        search: Mapping[str, Any],
+        prefix: Sequence[int] = (),
+    ) -> Iterator[Any]:
+        placed: Placed | None = None
+        ids, held = None, []
+        if self._swappable is not None and self._slots:
+            # Held until the rows are done: a slot is free for others when nobody has it any more.
+            held = [None if choice is None else self._residents.resident(choice, scale) for choice in choices]
+            ids = [-1 if slot is None else slot.number for slot in held]
+            placed = self._slots.bound()
+        elif choices[0] is not None:
+            placed = self._residents.resident(choices[0], scale)
+        yield from decode_rows(
+            self._model, rows, self._pad, count, placed=placed, ids=ids, prefix=prefix, search=search
+        )
+
+    def _choices(
+        self, rows: int, adapter: Choice | EllipsisType | None, adapters: Sequence[Choice | None] | None, scale: float
+    ) -> list[Choice | None]:
+        """The adapter of each row. Raises UserError for a combination that this model doesn't have."""
+        if not (isinstance(scale, int | float) and math.isfinite(scale)):
+            raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
+        if self._swappable is None:
+            if (adapter is not ... and adapter is not None) or adapters is not None:
+                self._loaded()
+            return [None] * rows
+        if (adapter is ...) == (adapters is None):
+            raise TypeError("this model takes adapters: either adapter=NAME or adapters=[NAME, ...], one per row")
+        if adapters is None:
+            if adapter is None and scale != 1:
+                raise UserError(f"scale is {scale} but no adapter is named: there is nothing to scale.")
+            return [adapter] * rows  # type: ignore[list-item]  # not ..., as checked above
+        if not self._slots:
+            raise UserError(
+                "This model runs one adapter per call: name it with adapter=. For one per row, export a model with "
+                "loratrf-export --adapters NAME=PATH ..."
+            )
+        if len(adapters) != rows:
+            raise UserError(f"adapters names {len(adapters)} adapters for {rows} prompts: expected one per prompt.")
+        return list(adapters)
+
+    def _check(self, prompts: Sequence[Sequence[int]], count: int) -> None:
+        if empty := [at for at, row in enumerate(prompts) if not len(row)]:
+            raise UserError(f"Prompt {empty[0]} is empty: the model needs at least one token to go on from.")
+        longest = max(map(len, prompts), default=0)
+        if count < 1 or longest + count > self._context:
+            raise UserError(
+                f"The longest prompt has {longest} tokens and max_new_tokens is {count}; the model's context holds "
+                f"{self._context} tokens in all. Shorten the prompt, or ask for fewer new tokens."
+            )
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            try:
+                prompt = self._tokenizer.apply_chat_template(json.dumps(list(prompt)), add_generation_prompt=True)
+            except Exception as error:  # plain RuntimeErrors
+                raise UserError(
+                    f"The chat can't be put through the tokenizer's template: {error}. Expected messages of "
+                    '{"role": ..., "content": ...}, and a tokenizer that was saved with a chat template.'
+                ) from error
+        return list(map(int, self._tokenizer.encode(prompt)))
+
+    def _until_end(self, row: list[int]) -> list[int]:
+        end = next((at for at, token in enumerate(row) if token in self._stops), len(row))
+        return row[:end]
+
+    def _loaded(self) -> Residents:
+        if self._swappable is None:
+            raise UserError(
+                "This model has a fixed adapter, or none, and takes no others. Export it with --swappable base, or "
+                "--adapters NAME=PATH ..."
+            )
+        return self._residents
