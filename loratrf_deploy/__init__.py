@@ -1,8 +1,9 @@
 """LoRA and LoRATRF adapters in production on ONNX Runtime.
 
 Running a model needs onnxruntime alone: `create_session("model.onnx")`, or `AdapterSession("model.onnx")` where its
-adapters swap at run time. Making and proving one (`export_adapter`, `check_parity`) needs the `export` extra, as does
-training an adapter (`loratrf_deploy.peft`); these are imported only when asked for.
+adapters swap at run time; `GenerationSession(folder)` generates text with onnxruntime-genai. Making and proving one
+(`export_adapter`, `check_parity`) needs the `export` extra, as does training an adapter (`loratrf_deploy.peft`); these
+are imported only when asked for.
 """
 
 import importlib
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .adapters.adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
 from .runtime.adapter_session import AdapterSession
+from .runtime.generation_session import GenerationSession
 from .runtime.residents import AdapterInfo
 from .runtime.session import create_session, library_path
 from .version import __version__
@@ -24,6 +26,7 @@ __all__ = [
     "AdapterInfo",
     "AdapterSession",
     "ExportOptions",
+    "GenerationSession",
     "LayerAdapter",
     "UserError",
     "__version__",

@@ -178,6 +178,7 @@ def test_public_names() -> None:
         "AdapterInfo",
         "AdapterSession",
         "ExportOptions",
+        "GenerationSession",
         "LayerAdapter",
         "UserError",
         "__version__",

@@ -202,6 +202,9 @@ class GenerationSession:
         return list(adapters)
 
     def _check(self, prompts: Sequence[Sequence[int]], count: int) -> None:
+        known = self._config["vocab_size"]
+        if foreign := [token for row in prompts for token in row if not 0 <= token < known]:
+            raise UserError(f"A prompt has token {foreign[0]}, the model knows 0 to {known - 1}.")
         if empty := [at for at, row in enumerate(prompts) if not len(row)]:
             raise UserError(f"Prompt {empty[0]} is empty: the model needs at least one token to go on from.")
         longest = max(map(len, prompts), default=0)
