@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -14,9 +15,10 @@ import onnxruntime_genai as og
 import pytest
 import torch
 
-from loratrf_deploy import UserError, read_adapter
+from loratrf_deploy import GenerationSession, UserError, read_adapter
 from loratrf_deploy.cli.generate import main
 from loratrf_deploy.cli.perplexity import main as perplexity_main
+from loratrf_deploy.export import convert_adapter
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.parity.perplexity import perplexities
 from loratrf_deploy.pytorch.base import load_tokenizer
@@ -43,10 +45,90 @@ def test_it_prints_what_pytorch_would_write(capsys, exported: Callable[..., Path
     capsys.readouterr()  # what loading printed
     assert main(["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "20", "--json"]) == 0
     again = capsys.readouterr()
-    facts = json.loads(again.out)
-    assert (facts["text"] + "\n", again.err) == (captured.out, "")
+    (facts,) = json.loads(again.out)["answers"]
+    assert (facts["text"] + "\n", facts["adapter"], again.err) == (captured.out, None, "")
     assert 1 <= facts["tokens"] <= 20
     assert 0 < facts["first_token_seconds"] <= facts["seconds"]
+
+
+@pytest.fixture(scope="module")
+def swappable(exported: Callable[..., Path], make_llm, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A folder whose adapters swap, and the options that load two of them."""
+    model = exported("loratrf", swappable="base")
+    base, plain = make_llm("llama", "lora", r=9, seed=7)
+    file = tmp_path_factory.mktemp("adapter") / "plain.onnx_adapter"
+    convert_adapter(plain, model, file, base_model=base)
+    ours = next(model.parent.glob("*.onnx_adapter"))
+    return model.parent, ["--adapter", f"ours={ours}", "--adapter", f"plain={file}"]
+
+
+def test_every_adapter_answers(capsys, swappable, monkeypatch) -> None:
+    folder, adapters = swappable
+    command = ["--model", str(folder), "--max-new-tokens", "6"]
+    assert main([*command, *adapters, "--prompt", PROMPT, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    session = GenerationSession(folder)
+    for option in adapters[1::2]:
+        session.load(*option.split("=", 1))
+    for answer, name in zip(answers, ("ours", "plain"), strict=True):
+        text = "".join(session.stream(PROMPT, adapter=name, max_new_tokens=6))
+        assert (answer["adapter"], answer["text"]) == (name, PROMPT + text)
+    assert answers[0]["text"] != answers[1]["text"]
+    # From a pipe, and labelled.
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert main([*command, *adapters]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"[{name}] {PROMPT}" in shown for name in ("ours", "plain"))
+
+
+def test_a_chat_in_which_adapters_change(capsys, swappable, monkeypatch) -> None:
+    folder, adapters = swappable
+    lines = [
+        "she wrote",
+        "/adapter plain 1",
+        "she wrote",
+        "/adapter es",
+        "/adapter plain loud",
+        "/base",
+        " ",
+        "she wrote",
+    ]
+    asked = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        if len(asked) > len(lines):
+            raise EOFError
+        return lines[len(asked) - 1]
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert main(["--model", str(folder), *adapters, "--max-new-tokens", "6"]) == 0
+    shown = capsys.readouterr().out
+    session = GenerationSession(folder)
+    for option in adapters[1::2]:
+        session.load(*option.split("=", 1))
+    for name in ("ours", "plain", None):
+        assert "".join(session.stream("she wrote", adapter=name, max_new_tokens=6)) + "\n" in shown
+    assert asked == ["ours> ", "ours> ", "plain> ", "plain> ", "plain> ", "plain> ", "base> ", "base> ", "base> "]
+    assert "a loaded adapter (ours, plain)" in shown
+    assert "'loud' is no scale" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--adapter", "ours"], "--adapter has 'ours', expected NAME=PATH"),
+        (["--adapter", "ours=nowhere.onnx_adapter"], "Can't read the adapter file"),
+        (["--rows"], "one adapter per call"),
+        (["--chat"], "saved with a chat template"),
+    ],
+)
+def test_adapters_that_cannot_be(capsys, swappable, options, expected) -> None:
+    folder, adapters = swappable
+    more = adapters if options == ["--rows"] else []
+    assert main(["--model", str(folder), "--prompt", PROMPT, *more, *options]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_sampling_follows_its_seed(exported: Callable[..., Path]) -> None:

@@ -176,12 +176,12 @@ def streamed(session: GenerationSession, made: list[int]) -> str:
 
 def test_texts_and_a_stream_of_text(session: GenerationSession) -> None:
     text = "she wrote 3 letters"
-    made = tokens(session, [session._encode(text)], adapter="plain")[0]
+    made = tokens(session, [session.encode(text)], adapter="plain")[0]
     right = session._tokenizer.decode(made)
     assert session.generate([text], adapter="plain", max_new_tokens=COUNT) == [right]
     assert "".join(session.stream(text, adapter="plain", max_new_tokens=COUNT)) == streamed(session, made)
     sampled = {"do_sample": True, "top_k": 40, "temperature": 5.0, "random_seed": 3}
-    assert session.generate([text], adapter="plain", max_new_tokens=COUNT, **sampled) != [right]
+    assert tokens(session, [session.encode(text)], adapter="plain", **sampled) != [made]
 
 
 def test_a_chat_goes_through_the_tokenizers_template(zoo: Zoo, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_chat_goes_through_the_tokenizers_template(zoo: Zoo, tmp_path: Path) -
 
 def test_activate_after_keeps_the_cache_of_what_the_base_read(zoo: Zoo, session, make_llm) -> None:
     first, then = "rain fell on the harbour", " while the boats"
-    prefix, row = session._encode(first), session._encode(then)
+    prefix, row = session.encode(first), session.encode(then)
     model = load_reference(read_adapter(make_llm("llama", "loratrf")[1]), zoo.base).model
     late = "".join(session.stream(then, activate_after=first, adapter="ours", max_new_tokens=COUNT))
     right, other = greedy(model, [*prefix, *row], base_first=len(prefix)), greedy(model, [*prefix, *row])

@@ -1,15 +1,19 @@
-"""loratrf-generate: try an exported causal language model out."""
+"""loratrf-generate: try an exported causal language model out, under its adapters: answers, a table of them, a chat."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
-from ..genai.generate import generate_tokens, load_model
-from .shared import Parser, command, count, positive, print_json, require_extra
+from ..errors import UserError, printable
+from ..runtime.generation_session import GenerationSession, Prompt
+from ..runtime.residents import Choice
+from .shared import Parser, command, count, named_paths, positive, print_json, require_extra
 
 __all__ = ["main"]
 
@@ -22,41 +26,157 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     require_extra("genai")
-    model = load_model(args.model.parent if args.model.suffix == ".onnx" else args.model)
-    import onnxruntime_genai as og
-
-    tokenizer = og.Tokenizer(model)
-    prompt = tokenizer.encode(args.prompt)
-    if not len(prompt):
-        raise UserError("--prompt is empty: the model needs at least one token to go on from.")
-    stream = tokenizer.create_stream()
-    search = {}
-    if args.temperature is not None:
-        search = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-        if args.seed is not None:
-            search["random_seed"] = args.seed
-    begin, times, pieces = time.perf_counter(), [], [args.prompt]
-    if not args.json:
-        print(args.prompt, end="", flush=True)
-    for token in generate_tokens(model, prompt, args.max_new_tokens, **search):
-        times.append(time.perf_counter() - begin)
-        pieces.append(stream.decode(token))
-        if not args.json:
-            print(pieces[-1], end="", flush=True)
-    made, first, last = len(times), times[0], times[-1]
-    if args.json:
-        print_json({"text": "".join(pieces), "tokens": made, "first_token_seconds": first, "seconds": last})
+    session = GenerationSession(args.model)
+    for name, path in named_paths(args.adapter, "--adapter").items():
+        session.load(name, path)
+    names: list[Choice | None] = [*session.adapters] or [None]
+    talk = _Talk(session, args)
+    if args.prompt is None and sys.stdin.isatty():
+        talk.chat(names[0])
         return 0
-    print()
-    speed = f", then {(made - 1) / (last - first):.1f} tokens/s" if made > 1 else ""
-    print(f"{made} tokens; first after {1e3 * first:.0f} ms{speed}", file=sys.stderr)
+    prompt = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    if not prompt:
+        raise UserError("--prompt is empty: the model needs at least one token to go on from.")
+    if args.rows:
+        answers = talk.rows(prompt, names if names == [None] else [*names, None])
+    else:
+        answers = [talk.answer(prompt, name, labelled=len(names) > 1) for name in names]
+    if args.json:
+        print_json({"answers": [vars(answer) for answer in answers]})
     return 0
+
+
+@dataclass
+class _Answer:
+    """What was made under one adapter, None being the model's default; rows of one batch share their seconds."""
+
+    adapter: Choice | None
+    text: str
+    tokens: int
+    first_token_seconds: float | None
+    seconds: float
+
+    @property
+    def speed(self) -> str:
+        first = "" if self.first_token_seconds is None else f"; first after {1e3 * self.first_token_seconds:.0f} ms"
+        rest = self.seconds - (self.first_token_seconds or 0.0)
+        speed = f", then {(self.tokens - 1) / rest:.1f} tokens/s" if first and self.tokens > 1 else ""
+        return f"{self.tokens} tokens{first}{speed}"
+
+
+class _Talk:
+    """A session with the options of one command line."""
+
+    def __init__(self, session: GenerationSession, args: argparse.Namespace):
+        self._session, self._shown, self._chat = session, not args.json, args.chat
+        self._options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+        if args.temperature is not None:
+            self._options |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+            if args.seed is not None:
+                self._options["random_seed"] = args.seed
+
+    def answer(self, text: str, adapter: Choice | None, *, labelled: bool) -> _Answer:
+        """Shows what follows `text` under `adapter` as it is made."""
+        self._show(f"[{adapter}] " if labelled else "")
+        if not self._chat:
+            self._show(text)
+        answer = self._stream(self._prompt(text), adapter)
+        self._show("\n")
+        if not self._chat:
+            answer.text = text + answer.text
+        if self._shown:
+            print(answer.speed, file=sys.stderr)
+        return answer
+
+    def rows(self, text: str, adapters: Sequence[Choice | None]) -> list[_Answer]:
+        """Shows what follows `text` under each of `adapters`, all of them rows of one batch."""
+        begin = time.perf_counter()
+        which: dict[str, Any] = {"adapters": adapters} if self._session.takes_adapters else {}
+        made = self._session.generate([self._prompt(text)] * len(adapters), **which, **self._options)
+        seconds = time.perf_counter() - begin
+        tokens = [len(self._session.encode(row)) for row in made]
+        answers = [
+            _Answer(name, row, own, None, seconds) for name, row, own in zip(adapters, made, tokens, strict=True)
+        ]
+        for answer in answers:
+            self._show(f"[{answer.adapter or 'base'}] {answer.text}\n")
+        if self._shown:
+            print(f"{len(answers)} rows in {seconds:.2f} s", file=sys.stderr)
+        return answers
+
+    def chat(self, adapter: Choice | None) -> None:
+        """Turns of a chat on a terminal; /adapter NAME [SCALE] changes who answers from the next turn on."""
+        print(f"Adapters: {', '.join(self._session.adapters) or 'none'}. /adapter NAME [SCALE], /base, /quit.")
+        turns, scale = list[dict[str, str]](), 1.0
+        while (line := _line(f"{adapter or 'base'}> ")) is not None:
+            word, *rest = line.split() or [""]
+            if word == "/quit":
+                return
+            if word == "/base":
+                adapter, scale = None, 1.0
+            elif word == "/adapter":
+                try:
+                    adapter, scale = self._chosen(rest)
+                except UserError as error:
+                    print(f"error: {printable(str(error))}")
+            elif word:
+                turns.append({"role": "user", "content": line})
+                text = self._stream(turns if self._chat else line, adapter, scale).text
+                turns.append({"role": "assistant", "content": text})
+                print()
+
+    def _chosen(self, words: Sequence[str]) -> tuple[str, float]:
+        if len(words) not in (1, 2) or words[0] not in self._session.adapters:
+            known = ", ".join(self._session.adapters) or "none"
+            raise UserError(
+                f"/adapter takes the name of a loaded adapter ({known}) and a scale, such as /adapter fr 0.5"
+            )
+        try:
+            return words[0], float(words[1]) if len(words) == 2 else 1.0
+        except ValueError as error:
+            raise UserError(f"{words[1]!r} is no scale, expected a number such as 0.5.") from error
+
+    def _stream(self, prompt: Prompt, adapter: Choice | None, scale: float = 1.0) -> _Answer:
+        begin, times, pieces = time.perf_counter(), list[float](), list[str]()
+        which: dict[str, Any] = {"adapter": adapter, "scale": scale} if self._session.takes_adapters else {}
+        for piece in self._session.stream(prompt, **which, **self._options):
+            times.append(time.perf_counter() - begin)
+            pieces.append(piece)
+            self._show(piece)
+        first = times[0] if times else None
+        return _Answer(adapter, "".join(pieces), len(pieces), first, times[-1] if times else 0.0)
+
+    def _prompt(self, text: str) -> Prompt:
+        return [{"role": "user", "content": text}] if self._chat else text
+
+    def _show(self, text: str) -> None:
+        if self._shown:
+            print(text, end="", flush=True)
+
+
+def _line(prompt: str) -> str | None:
+    """What the user types behind `prompt`, None at the end of input."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
 
 
 def _parser() -> Parser:
     parser = Parser("loratrf-generate", "Generate text with a causal language model that loratrf-export wrote.")
     parser.add_argument("--model", required=True, type=Path, help="the exported folder, or the model.onnx in it")
-    parser.add_argument("--prompt", required=True, help="the text to go on from")
+    parser.add_argument(
+        "--prompt", help="the text to go on from; - is stdin, as is none in a pipe; none on a terminal is a chat"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="an .onnx_adapter to answer under; repeatable: each answers (default: the model as it is)",
+    )
+    parser.add_argument("--rows", action="store_true", help="every adapter, and the base, in one batch of mixed rows")
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=count, default=128, help="at most (default: 128)")
     parser.add_argument("--temperature", type=positive, help="sample instead of taking the likeliest token")
     parser.add_argument("--top-p", type=positive, default=1.0, help="sample among the likeliest (default: 1, all)")

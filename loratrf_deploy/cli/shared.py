@@ -96,16 +96,16 @@ def require_extra(*extras: str) -> None:
         )
 
 
-def named_paths(texts: Sequence[str]) -> dict[str, Path]:
-    """{NAME: PATH} of --adapters NAME=PATH ..., in their order. Raises UserError for what isn't, or a name twice."""
+def named_paths(texts: Sequence[str], option: str = "--adapters") -> dict[str, Path]:
+    """{NAME: PATH} of `option` NAME=PATH ..., in their order. Raises UserError for what isn't, or a name twice."""
     paths: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise UserError(f"--adapters has {text!r}, expected NAME=PATH, such as fr=adapters/french.")
+            raise UserError(f"{option} has {text!r}, expected NAME=PATH, such as fr=adapters/french.")
         if name in paths:
             raise UserError(
-                f"--adapters names {name!r} twice ({paths[name]} and {path}). Give each adapter its own name."
+                f"{option} names {name!r} twice ({paths[name]} and {path}). Give each adapter its own name."
             )
         paths[name] = Path(path)
     return paths

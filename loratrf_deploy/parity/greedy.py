@@ -114,7 +114,7 @@ def _generate(case: Case, prompt: list[int], count: int, *, library: bool, adapt
             write_adapter_file(file, case.weights, Origin.of(case.adapter, case.manifest))
             active = (og.Adapters(model), "adapter")
             active[0].load(str(file), active[1])
-        return list(generate_tokens(model, prompt, count, stop=False, adapter=active))
+        return list(generate_tokens(model, prompt, count, stop=False, active=active))
 
 
 def _compare_tokens(

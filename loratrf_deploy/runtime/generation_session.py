@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..errors import UserError
 from ..formats.manifest import MANIFEST, Swappable, read_manifest, read_swappable
 from ..formats.swappable import Default
-from ..genai.generate import load_model, read_config
-from .genai_adapters import GenaiAdapters, Placed, decode_rows
+from ..genai.generate import decode_rows, load_model, read_config
+from .genai_adapters import GenaiAdapters, Placed
 from .residents import AdapterInfo, Choice, Residents
 from .slots import SlotBank
 
@@ -53,13 +53,18 @@ class GenerationSession:
             manifest, self._swappable = read_swappable(graph)
             self._adapters = GenaiAdapters(self._model)
             self._slots = SlotBank(self._swappable, self._adapters.place) if self._swappable.slots else None
-            place = self._slots.place if self._slots else self._adapters.place
-            self._residents = Residents(graph, manifest, self._swappable, place, max_bytes)
+            place: Any = self._slots.place if self._slots else self._adapters.place
+            self._residents: Residents[Any] = Residents(graph, manifest, self._swappable, place, max_bytes)
 
     @property
     def default(self) -> Default:
         """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
         return "adapter" if self._swappable is None else "base" if self._slots else self._swappable.default
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether adapters can be loaded: the model was exported with --swappable or --adapters."""
+        return self._swappable is not None
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -87,7 +92,7 @@ class GenerationSession:
         """What follows each of `prompts`, as text; arguments as in `generate_tokens`."""
         if isinstance(prompts, str):
             raise TypeError("generate() takes a list of prompts: generate([prompt], ...)")
-        rows = [self._encode(prompt) for prompt in prompts]
+        rows = [self.encode(prompt) for prompt in prompts]
         made = self.generate_tokens(
             rows, adapter=adapter, adapters=adapters, scale=scale, max_new_tokens=max_new_tokens, **search
         )
@@ -142,8 +147,8 @@ class GenerationSession:
         `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
         the default's, what follows is the adapter's.
         """
-        row = self._encode(prompt)
-        prefix = self._encode(activate_after) if activate_after else []
+        row = self.encode(prompt)
+        prefix = self.encode(activate_after) if activate_after else []
         self._check([[*prefix, *row]], max_new_tokens)
         choices = self._choices(1, adapter, None, scale)
         if prefix and (self._swappable is None or self._slots):
@@ -173,7 +178,14 @@ class GenerationSession:
         elif choices[0] is not None:
             placed = self._residents.resident(choices[0], scale)
         yield from decode_rows(
-            self._model, rows, self._pad, count, placed=placed, ids=ids, prefix=prefix, search=search
+            self._model,
+            rows,
+            count,
+            pad=self._pad,
+            active=None if placed is None else placed.active,
+            adapter_ids=ids,
+            prefix=prefix,
+            search=search,
         )
 
     def _choices(
@@ -214,7 +226,8 @@ class GenerationSession:
                 f"{self._context} tokens in all. Shorten the prompt, or ask for fewer new tokens."
             )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a text, or of a chat through the tokenizer's template. Raises UserError for a bad chat."""
         if not isinstance(prompt, str):
             try:
                 prompt = self._tokenizer.apply_chat_template(json.dumps(list(prompt)), add_generation_prompt=True)
