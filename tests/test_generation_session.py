@@ -328,3 +328,40 @@ def test_swappable_exports_with_the_adapter_for_default(make_llm: Callable, tmp_
     session = GenerationSession(out)
     assert session.default == "adapter"
     assert tokens(session, PROMPTS, adapter=None) == expected["ours"]
+
+
+def test_a_blend_is_pefts_weighted_sum(zoo: Zoo, make_llm: Callable, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    paths = {
+        "fr": make_llm("llama", "lora", r=9, seed=7, target_modules=["q_proj", "down_proj"])[1],
+        "legal": make_llm("llama", "lora", r=3, seed=11)[1],
+    }
+    session = GenerationSession(zoo.folder)
+    for name, path in paths.items():
+        convert_adapter(path, zoo.folder / "model.onnx", tmp_path / f"{name}.onnx_adapter", base_model=zoo.base)
+        session.load(name, tmp_path / f"{name}.onnx_adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(zoo.base)
+    model = peft.PeftModel.from_pretrained(base, str(paths["fr"]), adapter_name="fr")
+    model.load_adapter(str(paths["legal"]), adapter_name="legal")
+    model.add_weighted_adapter(["fr", "legal"], [0.7, 0.5], "blend", combination_type="cat")
+    model.set_adapter("blend")
+    right = [greedy(model.eval(), row) for row in PROMPTS]
+    for scale in (1.0, 0.5):
+        weights = {"fr": 0.7 / scale, "legal": 0.5 / scale}
+        assert tokens(session, PROMPTS, adapter=weights, scale=scale) == right
+    assert right != tokens(session, PROMPTS, adapter="fr")
+    with pytest.raises(UserError, match=r"No adapter 'es' is loaded\. Loaded: 'legal', 'fr'|Loaded: 'fr', 'legal'"):
+        tokens(session, PROMPTS, adapter={"fr": 1, "es": 1})
+    session.load("ours", zoo.adapters["ours"])
+    with pytest.raises(UserError, match="Filters don't add"):
+        tokens(session, PROMPTS, adapter={"fr": 0.5, "ours": 0.5})
+
+
+def test_scale_is_that_of_alpha_and_gamma(zoo: Zoo, session: GenerationSession, make_llm, tmp_path) -> None:
+    _, half = make_llm("llama", "loratrf", lora_alpha=4, filter_gamma=0.5)
+    convert_adapter(half, zoo.folder / "model.onnx", tmp_path / "half.onnx_adapter", base_model=zoo.base)
+    session.load("half", tmp_path / "half.onnx_adapter")
+    right = tokens(session, PROMPTS, adapter="half")
+    assert tokens(session, PROMPTS, adapter="ours", scale=0.5) == right != tokens(session, PROMPTS, adapter="ours")

@@ -15,7 +15,7 @@ from ..formats.manifest import read_swappable
 from ..formats.swappable import Default
 from ..ops.schemas import ADAPTER_IDS, Device
 from .bound import OnePerRun, Request
-from .residents import AdapterInfo, Residents
+from .residents import AdapterInfo, Choice, Residents
 from .session import PROVIDERS, create_session
 from .slots import OnePerRow
 
@@ -31,12 +31,14 @@ _DEVICES: dict[str, Device] = {PROVIDERS["cuda"]: "cuda"}
 class AdapterSession:
     """outputs = model(inputs; weights of one adapter), the adapter named in each run, or in each row of a batch.
 
+    Where an adapter can be named, so can a blend of several, {name: weight}: y = h + Σᵢ wᵢ·(alphaᵢ/Rᵢ)·(x Aᵢᵀ)Bᵢᵀ.
+
     Opens a model of `loratrf-export --swappable` (one adapter per run) or `--adapters` (one per row), as
     `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. Every
     method may be called from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or
-    replaced meanwhile. `max_bytes` limits the memory of resident adapters: those that were used least
-    recently are put aside, and read again from their files when a run names them. Raises UserError for a model that
-    takes no adapters.
+    replaced meanwhile. `max_bytes` limits the memory of resident adapters and blends: those that were used least
+    recently are put aside, and read again from their files, or blended again, when a run names them. Raises UserError
+    for a model that takes no adapters.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class AdapterSession:
         device = _DEVICES.get(self._session.get_providers()[0], "cpu")
         way = OnePerRow if swappable.slots else OnePerRun
         self._way: OnePerRun | OnePerRow = way(self._session, device, swappable)
-        self._residents: Residents[Any] = Residents(Path(model), manifest, swappable, self._way.place, max_bytes)
+        self._residents: Residents[Any] = Residents(
+            Path(model), manifest, swappable, self._way.place, max_bytes, values=self._way.values, device=device
+        )
 
     @property
     def default(self) -> Default:
@@ -84,19 +88,21 @@ class AdapterSession:
         self,
         inputs: Mapping[str, Any],
         *,
-        adapter: str | EllipsisType | None = ...,
-        adapters: Sequence[str | None] | None = None,
+        adapter: Choice | EllipsisType | None = ...,
+        adapters: Sequence[Choice | None] | None = None,
         scale: float = 1.0,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Output name -> value for `inputs` (name -> array as the model takes it) under the loaded `adapter`.
 
         `adapters` names one per row of the batch instead, for a model of --adapters. None asks for the model's default
-        (see `default`), in so many words: one of the two must be given. `scale` multiplies alpha/R and
-        gamma: y = h + scale·(alpha/R)·(x Aᵀ)Bᵀ, out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of
-        what it learned to each layer; a filter's z and s are those of the layer's y as it then is. At 0 the layers are
-        the base's. A head that the adapter brings is the adapter's own at every scale. `outputs` None takes all. Raises
-        UserError for an unknown adapter or input, or inputs that ONNX Runtime refuses.
+        (see `default`), in so many words: one of the two must be given. {name: weight} in the place of a name asks for
+        a blend of plain LoRA adapters, which is made when it is first named and kept like an adapter until one of its
+        parts is unloaded or replaced. `scale` multiplies alpha/R and gamma: y = h + scale·(alpha/R)·(x Aᵀ)Bᵀ,
+        out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of what it learned to each layer; a filter's z
+        and s are those of the layer's y as it then is. At 0 the layers are the base's. A head that the adapter brings
+        is the adapter's own at every scale. `outputs` None takes all. Raises UserError for an unknown adapter or input,
+        a blend that can't be made (`formats.blend`) or exceeds `max_bytes` alone, or inputs that ONNX Runtime refuses.
         """
         wrong = [name for name in self._inputs if name not in inputs] + [
             name for name in inputs if name not in self._inputs

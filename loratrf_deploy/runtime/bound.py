@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..formats.manifest import Swappable
 from ..ops.schemas import Device
+from .residents import Choice
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,15 +30,16 @@ class Request:
 
     inputs: Mapping[str, Any]
     outputs: Sequence[str]
-    adapter: str | EllipsisType | None
-    adapters: Sequence[str | None] | None
+    adapter: Choice | EllipsisType | None
+    adapters: Sequence[Choice | None] | None
     scale: float
 
 
 class BoundWeights:
     """Run-time weights, bound: a run binds its few inputs and outputs beside them. Never changes.
 
-    On a device, weights travel there here and never in a run; `there` holds those that already did.
+    On a device, weights travel there here and never in a run; `there` holds those that already did. `arrays` are
+    what they were made of, in host memory.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class BoundWeights:
     ):
         import onnxruntime
 
-        self._session, self._device, self._arrays = session, device, values
+        self._session, self._device, self.arrays = session, device, values
         # In host memory an OrtValue is a view of its array.
         self._values = {
             name: there[name] if name in there else onnxruntime.OrtValue.ortvalue_from_numpy(value, device)
@@ -84,13 +86,13 @@ class BoundWeights:
 
     def views(self, values: Mapping[str, NDArray[Any]]) -> bool:
         """Whether these very arrays are what is bound."""
-        return all(self._arrays[name] is value for name, value in values.items())
+        return all(self.arrays[name] is value for name, value in values.items())
 
     def scaled(self, scale: float, names: Sequence[str]) -> BoundWeights:
         """The same weights with `names` times `scale`, made for one run; the others are shared."""
-        scaled = {name: self._arrays[name] * self._arrays[name].dtype.type(scale) for name in names}
+        scaled = {name: self.arrays[name] * self.arrays[name].dtype.type(scale) for name in names}
         rest = {name: value for name, value in self._values.items() if name not in scaled}
-        return BoundWeights(self._session, self._device, {**self._arrays, **scaled}, rest)
+        return BoundWeights(self._session, self._device, {**self.arrays, **scaled}, rest)
 
 
 class OnePerRun:
@@ -106,8 +108,12 @@ class OnePerRun:
         """An adapter's weights on the session's device: in host memory they stay the file's one block."""
         return BoundWeights(self._session, self._device, values)
 
+    def values(self, weights: BoundWeights) -> Mapping[str, NDArray[Any]]:
+        """What `place` was given, in host memory."""
+        return weights.arrays
+
     def run(self, request: Request, resident: Callable[[Any], BoundWeights]) -> dict[str, NDArray[Any]]:
-        """Output name -> value under the one adapter of `request`; `resident` gives what `place` made, by name."""
+        """Output name -> value under the one adapter of `request`; `resident` gives what `place` made of it."""
         if request.adapters is not None:
             raise UserError(
                 "This model runs one adapter per batch: name it with adapter=. For one per row, export a model with "

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from ..errors import UserError, some
 from ..formats.adapter_file import AdapterFile, read_adapter_file
+from ..formats.blend import Blend, blend
 from ..formats.manifest import Manifest, Swappable
 from ..formats.swappable import check_matches
+from ..ops.schemas import Device
 
 __all__ = ["AdapterInfo", "Choice", "Residents"]
 
@@ -36,8 +38,9 @@ class Residents(Generic[P]):
     """The adapters of a session on the model at `model`, `P` being what `place` makes of an adapter's values.
 
     Every method may be called from any number of threads; whoever has what `place` made keeps it, whatever is unloaded
-    or replaced meanwhile. `max_bytes` limits the memory of those kept here: the ones that were used least recently are
-    put aside, and read again from their files when they are asked for.
+    or replaced meanwhile. `max_bytes` limits the memory of those kept here, blends included: the ones that were used
+    least recently are put aside, and read again from their files, or blended again, when they are asked for. `values`
+    gives back what `place` was given, where that is still in memory.
     """
 
     def __init__(
@@ -47,11 +50,14 @@ class Residents(Generic[P]):
         swappable: Swappable,
         place: Callable[[Mapping[str, NDArray[Any]]], P],
         max_bytes: int | None,
+        *,
+        values: Callable[[P], Mapping[str, NDArray[Any]]] | None = None,
+        device: Device = "cpu",
     ):
         self._model, self._manifest, self._swappable, self._place = model, manifest, swappable, place
-        self._max_bytes = max_bytes
+        self._max_bytes, self._placed_values, self._device = max_bytes, values, device
         self._lock = threading.Lock()
-        self._entries: dict[str, _Entry[P]] = {}  # least recently used first
+        self._entries: dict[str | Blend, _Entry[P]] = {}  # least recently used first
 
     def infos(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
@@ -59,6 +65,7 @@ class Residents(Generic[P]):
             return {
                 name: AdapterInfo(entry.path, entry.bytes, entry.weights is not None)
                 for name, entry in self._entries.items()
+                if isinstance(name, str) and isinstance(entry, _Loaded)
             }
 
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
@@ -71,18 +78,19 @@ class Residents(Generic[P]):
         if not isinstance(name, str) or not name:
             raise UserError(f"The adapter's name is {name!r}, expected a text that isn't empty.")
         file = self._read(Path(path))
-        if self._max_bytes is not None and file.bytes > self._max_bytes:
-            raise UserError(f"{file.path} takes {file.bytes} bytes, more than max_bytes, which is {self._max_bytes}.")
-        entry = _Entry(file.path, file.bytes, file.crc32, self._place(file.values))
+        self._check_size(file.path, file.bytes)
+        weights = self._place(file.values)
+        entry = _Loaded(bytes=file.bytes, weights=weights, path=file.path, crc32=file.crc32)
         with self._lock:
             known = self._entries.pop(name, None)
-            if known is not None and not replace:
+            if isinstance(known, _Loaded) and not replace:
                 self._entries[name] = known
                 raise UserError(
                     f"An adapter {name!r} is loaded already, from {known.path}. Choose another name, unload it first, "
                     "or pass replace=True."
                 )
             self._entries[name] = entry
+            self._drop_blends(name)
             self._put_aside(entry)
 
     def unload(self, name: str) -> None:
@@ -90,43 +98,94 @@ class Residents(Generic[P]):
         with self._lock:
             if self._entries.pop(name, None) is None:
                 raise self._unknown(name)
+            self._drop_blends(name)
 
-    def resident(self, name: Any, scale: float = 1.0) -> P:
-        """What `place` made of the adapter `name`; it is read again where it was put aside. UserError if unknown."""
+    def resident(self, choice: Choice, scale: float = 1.0) -> P:
+        """What `place` made of an adapter or a blend times `scale`: what is in memory, or is read or blended now.
+
+        Raises UserError where a name is unknown, or the blend can't be made (`formats.blend`) or exceeds `max_bytes`.
+        """
+        wanted: str | Blend = choice  # type: ignore[assignment]
+        if isinstance(choice, Mapping) or scale != 1:
+            weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
+            wanted = Blend.of(weights).times(scale)
         with self._lock:
-            entry = self._entries.pop(name, None)
+            if isinstance(wanted, Blend):
+                # Listed before its parts are read: whatever replaces one of them meanwhile drops the blend too.
+                self._entries.setdefault(wanted, _Entry())
+            entry = self._entries.pop(wanted, None)
             if entry is None:
-                raise self._unknown(name)
-            self._entries[name] = entry  # now the one that was used last
+                raise self._unknown(wanted)
+            self._entries[wanted] = entry  # now the one that was used last
             if entry.weights is not None:
                 return entry.weights
         with entry.reading:
-            weights = entry.weights
-            if weights is None:
-                file = self._read(entry.path)
-                if file.crc32 != entry.crc32:
-                    raise UserError(
-                        f"The adapter {name!r} was put aside to stay within max_bytes, and its file {entry.path} has "
-                        "changed since it was loaded. Load it again with replace=True."
-                    )
-                weights = self._place(file.values)
+            placed = entry.weights
+            if placed is None:
+                placed = self._place(self._values(wanted, entry))
                 with self._lock:
-                    entry.weights = weights
+                    entry.weights = placed
                     self._put_aside(entry)
-        return weights
+        return placed
+
+    def _values(self, wanted: str | Blend, entry: _Entry[P]) -> Mapping[str, NDArray[Any]]:
+        if isinstance(entry, _Loaded):
+            file = self._read(entry.path)
+            if file.crc32 != entry.crc32:
+                raise UserError(
+                    f"The adapter {wanted!r} was put aside, or is to be blended, and its file {entry.path} has changed "
+                    "since it was loaded. Load it again with replace=True."
+                )
+            return file.values
+        assert isinstance(wanted, Blend)
+        try:
+            parts = {part: self._part(part) for part, _ in wanted.parts}
+            values = blend(wanted, parts, self._swappable.weights, self._device)
+            entry.bytes = sum(value.nbytes for value in values.values())
+            self._check_size(f"The blend {wanted}", entry.bytes)
+        except UserError:
+            with self._lock:
+                if self._entries.get(wanted) is entry:
+                    del self._entries[wanted]
+            raise
+        return values
+
+    def _part(self, name: str) -> Mapping[str, NDArray[Any]]:
+        """The weights of the adapter `name` for a blend, which is no use of it: what is put aside stays so."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise self._unknown(name)
+            weights = entry.weights
+        if weights is None or self._placed_values is None:
+            return self._values(name, entry)
+        return self._placed_values(weights)
+
+    def _drop_blends(self, part: str) -> None:
+        """Forgets the blends that `part` is in. Requires the lock."""
+        for name in [name for name in self._entries if isinstance(name, Blend) and part in dict(name.parts)]:
+            del self._entries[name]
+
+    def _check_size(self, what: object, size: int) -> None:
+        if self._max_bytes is not None and size > self._max_bytes:
+            raise UserError(f"{what} takes {size} bytes, more than max_bytes, which is {self._max_bytes}.")
 
     def _put_aside(self, latest: _Entry[P]) -> None:
         """Frees what exceeds max_bytes, `latest` last. Requires the lock."""
         if self._max_bytes is None:
             return
-        resident = [entry for entry in self._entries.values() if entry.weights is not None]
-        taken = sum(entry.bytes for entry in resident)
-        for entry in resident:
+        resident = [(name, entry) for name, entry in self._entries.items() if entry.weights is not None]
+        taken = sum(entry.bytes for _, entry in resident)
+        for name, entry in resident:
             if taken <= self._max_bytes:
                 break
-            if entry is not latest:
+            if entry is latest:
+                continue
+            taken -= entry.bytes
+            if isinstance(name, Blend):  # nothing of it needs to be remembered
+                del self._entries[name]
+            else:
                 entry.weights = None
-                taken -= entry.bytes
 
     def _read(self, path: Path) -> AdapterFile:
         file = read_adapter_file(path)
@@ -148,16 +207,22 @@ class Residents(Generic[P]):
         return file
 
     def _unknown(self, name: object) -> UserError:
-        loaded = some([repr(known) for known in self._entries], limit=20) or "none"
+        loaded = some([repr(known) for known in self._entries if isinstance(known, str)], limit=20) or "none"
         return UserError(f"No adapter {name!r} is loaded. Loaded: {loaded}. Load it first: load({name!r}, PATH).")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Entry(Generic[P]):
-    """A loaded adapter; `weights` is None while it is put aside. Guarded by the lock of those who keep it."""
+    """A blend, or an adapter; `weights` is None while they are not in memory. Guarded by the lock of its keeper."""
+
+    bytes: int = 0
+    weights: P | None = None
+    reading: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(kw_only=True)
+class _Loaded(_Entry[P]):
+    """An adapter, and the file that it is read from again."""
 
     path: Path
-    bytes: int
     crc32: int
-    weights: P | None
-    reading: threading.Lock = field(default_factory=threading.Lock)

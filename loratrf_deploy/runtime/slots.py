@@ -127,6 +127,11 @@ class SlotBank(Generic[B]):
                 self._bound = None
             return slot
 
+    def values(self, slot: Slot) -> Mapping[str, NDArray[Any]]:
+        """What `place` was given, padded with zeros to the ranks of the arrays, in copies: slots are used again."""
+        with self._lock:
+            return {name: array[slot.number].copy() for name, array in self._slots.values.items()}
+
     def bound(self) -> B:
         """The arrays as they are now, bound."""
         with self._lock:
@@ -146,10 +151,10 @@ class OnePerRow:
             lambda values: BoundWeights(session, device, values),
             lambda bound, values: device == "cpu" and bound.views(values),
         )
-        self.place = self._bank.place
+        self.place, self.values = self._bank.place, self._bank.values
 
     def run(self, request: Request, resident: Callable[[Any], Slot]) -> dict[str, NDArray[Any]]:
-        """Output name -> value, each row under its own adapter; `resident` gives what `place` made, by name."""
+        """Output name -> value, each row under its own adapter; `resident` gives what `place` made of it."""
         if request.scale != 1:
             raise UserError(f"scale is {request.scale}, but a model of --adapters has no scale per run. Expected 1.")
         rows = (np.shape(next(iter(request.inputs.values()))) or (0,))[0]
@@ -157,6 +162,6 @@ class OnePerRow:
         if len(names) != rows:
             raise UserError(f"adapters names {len(names)} adapters for {rows} rows: expected one per row.")
         # Held until the run ends: a slot is free for others when nobody has it any more.
-        slots = {name: resident(name) for name in dict.fromkeys(names) if name is not None}
-        ids = np.array([slots[name].number if name is not None else -1 for name in names], np.int64)
+        slots = [None if name is None else resident(name) for name in names]
+        ids = np.array([-1 if slot is None else slot.number for slot in slots], np.int64)
         return self._bank.bound().run({**request.inputs, ADAPTER_IDS: ids}, request.outputs)
