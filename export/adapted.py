@@ -110,7 +110,12 @@ def fold(model: nn.Module, adapter: Adapter, *, merge: bool) -> dict[str, dict[s
 
 
 def op_of(weights: Mapping[str, Any]) -> str:
-    """The operator that takes these weights: LowRank for A and B, TaskFilter for tau, C and D, LoraTrf for all."""
+    """The operator that takes these weights: LowRank for A and B, TaskFilter for tau, C and D, LoraTrf for all.
+
+    GroupedLoraTrf for all of them with slots, (S, ...).
+    """
+    if "tau" in weights and weights["tau"].ndim == 2:
+        return "GroupedLoraTrf"
     return {(True, False): "LowRank", (False, True): "TaskFilter", (True, True): "LoraTrf"}[
         ("A" in weights, "tau" in weights)
     ]

@@ -10,7 +10,7 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.dtypes import NUMPY
-from ..ops.schemas import DOMAIN, OPS, VERSION, function_body
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from ..pytorch.base import tokenizer_of
 from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
@@ -36,7 +36,7 @@ from .swappable import weights_to_inputs
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["PRECISIONS", "build", "check_precision", "write_genai"]
+__all__ = ["PRECISIONS", "build", "build_graph", "check_precision", "insert", "save", "write_genai"]
 
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
@@ -77,12 +77,8 @@ def write_genai(
     """Writes the folder of `out` as onnxruntime_genai loads it; returns what became of each adapted layer, and what
     the graph takes at run time where it is swappable.
 
-    The folder gets the graph, its weights in `out`.data (the builder's) and `out`.adapter (the operators'),
-    genai_config.json, config.json and the tokenizer; with `options.bundle_library` the custom-op library too,
-    registered by a path relative to the folder. `base` is used up: its weights are gone afterwards, so that the
-    builder, which loads its own, doesn't need memory for two models. Raises UserError for input that GenAI can't take.
+    The folder gets what `build_graph` and `save` say. `base` is used up. Raises UserError for what GenAI can't take.
     """
-    precision = check_precision(options.device, options.quantize, options.dtype)
     step("adapting")
     if adapter.not_separable is None:
         rest = fold(base.model, adapter, merge=options.merges)
@@ -91,31 +87,46 @@ def write_genai(
         changed = bool(options.merges or adapter.modules_to_save or adapter.biases or biased)
     else:
         rest, rows, changed = {}, merge_with_peft(), True
-    linears = _linear_layers(base.model)
+    model = build_graph(adapter, base, out, options, rest, changed=changed, step=step)
+    insert(model, rest, adapter.filter_input, options.dtype)
+    weights = _swap(model.graph, adapter, rest, options)
+    save(model, out, options)
+    return rows, weights
+
+
+def build_graph(
+    adapter: Adapter,
+    base: BaseModel,
+    out: Path,
+    options: ExportOptions,
+    adapted: Collection[str],
+    *,
+    changed: bool,
+    step: Callable[[str], None],
+) -> ir.Model:
+    """The builder's graph of `base` in memory, with a linear layer of its own for each of the modules `adapted`.
+
+    The folder of `out` gets the weights in `out`.data, genai_config.json, config.json and the tokenizer, which is
+    `adapter`'s where it has one. `changed` says whether `base` has other weights than its checkpoint. `base` is used
+    up: its weights are gone afterwards, so that the builder, which loads its own, doesn't need memory for two models.
+    Raises UserError for options that the builder doesn't take, and models that it doesn't know.
+    """
+    if options.opset is not None:
+        raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
+    precision = check_precision(options.device, options.quantize, options.dtype)
     with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
         stage = Path(name)
         _stage_checkpoint(adapter, base, stage, changed)
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
-        build(stage, out, precision, options.device, _builder_options(rest, options))
+        build(stage, out, precision, options.device, _builder_options(adapted, options))
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
-    _insert(model, rest, adapter.filter_input, options.dtype)
-    _name_modules(model, linears, rest)
-    weights = _swap(model.graph, adapter, rest, options)
+    _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
-    _save(model, out)
-    if options.bundle_library:
-        _bundle_library(out.parent)
-    return rows, weights
-
-
-def _linear_layers(model: Any) -> list[str]:
-    import torch
-
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return model
 
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
@@ -149,16 +160,16 @@ def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: b
     tokenizer.save_pretrained(stage)
 
 
-def _builder_options(rest: Mapping[str, Any], options: ExportOptions) -> dict[str, str]:
+def _builder_options(adapted: Collection[str], options: ExportOptions) -> dict[str, str]:
     """The builder's extra_options: projections that carry operators stay as they are in the torch model.
 
     q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
     """
-    adapted = {path.rpartition(".")[2] for path in rest}
+    names = {path.rpartition(".")[2] for path in adapted}
     extra = {}
-    if adapted & _PACKED:
+    if names & _PACKED:
         extra["fuse_qkv"] = "false"
-    if "gate_up_proj" in adapted:
+    if "gate_up_proj" in names:
         extra["fuse_mlp_gate_up"] = "true"
     if options.dtype == "bfloat16" and options.quantize != "none":
         extra["use_cuda_bf16"] = "true"
@@ -195,14 +206,15 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
         ) from error
 
 
-def _insert(
+def insert(
     model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str
 ) -> None:
-    """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from the builder. The rules:
+    """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from `build_graph`. The rules:
 
     1. A module is found by the builder's name for it; its output is that of its bias's Add, else of its MatMul
        (MatMulNBits where quantised). Whatever read that output, graph outputs included, reads the operator's.
-    2. Weights (K,N) there and A (R,K), B (N,R), tau (N) here must agree: a packed or cut projection doesn't.
+    2. Weights (K,N) there and A (R,K), B (N,R), tau (N) here must agree: a packed or cut projection doesn't. Weights
+       with slots, (S, ...), make a grouped operator, which is left without its last input, adapter_ids.
     3. Every module must be found; otherwise an error names all that aren't, and nothing was changed.
     4. Each operator that occurs gets its definition in standard ops as a model-local function.
     """
@@ -235,7 +247,7 @@ def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
         if shape is None:
             return False
         ins, outs = shape.numpy()
-    sizes = {"A": (1, ins), "B": (0, outs), "tau": (0, outs)}
+    sizes = {"A": (-1, ins), "B": (-2, outs), "tau": (-1, outs)}
     return all(weights[name].shape[axis] == size for name, (axis, size) in sizes.items() if name in weights)
 
 
@@ -258,7 +270,7 @@ def _insert_one(
         graph.register_initializer(values[name])
     node = ir.node(
         op,
-        [values[name] for name in OPS[op].inputs],
+        [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],
         attributes={"filter_input": filter_input} if OPS[op].attributes else {},
         domain=DOMAIN,
         version=VERSION,
@@ -291,12 +303,14 @@ def _swap(graph: ir.Graph, adapter: Adapter, rest: Mapping[str, Any], options: E
     return weights
 
 
-def _name_modules(model: ir.Model, linears: list[str], rest: Mapping[str, Any]) -> None:
+def _name_modules(model: ir.Model, base: Any, adapted: Collection[str]) -> None:
     """Each linear layer's last node says in metadata "module" which torch module it computes, as in other exports."""
+    import torch
+
     nodes = linear_nodes(model.graph)
-    for path in linears:
-        if place := nodes.get(genai_name(path) or ""):
-            place[1].metadata_props["module"] = f"{path}.base_layer" if path in rest else path
+    for path, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and (place := nodes.get(genai_name(path) or "")):
+            place[1].metadata_props["module"] = f"{path}.base_layer" if path in adapted else path
 
 
 def _fix_cache_width(model: ir.Model, folder: Path) -> None:
@@ -310,8 +324,11 @@ def _fix_cache_width(model: ir.Model, folder: Path) -> None:
             value.shape = ir.Shape([*value.shape[:-1], width])
 
 
-def _save(model: ir.Model, out: Path) -> None:
-    """Writes the graph anew; the builder's weights stay where they are, the operators' go to `out`.adapter."""
+def save(model: ir.Model, out: Path, options: ExportOptions) -> None:
+    """Writes the graph anew; the builder's weights stay where they are, the operators' go to `out`.adapter.
+
+    With `options.bundle_library` the custom-op library goes into the folder too, registered by a path relative to it.
+    """
     new = [value for value in model.graph.initializers.values() if not isinstance(value.const_value, ir.ExternalTensor)]
     tensors = [value.const_value for value in new if value.const_value is not None]
     if tensors:
@@ -319,6 +336,8 @@ def _save(model: ir.Model, out: Path) -> None:
         for value, tensor in zip(new, external, strict=True):
             value.const_value = tensor
     ir.save(model, out)
+    if options.bundle_library:
+        _bundle_library(out.parent)
 
 
 def _bundle_library(folder: Path) -> None:

@@ -14,7 +14,17 @@ from ..formats.swappable import Default
 from ..ops.dtypes import DTYPES, RUN_TIME_DTYPES, DType
 from ..ops.schemas import MAX_CUDA_RANK, MAX_RANK, Device
 
-__all__ = ["DEFAULTS", "DEFAULT_OPSET", "DEVICES", "MODES", "OPSETS", "QUANTIZATIONS", "ExportOptions", "check_ranks"]
+__all__ = [
+    "DEFAULTS",
+    "DEFAULT_OPSET",
+    "DEVICES",
+    "MODES",
+    "OPSETS",
+    "QUANTIZATIONS",
+    "ExportOptions",
+    "check_generates",
+    "check_ranks",
+]
 
 MODES = ("merged", "separate")
 DEFAULTS: tuple[Default, ...] = get_args(Default)
@@ -89,6 +99,12 @@ class ExportOptions:
 def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
     if value not in known:
         raise UserError(f"{option} is {value!r}, expected one of: {', '.join(str(entry) for entry in known if entry)}.")
+
+
+def check_generates(options: ExportOptions, task: str) -> None:
+    """UserError for options that only causal language models have, given for a model of another `task`."""
+    if flag := options.given(("quantize", "bundle_library")):
+        raise UserError(f"{flag} is for causal language models, and this adapter's task is {task}. Leave {flag} out.")
 
 
 def check_ranks(adapter: Adapter, *, merges: bool, device: Device, remedy: str) -> None:

@@ -18,7 +18,7 @@ from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_generates, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -92,8 +92,6 @@ def _write_generating(
 
     from .genai import write_genai
 
-    if options.opset is not None:
-        raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
     if options.swappable is not None and adapter.modules_to_save:
         raise UserError(
             f"The adapter {adapter.path} saves {some(adapter.modules_to_save)} whole, which becomes part of a language "
@@ -128,11 +126,7 @@ def _write_encoder(
     from .swappable import Swap
 
     opset = options.opset or DEFAULT_OPSET
-    if options.quantize != "none" or options.bundle_library:
-        raise UserError(
-            f"The adapter {adapter.path} is for {base.task}. --quantize and --bundle-library are for causal language "
-            "models: leave them out."
-        )
+    check_generates(options, base.task)
     if options.check:
         check_providers([PROVIDERS[options.device]])
     clock("adapting")

@@ -18,7 +18,7 @@ import transformers
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter
-from loratrf_deploy.export.genai import _insert, check_precision
+from loratrf_deploy.export.genai import check_precision, insert
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
@@ -296,10 +296,10 @@ def test_a_module_that_the_builder_fused_away_is_named_and_nothing_changed(expor
     nodes = len(list(model.graph))
     weights = {"A": np.ones((2, 64), np.float32), "B": np.ones((64, 2), np.float32)}
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.q_proj"):  # q, k and v are packed here
-        _insert(model, {"model.layers.1.self_attn.q_proj": weights}, "adapted", "float32")
+        insert(model, {"model.layers.1.self_attn.q_proj": weights}, "adapted", "float32")
     wrong = {"A": np.ones((2, 64), np.float32), "B": np.ones((63, 2), np.float32)}
     with pytest.raises(UserError, match="o_proj"):
-        _insert(
+        insert(
             model,
             {"model.layers.0.mlp.down_proj": {"A": np.ones((2, 96), np.float32), "B": np.ones((64, 2), np.float32)}}
             | {"model.layers.0.self_attn.o_proj": wrong},
