@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
 from ..errors import UserError, some
@@ -14,12 +18,12 @@ from ..formats.fit import check_swappable, fit
 from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
 from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights
 from ..ops.dtypes import DType
-from ..ops.schemas import ADAPTER_IDS, DOMAIN
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..runtime.slots import Slots
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_generates, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -35,11 +39,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from ..parity.result import ParityReport
-    from ..pytorch.base import BaseModel
 
 __all__ = ["export_grouped"]
 
-_OF_ONE = ("mode", "swappable", "device", "quantize", "bundle_library")
+_OF_ONE = ("mode", "swappable", "device")
 
 
 def export_grouped(
@@ -104,26 +107,54 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
             )
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What one model is to hold: the union of the adapters' `layers`, its run-time `weights`, their values in `slots`.
+
+    `values` are each adapter's own, by its name. Slots are in the order of `adapters`.
+    """
+
+    adapters: Mapping[str, Adapter]
+    layers: Mapping[str, LayerAdapter]
+    weights: Sequence[RuntimeWeight]
+    slots: Slots
+    values: Mapping[str, Mapping[str, NDArray[Any]]]
+    filter_input: FilterInput
+
+    @property
+    def first(self) -> Adapter:
+        return next(iter(self.adapters.values()))
+
+
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
-    import onnx_ir as ir
-    import torch
-
-    from .graph import finish, trace
-    from .swappable import weights_to_inputs
-
-    opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
     clock("loading the base model")
-    first, *_ = adapters.values()
-    base = load_base(first, options.base_model)
+    base = load_base(next(iter(adapters.values())), options.base_model)
+    clock("adapting")
+    contents = _contents(adapters, base, options.dtype)
+    write = _write_generating if base.task == GENERATION else _write_encoder
+    opset, versions = write(contents, base, out, clock, options)
+    swappable = Swappable(
+        "adapter",
+        tuple(contents.weights),
+        slots={name: slot for slot, name in enumerate(adapters)},
+        adapters={name: AdapterId.of(adapter) for name, adapter in adapters.items()},
+    )
+    rows = [_row(layer, contents.slots) for layer in contents.layers.values()]
+    manifest = common_facts(
+        base, list(adapters.values()), out, options, opset, rows, swappable=swappable, versions=versions
+    )
+    for name, own in contents.values.items():
+        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest))
+    return manifest
+
+
+def _contents(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) -> _Contents:
+    """Raises UserError where an adapter doesn't fit the base, or the others."""
     if base.task == GENERATION:
-        raise UserError(
-            "Several adapters in one model (--adapters) isn't for causal language models yet. Export each by itself: "
-            "--adapter PATH."
-        )
+        _check_no_saved_modules(adapters)
     shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
         check_fits(adapter, shapes)
-    clock("adapting")
     filter_input = filter_input_of(list(adapters.values()))
     layers = _union(adapters.values(), shapes)
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
@@ -132,7 +163,30 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
     values = {name: fit(adapter, weights, filter_input) for name, adapter in adapters.items()}
     for slot, own in enumerate(values.values()):
         slots.put(slot, own)
-    _attach(base, layers, weights, filter_input)
+    return _Contents(adapters, layers, weights, slots, values, filter_input)
+
+
+def _check_no_saved_modules(adapters: Mapping[str, Adapter]) -> None:
+    for name, adapter in adapters.items():
+        if adapter.modules_to_save:
+            raise UserError(
+                f"The adapter {name} saves {some(adapter.modules_to_save)} whole, and rows of a language model share "
+                f"its own weights. Export it by itself (--adapter {adapter.path}), or train it without modules_to_save."
+            )
+
+
+def _write_encoder(
+    contents: _Contents, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
+) -> tuple[int, dict[str, str]]:
+    """Traces any model but a causal language model; returns the opset, and versions of further packages: none."""
+    import onnx_ir as ir
+    import torch
+
+    from .graph import finish, trace
+
+    check_generates(options, base.task)
+    opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
+    _attach(base, contents.layers, contents.weights, contents.filter_input)
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
     clock("tracing")
@@ -140,22 +194,29 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
         program = trace(base.model, inputs, opset)
         _add_adapter_ids(program.graph)
         finish(program, opset)
-    _check_batch_rows(program.graph)
-    weights_to_inputs(program.graph, {weight.name: ("slots", *weight.shape) for weight in weights}, slots.values)
+    _slots_to_inputs(program.graph, contents)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, first, out.parent)
-    swappable = Swappable(
-        "adapter",
-        tuple(weights),
-        slots={name: slot for slot, name in enumerate(adapters)},
-        adapters={name: AdapterId.of(adapter) for name, adapter in adapters.items()},
-    )
-    rows = [_row(layer, slots) for layer in layers.values()]
-    manifest = common_facts(base, list(adapters.values()), out, options, opset, rows, swappable=swappable)
-    for name, own in values.items():
-        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest))
-    return manifest
+    write_companions(base, contents.first, out.parent)
+    return opset, {}
+
+
+def _write_generating(
+    contents: _Contents, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
+) -> tuple[int, dict[str, str]]:
+    """Builds a causal language model; returns the opset, and the version of what built it."""
+    from .genai import build_graph, insert, save
+
+    model = build_graph(contents.first, base, out, options, contents.layers, changed=False, step=clock)
+    parts = {
+        path: {part: contents.slots.values[f"{path}.{name}"] for part, name in LAYER_PARTS.items()}
+        for path in contents.layers
+    }
+    insert(model, parts, contents.filter_input, options.dtype)
+    _add_adapter_ids(model.graph)
+    _slots_to_inputs(model.graph, contents)
+    save(model, out, options)
+    return model.opset_imports[""], {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
 
 
 def _union(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerAdapter]:
@@ -220,22 +281,32 @@ def _attach(
 
 
 def _add_adapter_ids(graph: ir.Graph) -> None:
-    """The graph input adapter_ids (batch) int64, the last input of every grouped node."""
+    """The graph input adapter_ids int64, one id for each row of the first input, the last input of every grouped node.
+
+    It has no default: a caller who forgets it gets an error, not the base's answer.
+    """
     import onnx_ir as ir
 
-    ids = ir.Value(name=ADAPTER_IDS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch"]))
+    shape = ir.Shape([_batch_axis(graph)])
+    ids = ir.Value(name=ADAPTER_IDS, type=ir.TensorType(ir.DataType.INT64), shape=shape)
     graph.inputs.append(ids)
     for node in _grouped_nodes(graph):
         node.resize_inputs(len(node.inputs) + 1)
         node.replace_input_with(len(node.inputs) - 1, ids)
 
 
-def _check_batch_rows(graph: ir.Graph) -> None:
-    """UserError where an adapted layer sees anything but the batch's rows: there, rows have no adapter of their own."""
+def _slots_to_inputs(graph: ir.Graph, contents: _Contents) -> None:
+    """Makes the weights of all slots inputs of the finished `graph`. UserError where a layer sees no rows of the batch.
+
+    There, such as at relative positions that all rows share, rows have no adapter of their own.
+    """
+    from .swappable import weights_to_inputs
+
+    batch = _batch_axis(graph)
     wrong = [
         node.metadata_props.get("module", "")
         for node in _grouped_nodes(graph)
-        if (shape := node.outputs[0].shape) is None or str(shape[0]) != "batch"
+        if (shape := node.outputs[0].shape) is None or str(shape[0]) != batch
     ]
     if wrong:
         raise UserError(
@@ -243,6 +314,14 @@ def _check_batch_rows(graph: ir.Graph) -> None:
             "all rows share. There, rows can't have adapters of their own: export the adapters apart, or train them on "
             "other layers."
         )
+    shapes = {weight.name: ("slots", *weight.shape) for weight in contents.weights}
+    weights_to_inputs(graph, shapes, contents.slots.values)
+
+
+def _batch_axis(graph: ir.Graph) -> str:
+    """What the first axis of the graph's first input is called: "batch" after a trace, "batch_size" by the builder."""
+    shape = graph.inputs[0].shape
+    return str(shape[0]) if shape is not None else ""
 
 
 def _grouped_nodes(graph: ir.Graph) -> list[ir.Node]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-__all__ = ["TOLERANCES", "Case", "adapter_of", "load_graph", "model_dtype", "prepare"]
+__all__ = ["TOLERANCES", "Case", "adapter_of", "load_graph", "model_dtype", "output_names", "prepare", "tolerance_of"]
 
 TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
@@ -106,7 +106,7 @@ def prepare(
         graph=graph,
         genai_config=genai_config,
         dtype=dtype,
-        tolerance=tolerance or (GENERATION_TOLERANCE if genai_config and dtype == "float32" else TOLERANCES[dtype]),
+        tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
         device=device,
         adapter=read,
         base=base,
@@ -117,8 +117,18 @@ def prepare(
         weights=weights,
         batches=tuple(batches),
         masks=tuple(padding_mask(batch) for batch in batches),
-        outputs=tuple(name for value in graph.graph.outputs if not is_cache(name := value.name or "")),
+        outputs=output_names(graph),
     )
+
+
+def tolerance_of(dtype: DType, genai_config: dict[str, Any] | None) -> float:
+    """The tolerance of a model of `dtype`; one with a `genai_config` is a causal language model."""
+    return GENERATION_TOLERANCE if genai_config and dtype == "float32" else TOLERANCES[dtype]
+
+
+def output_names(graph: ir.Model) -> tuple[str, ...]:
+    """The outputs that are compared: all but key/value caches."""
+    return tuple(name for value in graph.graph.outputs if not is_cache(name := value.name or ""))
 
 
 def adapter_of(adapter: Adapter | str | Path) -> Adapter:

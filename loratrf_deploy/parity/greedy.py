@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +19,17 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
-from ..genai.generate import CONFIG_FILE, generate_tokens, load_model
+from ..genai.generate import CONFIG_FILE, decode_rows, generate_tokens, load_model
 from ..pytorch.oracle import layers_off
 from ..runtime.session import library_path
 from .case import Case
 from .figures import Figures
-from .result import LIBRARY, NO_ADAPTER, Check, Variant
+from .result import LIBRARY, NO_ADAPTER, Check, Status, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
-
-__all__ = ["TOKENS", "check_greedy", "linked_folder"]
+__all__ = ["TOKENS", "Greedy", "check_greedy", "check_greedy_rows", "linked_folder", "torch_greedy"]
 
 TOKENS = 64
 _PROMPT = 12
@@ -70,79 +69,34 @@ def linked_folder(model: Path, graph: ir.Model, config: dict[str, Any], *, libra
         yield folder
 
 
-def check_greedy(case: Case) -> list[Check]:
-    """Whether onnxruntime-genai takes the tokens that PyTorch takes: greedy, TOKENS of them, with and without library.
+@dataclass(frozen=True)
+class Greedy:
+    """PyTorch's likeliest tokens after `prompt`, one by one, and the scores (V) that each was chosen by."""
 
-    A swappable model is given the adapter through onnxruntime-genai's own Adapters, and runs without one too. A token
-    that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is another
-    text and isn't compared. Requires a case with a genai_config.
+    prompt: list[int]
+    tokens: list[int]
+    scores: list[NDArray[Any]]
+
+    @property
+    def what(self) -> str:
+        return f"{len(self.tokens)} greedy tokens"
+
+
+def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
+    """What PyTorch's `model` continues a random prompt with, through its own cache; no end-of-sequence token among it.
+
+    `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12.
     """
-    facts, rng = (case.genai_config or {})["model"], np.random.default_rng(0)
-    length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
-    count = max(length - _PROMPT, 1)
-    prompt = rng.integers(0, case.base.model.config.vocab_size, length - count)
-    stops = facts.get("eos_token_id") or []
-    stops = [stops] if isinstance(stops, int) else stops
-    right = _torch_greedy(case.base.model, prompt, count, stops)
-    variants = dict(LIBRARY)
-    expected = dict.fromkeys(variants, right)
-    swappable = case.manifest and case.manifest.swappable
-    if swappable:
-        variants[NO_ADAPTER] = False
-        off = layers_off(case.base.model) if swappable.default == "base" else contextlib.nullcontext()
-        with off:
-            expected[NO_ADAPTER] = _torch_greedy(case.base.model, prompt, count, stops)
-    checks, name = [], f"{count} greedy tokens"
-    for variant, library in variants.items():
-        try:
-            got = _generate(case, prompt.tolist(), count, library=library, adapter_on=variant != NO_ADAPTER)
-        except UserError as error:
-            checks.append(Check(variant, name, "skipped", re.sub(r"/\.?loratrf-parity-\w+", "", str(error))))
-            continue
-        checks.append(_compare_tokens(variant, name, got, *expected[variant], case.tolerance))
-    return checks
-
-
-def _generate(case: Case, prompt: list[int], count: int, *, library: bool, adapter_on: bool) -> list[int]:
-    """What onnxruntime-genai makes of `prompt`, a swappable model with the adapter of `case` or without."""
-    with linked_folder(case.model, case.graph, case.genai_config or {}, library=library) as folder:
-        model, active = load_model(folder), None
-        if case.manifest is not None and adapter_on:
-            import onnxruntime_genai as og
-
-            file = folder / f"adapter{SUFFIX}"
-            write_adapter_file(file, case.weights, Origin.of(case.adapter, case.manifest))
-            active = (og.Adapters(model), "adapter")
-            active[0].load(str(file), active[1])
-        return list(generate_tokens(model, prompt, count, stop=False, active=active))
-
-
-def _compare_tokens(
-    variant: Variant, name: str, got: list[int], tokens: list[int], scores: list[NDArray[Any]], tolerance: float
-) -> Check:
-    equal = next((at for at, pair in enumerate(zip(got, tokens, strict=False)) if pair[0] != pair[1]), len(got))
-    share = equal / len(tokens)
-    if equal == len(tokens):
-        return Check(variant, name, "passed", "", Figures(0.0, 0.0, 1.0, 1.0, 0, len(tokens), len(tokens)))
-    reason = f"{len(got)} tokens came instead of {len(tokens)}"
-    if equal < len(got):
-        score = scores[equal]
-        margin = float(score[tokens[equal]] - score[got[equal]])
-        largest = float(np.abs(score[np.isfinite(score)]).max())
-        reason = f"token {equal + 1} is {got[equal]}, PyTorch takes {tokens[equal]}"
-        if margin <= 2 * tolerance * largest:
-            return Check(variant, name, "passed", f"{reason}: a tie, {equal} tokens before it agree")
-        reason += f" by a margin of {margin:.2e} (largest logit {largest:.2e})"
-    figures = Figures(float("nan"), float("nan"), float("nan"), share, 0, len(tokens), len(tokens))
-    return Check(variant, name, "failed", reason, figures)
-
-
-def _torch_greedy(
-    model: torch.nn.Module, prompt: NDArray[np.int64], count: int, stops: list[int]
-) -> tuple[list[int], list[NDArray[Any]]]:
-    """The likeliest tokens after `prompt`, one by one with PyTorch's own cache, and the scores (V) of each choice."""
     import torch
 
+    facts, rng = config["model"], np.random.default_rng(row)
+    length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
+    count = max(length - _PROMPT, 1)
+    size, vocabulary = max(length - count - 3 * (row % 4), 1), model.config.vocab_size
+    prompt = rng.integers(0, vocabulary, size)
+    # Where one stands at the end of a row, onnxruntime-genai takes it for padding.
+    prompt = np.where(prompt == _pad(config), (prompt + 1) % vocabulary, prompt)
+    stops = [] if facts.get("eos_token_id") is None else facts["eos_token_id"]  # 0 is a token too
     tokens: list[int] = []
     scores: list[NDArray[Any]] = []
     ids, cache = torch.from_numpy(prompt[None]), None
@@ -154,4 +108,107 @@ def _torch_greedy(
             tokens.append(int(score.argmax()))
             scores.append(score)
             ids = torch.tensor([[tokens[-1]]])
-    return tokens, scores
+    return Greedy(prompt.tolist(), tokens, scores)
+
+
+def check_greedy(case: Case) -> list[Check]:
+    """Whether onnxruntime-genai takes the tokens that PyTorch takes: greedy, TOKENS of them, with and without library.
+
+    A swappable model is given the adapter through onnxruntime-genai's own Adapters, and runs without one too. A token
+    that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is another
+    text and isn't compared. Requires a case with a genai_config.
+    """
+    config = case.genai_config or {}
+    right = torch_greedy(case.base.model, config)
+    variants = dict(LIBRARY)
+    expected = dict.fromkeys(variants, right)
+    swappable = case.manifest and case.manifest.swappable
+    if swappable:
+        variants[NO_ADAPTER] = False
+        off = layers_off(case.base.model) if swappable.default == "base" else contextlib.nullcontext()
+        with off:
+            expected[NO_ADAPTER] = torch_greedy(case.base.model, config)
+    checks = []
+    for variant, library in variants.items():
+        try:
+            got = _generate(case, expected[variant], library=library, adapter_on=variant != NO_ADAPTER)
+        except UserError as error:
+            checks.append(Check(variant, right.what, "skipped", _without_folder(error)))
+            continue
+        checks.append(_compare_tokens(variant, right.what, got, expected[variant], case.tolerance))
+    return checks
+
+
+def _generate(case: Case, right: Greedy, *, library: bool, adapter_on: bool) -> list[int]:
+    """What onnxruntime-genai makes of the prompt, a swappable model with the adapter of `case` or without."""
+    with linked_folder(case.model, case.graph, case.genai_config or {}, library=library) as folder:
+        model, active = load_model(folder), None
+        if case.manifest is not None and adapter_on:
+            import onnxruntime_genai as og
+
+            file = folder / f"adapter{SUFFIX}"
+            write_adapter_file(file, case.weights, Origin.of(case.adapter, case.manifest))
+            active = (og.Adapters(model), "adapter")
+            active[0].load(str(file), active[1])
+        return list(generate_tokens(model, right.prompt, len(right.tokens), stop=False, active=active))
+
+
+def check_greedy_rows(
+    model: Path, graph: ir.Model, config: dict[str, Any], rows: Mapping[str, Greedy], tolerance: float
+) -> list[Check]:
+    """Whether each row of one batch gets the tokens that PyTorch takes for it alone, with and without the library.
+
+    `rows` are by name and in the order of the slots of the grouped `model`, the base's last. Its `graph` and `config`
+    run. Ties as in `check_greedy`.
+    """
+    checks = []
+    for variant, library in LIBRARY.items():
+        try:
+            with linked_folder(model, graph, config, library=library) as folder:
+                got = _generate_rows(folder, list(rows.values()), _pad(config))
+        except (UserError, RuntimeError) as error:  # GenAI's own errors are plain RuntimeErrors
+            status: Status = "skipped" if isinstance(error, UserError) else "failed"
+            reason = _without_folder(error)
+            checks += [Check(variant, f"{right.what} ({name})", status, reason) for name, right in rows.items()]
+            continue
+        checks += [
+            _compare_tokens(variant, f"{right.what} ({name})", own, right, tolerance)
+            for own, (name, right) in zip(got, rows.items(), strict=True)
+        ]
+    return checks
+
+
+def _generate_rows(folder: Path, rows: Sequence[Greedy], pad: int) -> list[list[int]]:
+    """What onnxruntime-genai makes of all prompts in one batch, each row under its own slot, the last under none."""
+    prompts, ids = [row.prompt for row in rows], [*range(len(rows) - 1), -1]
+    made = decode_rows(
+        load_model(folder), prompts, len(rows[0].tokens), pad=pad, stop=False, adapter_ids=ids, search={}
+    )
+    return [list(row) for row in zip(*(tokens.tolist() for tokens in made), strict=True)]
+
+
+def _pad(config: dict[str, Any]) -> int:
+    return config["model"].get("pad_token_id", 0)
+
+
+def _without_folder(error: Exception) -> str:
+    return re.sub(r"/\.?loratrf-parity-\w+", "", str(error))
+
+
+def _compare_tokens(variant: Variant, name: str, got: list[int], right: Greedy, tolerance: float) -> Check:
+    tokens = right.tokens
+    equal = next((at for at, pair in enumerate(zip(got, tokens, strict=False)) if pair[0] != pair[1]), len(got))
+    share = equal / len(tokens)
+    if equal == len(tokens):
+        return Check(variant, name, "passed", "", Figures(0.0, 0.0, 1.0, 1.0, 0, len(tokens), len(tokens)))
+    reason = f"{len(got)} tokens came instead of {len(tokens)}"
+    if equal < len(got):
+        score = right.scores[equal]
+        margin = float(score[tokens[equal]] - score[got[equal]])
+        largest = float(np.abs(score[np.isfinite(score)]).max())
+        reason = f"token {equal + 1} is {got[equal]}, PyTorch takes {tokens[equal]}"
+        if margin <= 2 * tolerance * largest:
+            return Check(variant, name, "passed", f"{reason}: a tie, {equal} tokens before it agree")
+        reason += f" by a margin of {margin:.2e} (largest logit {largest:.2e})"
+    figures = Figures(float("nan"), float("nan"), float("nan"), share, 0, len(tokens), len(tokens))
+    return Check(variant, name, "failed", reason, figures)

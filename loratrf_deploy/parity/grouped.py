@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +15,36 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
 from ..formats.manifest import read_swappable
+from ..genai.generate import decoder_config
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS
-from ..pytorch.base import Inputs, Outputs
+from ..pytorch.base import BaseModel, Inputs, Outputs
 from ..pytorch.oracle import bare_reference, load_reference, run_torch
-from .case import TOLERANCES, adapter_of, load_graph, model_dtype
+from .case import adapter_of, load_graph, model_dtype, output_names, tolerance_of
 from .checks import effect_checks, parity_checks
+from .greedy import Greedy, check_greedy_rows, torch_greedy
 from .inputs import default_inputs, padding_mask
 from .onnx_runs import Run, run_batches
+from .quantised import dequantise_reference, exact_arithmetic
 from .result import LIBRARY, WITH_LIBRARY, Check, ParityReport, Step, Variant, versions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["check_grouped_parity"]
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A grouped model, its adapters in the order of their slots, and what it gives."""
+    """A grouped model, its adapters in the order of their slots, and what it gives.
+
+    `genai_config` is there where the model generates. Where its base is `quantised`, `graph` computes in float32.
+    """
 
     model: Path
+    graph: ir.Model
+    genai_config: dict[str, Any] | None
+    quantised: bool
     adapters: dict[str, Adapter]
     base_model: str | Path | None
     dtype: DType
@@ -41,11 +54,17 @@ class _Case:
 
 @dataclass(frozen=True)
 class _TorchOutputs:
-    """Of the same `batches`: by adapter, the bare base last, with the adapter `on` and with its layers `off`."""
+    """Of the same `batches`: by adapter, the bare base last, with the adapter `on` and with its layers `off`.
+
+    Of a model that generates, `greedy` has the tokens of each, the bare base's last, after a prompt of its own. Where
+    the base is quantised, `weight_checks` say whether the graph's weights are its own.
+    """
 
     batches: Sequence[Inputs]
     on: Sequence[Sequence[Outputs]]
     off: Sequence[Sequence[Outputs]]
+    greedy: Sequence[Greedy]
+    weight_checks: Sequence[Check]
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,9 @@ def check_grouped_parity(
     `adapters` (name -> folder, or what `read_adapter` gave) are all of the model's, by its own names. Every batch runs
     with each adapter on all rows, with the base on all rows (id -1) and with adapters and base mixed, with the library
     and without; and each adapter must make a difference to the base, as in `check_parity`. Outputs are named "logits
-    (NAME)", "logits (id -1)" and "logits (mixed rows)". Raises UserError where model, adapters or base are at fault.
+    (NAME)", "logits (id -1)" and "logits (mixed rows)". A causal language model also generates: one batch with a row
+    for each adapter and one for the base, held against what PyTorch generates for each alone. A quantised base is
+    compared as in `check_parity`. Raises UserError where model, adapters or base are at fault.
     """
     begin = time.perf_counter()
     case = _prepare(Path(model), adapters, base_model, tolerance)
@@ -77,6 +98,10 @@ def check_grouped_parity(
     plans = _plans(case, expected.batches)
     runs = _run_onnx(case, expected.batches, plans, step)
     checks = _judge(case, expected, plans, runs)
+    if case.genai_config is not None:
+        step("generating")
+        rows = dict(zip([*case.adapters, "id -1"], expected.greedy, strict=True))
+        checks += check_greedy_rows(case.model, case.graph, case.genai_config, rows, case.tolerance)
     failed = any(check.status == "failed" for check in checks)
     shapes = [{name: tuple(value.shape) for name, value in batch.items()} for batch in expected.batches]
     return ParityReport(
@@ -110,31 +135,49 @@ def _prepare(
             f"with {some(adapters)}. Name all of its own, and no other: --adapters NAME=PATH ..."
         )
     graph = load_graph(model)
-    dtype = model_dtype(graph)
+    dtype, genai_config = model_dtype(graph), decoder_config(model)
     return _Case(
-        model,
-        {name: adapter_of(adapters[name]) for name in known},
-        base_model,
-        dtype,
-        TOLERANCES[dtype] if tolerance is None else tolerance,
-        tuple(value.name or "" for value in graph.graph.outputs),
+        model=model,
+        graph=graph,
+        genai_config=genai_config,
+        quantised=exact_arithmetic(graph),
+        adapters={name: adapter_of(adapters[name]) for name in known},
+        base_model=base_model,
+        dtype=dtype,
+        tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
+        outputs=output_names(graph),
     )
 
 
 def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
     batches: list[Inputs] = []
-    on, off = [], []
+    on, off, greedy = [], [], list[Greedy]()
     for name, adapter in case.adapters.items():
         step(f"running PyTorch with {name}")
         reference = load_reference(adapter, case.base_model, dtype=case.dtype)
+        _dequantise(case, reference, adapter)
         batches = batches or default_inputs(reference)
         on.append([run_torch(reference, batch) for batch in batches])
         off.append([run_torch(reference, batch, adapter_on=False) for batch in batches])
+        greedy += _generate(case, reference, row=len(greedy))
         del reference  # its memory is the next one's
     step("running PyTorch with the base")
-    base = bare_reference(next(iter(case.adapters.values())), case.base_model, dtype=case.dtype)
+    first = next(iter(case.adapters.values()))
+    base = bare_reference(first, case.base_model, dtype=case.dtype)
+    weight_checks = _dequantise(case, base, first)
     on.append([run_torch(base, batch) for batch in batches])
-    return _TorchOutputs(batches, on, off)
+    greedy += _generate(case, base, row=len(greedy))
+    return _TorchOutputs(batches, on, off, greedy, weight_checks)
+
+
+def _dequantise(case: _Case, reference: BaseModel, adapter: Adapter) -> list[Check]:
+    """Gives a reference the graph's own weights where these are quantised; the check that they are the model's own."""
+    return [dequantise_reference(case.graph, reference, adapter, merged=False)] if case.quantised else []
+
+
+def _generate(case: _Case, reference: BaseModel, row: int) -> list[Greedy]:
+    """What a reference generates by itself, with the prompt of `row`; nothing where the model doesn't generate."""
+    return [torch_greedy(reference.model, case.genai_config, row)] if case.genai_config is not None else []
 
 
 def _plans(case: _Case, batches: Sequence[Inputs]) -> list[_Plan]:
@@ -157,12 +200,13 @@ def _ids(batches: Sequence[Inputs], slots: Sequence[int]) -> list[NDArray[np.int
 
 def _run_onnx(case: _Case, batches: Sequence[Inputs], plans: Sequence[_Plan], step: Step) -> dict[Variant, list[Run]]:
     """By variant, what each plan gave. Raises UserError where ONNX Runtime runs the model neither way."""
+    graph = case.graph if case.quantised else None
     fed = [batch | {ADAPTER_IDS: ids} for plan in plans for batch, ids in zip(batches, plan.ids, strict=True)]
     runs: dict[Variant, list[Run]] = {}
     refusals = []
     for variant, library in LIBRARY.items():
         step(f"running ONNX Runtime {variant}")
-        ran = run_batches(case.model, fed, case.outputs, library)
+        ran = run_batches(case.model, fed, case.outputs, library, graph=graph)
         if isinstance(ran, UserError):
             refusals.append(ran)
             runs[variant] = [ran for _ in plans]
@@ -190,7 +234,7 @@ def _judge(
     for name, run, on, off in zip(case.adapters, worked, expected.on, expected.off, strict=False):
         assert isinstance(run, list)
         add(effect_checks(run, case.outputs, on, off, masks, case.tolerance), name)
-    return checks
+    return [*checks, *expected.weight_checks]
 
 
 def _pick(
