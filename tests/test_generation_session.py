@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from loratrf_deploy import GenerationSession, UserError, read_adapter
-from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter
+from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
 from loratrf_deploy.pytorch.oracle import layers_off, load_reference
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [20, 21], list(range(30, 60))]
@@ -365,3 +365,96 @@ def test_scale_is_that_of_alpha_and_gamma(zoo: Zoo, session: GenerationSession, 
     session.load("half", tmp_path / "half.onnx_adapter")
     right = tokens(session, PROMPTS, adapter="half")
     assert tokens(session, PROMPTS, adapter="ours", scale=0.5) == right != tokens(session, PROMPTS, adapter="ours")
+
+
+@pytest.fixture(scope="module")
+def mixed(make_llm: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one model in which each row names "ours", "plain" or none."""
+    base, ours = make_llm("llama", "loratrf")
+    _, plain = make_llm("llama", "lora", r=9, seed=7, target_modules=["q_proj", "down_proj"])
+    out = tmp_path_factory.mktemp("mixed") / "model.onnx"
+    export_grouped({"ours": ours, "plain": plain}, out, ExportOptions(base_model=base, check=False))
+    return out.parent
+
+
+@pytest.fixture
+def team(mixed: Path) -> GenerationSession:
+    session = GenerationSession(mixed)
+    for name in ("ours", "plain"):
+        session.load(name, mixed / f"{name}.onnx_adapter")
+    return session
+
+
+def test_each_row_names_its_adapter(team: GenerationSession, expected: dict) -> None:
+    for names in (["ours", "plain", None, "plain"], [None] * 4, ["plain", "ours", "ours", None]):
+        assert tokens(team, PROMPTS, adapters=names) == [expected[name][at] for at, name in enumerate(names)]
+    assert tokens(team, PROMPTS, adapter="plain") == expected["plain"]
+    assert tokens(team, PROMPTS, adapter=None) == expected[None]
+    # Rows that end in the pad token run by themselves, under their own adapter.
+    rows = [[5, 6, 7, team._pad], PROMPTS[1]]
+    alone = [tokens(team, [row], adapter=name)[0] for row, name in zip(rows, ("ours", "plain"), strict=True)]
+    assert tokens(team, rows, adapters=["ours", "plain"]) == alone
+    assert team.default == "base"
+
+
+def test_trap_adapter_ids_can_not_be_forgotten(mixed: Path) -> None:
+    """A default would be dropped in silence, and every row would pass for the base's."""
+    params = og.GeneratorParams(model := og.Model(str(mixed)))
+    params.set_search_options(max_length=10, batch_size=1)
+    with pytest.raises(Exception, match="adapter_ids"):
+        og.Generator(model, params).append_tokens(np.array([5, 6], np.int32))
+
+
+def test_slots_grow_and_are_used_again(team: GenerationSession, mixed: Path, expected: dict) -> None:
+    for number in range(10):
+        team.load(f"guest {number}", mixed / f"{('ours', 'plain')[number % 2]}.onnx_adapter")
+    names = ["guest 9", "guest 0", None, "guest 5"]
+    right = [expected[name][at] for at, name in enumerate(("plain", "ours", None, "plain"))]
+    assert tokens(team, PROMPTS, adapters=names) == right
+    for number in range(10):
+        team.unload(f"guest {number}")
+    count = team._slots._count
+    team.load("late", mixed / "plain.onnx_adapter")
+    assert team._slots._count == count == 16
+    assert tokens(team, PROMPTS[:2], adapters=["late", "ours"]) == [expected["plain"][0], expected["ours"][1]]
+
+
+def test_a_blend_in_a_row(team: GenerationSession, expected: dict) -> None:
+    half = tokens(team, PROMPTS[:1], adapter={"plain": 0.5})
+    assert tokens(team, PROMPTS[:3], adapters=["ours", {"plain": 0.5}, None])[0] == expected["ours"][0]
+    assert tokens(team, [PROMPTS[0]] * 2, adapters=[{"plain": 0.5}, "plain"]) == [half[0], expected["plain"][0]]
+
+
+def test_what_is_not_one_adapter_per_row(team: GenerationSession) -> None:
+    with pytest.raises(UserError, match="names 1 adapters for 2 prompts"):
+        team.generate(["a", "b"], adapters=["ours"])
+    with pytest.raises(UserError, match=r"No adapter 'es' is loaded\. Loaded: "):
+        team.generate(["a", "b"], adapters=["ours", "es"])
+    with pytest.raises(UserError, match="activate_after is for a model of --swappable"):
+        next(team.stream("a", activate_after="b", adapter="ours"))
+
+
+def test_threads_whose_rows_mix_adapters_that_come_and_go(team: GenerationSession, mixed: Path, expected) -> None:
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(6):
+            rows = [int(at) for at in rng.choice(len(PROMPTS), int(rng.integers(1, 5)), replace=False)]
+            names = [(None, "ours", "plain")[int(rng.integers(3))] for _ in rows]
+            got = tokens(team, [PROMPTS[at] for at in rows], adapters=names)
+            if got != [expected[name][at] for at, name in zip(rows, names, strict=True)]:
+                wrong.append((seed, rows, names, got))
+
+    def churn() -> None:
+        for number in range(12):
+            team.load("plain", mixed / "plain.onnx_adapter", replace=True)
+            team.load(f"guest {number}", mixed / "ours.onnx_adapter")
+            team.unload(f"guest {number}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(5)] + [threading.Thread(target=churn)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
