@@ -148,7 +148,8 @@ def parts(times: dict[str, dict[str, list[float]]], reference: str) -> dict[str,
     for name, row in rows.items():
         for part, values in times[name].items():
             row[f"{part}_ms"] = 1e3 * statistics.median(values)
-            row[f"{part}_ratio"] = ratio(values, times[reference][part])
+            if part in times[reference]:
+                row[f"{part}_ratio"] = ratio(values, times[reference][part])
     return rows
 
 
