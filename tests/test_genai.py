@@ -19,6 +19,7 @@ import tiny_llm
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.genai import check_precision, insert
+from loratrf_deploy.formats.manifest import Manifest
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
@@ -36,13 +37,14 @@ def operators(model: Path) -> dict[str, int]:
     return counts
 
 
-def prove(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, Any]:
+def prove(adapter: Path, base: Path, out: Path, **options: Any) -> Manifest:
     """Exports with the parity check, which must hold in every comparison; returns the manifest."""
     result = export_adapter(adapter, out, ExportOptions(base_model=base, **options))
     assert result.parity is not None
     assert {check.status for check in result.parity.checks} == {"passed"}
     greedy = [check for check in result.parity.checks if check.output == "64 greedy tokens"]
-    assert [check.variant for check in greedy] == ["with library", "without library"]
+    without = ["no adapter"] if "swappable" in options else []
+    assert [check.variant for check in greedy] == ["with library", "without library", *without]
     for check in result.parity.checks:
         if check.output == "logits" and check.variant != "base-off":
             assert check.figures is not None
@@ -50,15 +52,19 @@ def prove(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, Any
     return result.manifest
 
 
-@pytest.mark.parametrize(("mode", "quantize"), [("separate", "none"), ("separate", "int4"), ("merged", "int8")])
+WAYS = [("separate", "none"), ("separate", "int4"), ("merged", "int8"), ("swappable", "none"), ("swappable", "int4")]
+
+
+@pytest.mark.parametrize(("mode", "quantize"), WAYS)
 @pytest.mark.parametrize("kind", ["lora", "loratrf"])
 @pytest.mark.parametrize("family", tiny_llm.FAMILIES)
 def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
     base, adapter = make_llm(family, kind)
-    manifest = prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+    how = {"swappable": "base"} if mode == "swappable" else {"mode": mode}
+    manifest = prove(adapter, base, tmp_path / "model.onnx", quantize=quantize, **how)
     layers = 2 * len(tiny_llm.targets(family))
     assert len(manifest.layers) == layers
-    op = {"lora": "LowRank", "loratrf": "LoraTrf"}[kind] if mode == "separate" else "TaskFilter"
+    op = {"lora": "LowRank", "loratrf": "LoraTrf"}[kind] if mode != "merged" else "TaskFilter"
     assert operators(tmp_path / "model.onnx") == ({} if (kind, mode) == ("lora", "merged") else {op: layers})
     assert (manifest.task, manifest.quantize, manifest.device) == ("text-generation", quantize, "cpu")
 
