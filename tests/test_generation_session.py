@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from loratrf_deploy import GenerationSession, UserError, read_adapter
 from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
 from loratrf_deploy.pytorch.oracle import layers_off, load_reference
+from shared import edit_json
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15], [20, 21], list(range(30, 60))]
 COUNT = 12
@@ -307,6 +309,20 @@ def test_folders_that_are_no_language_model(tmp_path: Path, make_export: Callabl
         GenerationSession(tmp_path)
     with pytest.raises(UserError, match=r"no genai_config\.json"):
         GenerationSession(make_export().model.parent)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: edit_json(folder / "genai_config.json", model={"pad_token_id": "x"}),
+    ],
+)
+def test_a_damaged_folder_is_one_paragraph(zoo: Zoo, tmp_path: Path, damage: Callable) -> None:
+    folder = Path(shutil.copytree(zoo.folder, tmp_path / "copy"))
+    damage(folder)
+    with pytest.raises(UserError, match=r"can't load|generation can use|is damaged"):
+        GenerationSession(folder)
 
 
 def test_it_needs_neither_torch_nor_transformers(zoo: Zoo, expected: dict) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..errors import UserError
 from ..formats.manifest import MANIFEST, Swappable, read_manifest, read_swappable
 from ..formats.swappable import Default
-from ..genai.generate import decode_rows, load_model, read_config
+from ..genai.generate import CONFIG_FILE, decode_rows, load_model, read_config
 from .genai_adapters import GenaiAdapters, Placed
 from .residents import AdapterInfo, Choice, Residents
 from .slots import SlotBank
@@ -42,12 +42,20 @@ class GenerationSession:
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
         self._model = load_model(folder)
-        self._config = read_config(folder)["model"]
-        self._tokenizer = og.Tokenizer(self._model)
-        self._pad, self._context = self._config["pad_token_id"], self._config["context_length"]
-        stops = self._config.get("eos_token_id") or []
-        self._stops = {stops} if isinstance(stops, int) else set(stops)
-        graph = folder / self._config["decoder"]["filename"]
+        config = read_config(folder)["model"]
+        try:
+            self._tokenizer = og.Tokenizer(self._model)
+            self._pad, self._context, self._vocabulary = (
+                int(config[name]) for name in ("pad_token_id", "context_length", "vocab_size")
+            )
+            stops = config.get("eos_token_id")
+            self._stops = set() if stops is None else {stops} if isinstance(stops, int) else set(stops)
+            graph = folder / config["decoder"]["filename"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{folder} has no tokenizer, or a {CONFIG_FILE}, that generation can use ({error}). Export the model "
+                "again with loratrf-export."
+            ) from error
         self._swappable: Swappable | None = None
         if (folder / MANIFEST).is_file() and read_manifest(folder / MANIFEST).swappable is not None:
             manifest, self._swappable = read_swappable(graph)
@@ -214,9 +222,8 @@ class GenerationSession:
         return list(adapters)
 
     def _check(self, prompts: Sequence[Sequence[int]], count: int) -> None:
-        known = self._config["vocab_size"]
-        if foreign := [token for row in prompts for token in row if not 0 <= token < known]:
-            raise UserError(f"A prompt has token {foreign[0]}, the model knows 0 to {known - 1}.")
+        if foreign := [token for row in prompts for token in row if not 0 <= token < self._vocabulary]:
+            raise UserError(f"A prompt has token {foreign[0]}, the model knows 0 to {self._vocabulary - 1}.")
         if empty := [at for at, row in enumerate(prompts) if not len(row)]:
             raise UserError(f"Prompt {empty[0]} is empty: the model needs at least one token to go on from.")
         longest = max(map(len, prompts), default=0)
