@@ -252,7 +252,7 @@ def test_values_that_overflow_are_named(dtype: str, share: float) -> None:
         ({"fr": np.ones((30, 30))}, "has 'fr': array"),
         ({"fr": 1j}, "has 'fr': 1j"),
         ({3: 0.5}, "has 3: 0.5"),
-        ({"fr": 0.5, "de": 0.5}, r"No adapter 'de' is loaded\. Loaded: 'fr', 'legal', 'short'"),
+        ({"fr": 0.5, "de": 0.5}, r"No adapter 'de' is loaded\. Loaded: 'fr', 'legal', 'short'\. Load it"),
         ({"fr": 1e39}, "exceeds float32"),
     ],
 )
