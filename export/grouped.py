@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
 from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
-from ..formats.fit import check_swappable, fit
+from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
 from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights
 from ..ops.dtypes import DType
@@ -92,6 +92,7 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
         check_swappable(adapter)
+        check_always_active(adapter)
         remedy = "Leave it out and export it merged: --adapter PATH --mode merged."
         check_ranks(adapter, merges=False, device="cpu", remedy=remedy)
         if adapter.task_type != first.task_type:

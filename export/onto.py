@@ -8,9 +8,9 @@ from pathlib import Path
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
-from ..formats.fit import fit
+from ..formats.fit import check_always_active, fit
 from ..formats.manifest import Manifest, read_swappable
-from ..pytorch.base import TASKS
+from ..pytorch.base import GENERATION, TASKS
 from .files import base_sha256, check_writable, written_aside
 
 __all__ = ["Converted", "convert_adapter"]
@@ -41,6 +41,8 @@ def convert_adapter(
     manifest, swappable = read_swappable(onto)
     loaded = read_adapter(adapter)
     base_by = _check_origin(loaded, onto, manifest, base_model)
+    if manifest.task != GENERATION or swappable.slots:
+        check_always_active(loaded)
     values = fit(loaded, swappable.weights, manifest.adapter.filter_input)
     with written_aside(out) as aside:
         write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest))

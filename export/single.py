@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
-from ..formats.fit import check_swappable, fit
+from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
@@ -61,6 +61,8 @@ def export_adapter(
         )
     if options.swappable is not None:
         check_swappable(loaded)
+    else:
+        check_always_active(loaded)
     remedy = "" if options.merges else "Export it merged: --mode merged."
     check_ranks(loaded, merges=options.merges, device=options.device, remedy=remedy)
 
@@ -125,6 +127,7 @@ def _write_encoder(
     from .graph import finish, trace
     from .swappable import Swap
 
+    check_always_active(adapter)
     opset = options.opset or DEFAULT_OPSET
     check_generates(options, base.task)
     if options.check:

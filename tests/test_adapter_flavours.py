@@ -185,13 +185,6 @@ APART: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: lora(use_bdlora={"target_modules_bd_a": ["query"], "nblocks": 2}),
         "use_bdlora",
     ),
-    "aLoRA": (
-        gpt2,
-        lambda: lora(
-            target_modules=["c_attn"], task_type="CAUSAL_LM", alora_invocation_tokens=[1], fan_in_fan_out=True
-        ),
-        "alora_invocation_tokens",
-    ),
     "convolution": (ConvAndAttention, lambda: lora(target_modules=["0"]), "convolution"),
     "attention": (ConvAndAttention, lambda: lora(target_modules=["1"]), "nested adapted layers"),
     "parameter": (

@@ -474,3 +474,58 @@ def test_threads_whose_rows_mix_adapters_that_come_and_go(team: GenerationSessio
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+INVOCATION = [40, 41]
+
+
+def test_an_alora_begins_at_its_invocation_as_in_peft(zoo: Zoo, session, expected, make_llm, tmp_path) -> None:
+    import peft
+    import transformers
+
+    _, adapter = make_llm("llama", "lora", r=5, seed=13, alora_invocation_tokens=INVOCATION)
+    read = read_adapter(adapter)
+    assert (read.invocation_tokens, read.not_separable) == (tuple(INVOCATION), None)
+    file = tmp_path / "late.onnx_adapter"
+    convert_adapter(adapter, zoo.folder / "model.onnx", file, base_model=zoo.base)
+    session.load("late", file)
+    base = transformers.AutoModelForCausalLM.from_pretrained(zoo.base)
+    model = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    rows = [
+        [5, 6, *INVOCATION, 7, 8],
+        [*INVOCATION, 5, 6, *INVOCATION],  # the last one counts
+        [*INVOCATION, 9],
+        [40, 40, 41, 12],
+        PROMPTS[1],  # none: not active
+    ]
+
+    def pefts(row: list[int]) -> list[int]:
+        made = model.generate(input_ids=torch.tensor([row]), max_new_tokens=COUNT, do_sample=False)[
+            0, len(row) :
+        ].tolist()
+        return made[: made.index(1)] if 1 in made else made
+
+    right = [pefts(row) for row in rows]
+    assert right[4] == expected[None][1]
+    assert right[0] != tokens(session, rows[:1], adapter=None)[0]
+    assert tokens(session, rows, adapter="late") == right
+    assert [tokens(session, [row], adapter="late")[0] for row in rows] == right
+    with pytest.raises(UserError, match="it can't be blended"):
+        tokens(session, rows, adapter={"late": 0.5, "plain": 0.5})
+    with pytest.raises(UserError, match="activate_after is not for an aLoRA"):
+        next(session.stream("x", activate_after="y", adapter="late"))
+
+
+def test_an_alora_is_exported_swappable_and_proven_or_refused(make_llm: Callable, tmp_path: Path, refused, zoo) -> None:
+    base, adapter = make_llm("llama", "lora", r=5, seed=13, alora_invocation_tokens=INVOCATION)
+    result = export_adapter(adapter, tmp_path / "out" / "model.onnx", ExportOptions(base_model=base, swappable="base"))
+    assert result.parity is not None
+    assert result.parity.passed
+    for options in (
+        ["--adapter", adapter],
+        ["--adapter", adapter, "--mode", "separate"],
+        ["--adapters", f"a={adapter}"],
+    ):
+        text = refused(tmp_path / "no" / "model.onnx", *options, "--base-model", base)
+        assert "active only after its invocation tokens" in text
+        assert "--swappable base" in text

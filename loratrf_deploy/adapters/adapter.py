@@ -121,6 +121,12 @@ class Adapter:
     sha256: str
     dtype: str
 
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        """Of an aLoRA: the tokens from whose last occurrence in a prompt on it is active; None for others."""
+        tokens = self.config.get("alora_invocation_tokens")
+        return tuple(tokens) if tokens else None
+
 
 def read_adapter(path: str | Path) -> Adapter:
     """The adapter in the folder `path`: adapter_config.json and adapter_model.safetensors, in PEFT's layout.

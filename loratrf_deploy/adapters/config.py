@@ -44,7 +44,6 @@ _NOT_SEPARABLE_FIELDS = {
     "kasa_config": "it truncates the base weights",
     "arrow_config": "it routes tokens between several adapters",
     "monteclora_config": "it samples its weights",
-    "alora_invocation_tokens": "it is active only after its invocation tokens",
     "layer_replication": "it repeats layers of the base model",
     "trainable_token_indices": "it trains token embeddings",
     "target_parameters": "it adapts bare parameters instead of linear layers",
@@ -108,6 +107,9 @@ class _Checker:
         layers = self.config.get("layers_to_transform")
         if not (layers is None or _is_index(layers) or (isinstance(layers, list) and all(map(_is_index, layers)))):
             self.fail("layers_to_transform", "null, a layer number or a list of them")
+        tokens = self.config.get("alora_invocation_tokens")
+        if not (tokens is None or (isinstance(tokens, list) and tokens and all(map(_is_index, tokens)))):
+            self.fail("alora_invocation_tokens", "null or a list of token ids")
         self.pattern("rank_pattern", self.rank)
         self.pattern("alpha_pattern", self.number)
         if kind == "LORATRF":

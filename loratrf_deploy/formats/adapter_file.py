@@ -36,17 +36,26 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Origin:
-    """What an .onnx_adapter says of itself: which adapter it is, of which base, for which export (model.onnx)."""
+    """What an .onnx_adapter says of itself: which adapter it is, of which base, for which export (model.onnx).
+
+    An aLoRA is active from the last occurrence of its `invocation_tokens` in a prompt on.
+    """
 
     adapter: AdapterId
     base_sha256: str | None
     model_sha256: str
     format: int = _FORMAT
+    invocation_tokens: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, adapter: Adapter, manifest: Manifest) -> Origin:
         """That of `adapter` for the model that `manifest` describes."""
-        return cls(AdapterId.of(adapter), manifest.base.sha256, manifest.model.sha256)
+        return cls(
+            AdapterId.of(adapter),
+            manifest.base.sha256,
+            manifest.model.sha256,
+            invocation_tokens=adapter.invocation_tokens,
+        )
 
 
 @dataclass(frozen=True)

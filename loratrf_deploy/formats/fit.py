@@ -13,7 +13,7 @@ from ..errors import UserError, some
 from ..ops.dtypes import NUMPY
 from .swappable import RuntimeWeight, zeros
 
-__all__ = ["check_swappable", "fit"]
+__all__ = ["check_always_active", "check_swappable", "fit"]
 
 
 def check_swappable(adapter: Adapter) -> None:
@@ -34,6 +34,15 @@ def check_swappable(adapter: Adapter) -> None:
         raise UserError(
             f"The adapter {adapter.path} can't be swapped at run time: {problem}. Export it as a model of its own, "
             "without --swappable and --onto."
+        )
+
+
+def check_always_active(adapter: Adapter) -> None:
+    """UserError for an aLoRA, where nothing can switch an adapter on within a prompt."""
+    if adapter.invocation_tokens is not None:
+        raise UserError(
+            f"The adapter {adapter.path} is active only after its invocation tokens (alora_invocation_tokens). Only a "
+            "causal language model whose adapters swap can do that: export it with --swappable base."
         )
 
 

@@ -28,7 +28,8 @@ def load_reference(
 
     With `dtype` "float16" every weight is rounded to float16 first (after merging, with `merge`) and the arithmetic
     stays in float32: what a float16 export should compute, so that an error of the export can't hide behind the
-    rounding of weights that the user asked for. Raises UserError where PEFT refuses the adapter.
+    rounding of weights that the user asked for. An aLoRA is active throughout: where it begins is the caller's to say.
+    Raises UserError where PEFT refuses the adapter.
     """
     import peft
     import torch
@@ -37,7 +38,10 @@ def load_reference(
 
     base = load_base(adapter, base_model, dtype="float32")
     try:
-        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path)).eval()
+        config = peft.PeftConfig.from_pretrained(str(adapter.path))
+        if adapter.invocation_tokens is not None:
+            config.alora_invocation_tokens = None
+        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path), config=config).eval()
         if dtype != "float32":
             if merge:
                 merge_adapter(model)

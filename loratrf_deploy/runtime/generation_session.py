@@ -121,16 +121,20 @@ class GenerationSession:
         `adapter` is one loaded name for all rows, or a blend {name: weight}; `adapters` names one per row instead, for
         a model of --adapters. None asks for the model's default (see `default`): where the model takes adapters, one of
         the two must be given. `scale` multiplies alpha/R and gamma, as in `AdapterSession.run`. `search` are
-        onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy. Raises
-        UserError for an unknown adapter, an empty prompt, or one that leaves no room in the context.
+        onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy. An
+        aLoRA is active from the last occurrence of its invocation tokens in a prompt on; in one that has none it is
+        not. Raises UserError for an unknown adapter, an empty prompt, or one that leaves no room in the context.
         """
         self._check(prompts, max_new_tokens)
         if not prompts:
             return []
         choices = self._choices(len(prompts), adapter, adapters, scale)
         made: list[list[int]] = [[] for _ in prompts]
-        # onnxruntime-genai takes a pad token at a row's end for padding wherever there are several rows.
-        alone = [at for at, row in enumerate(prompts) if row[-1] == self._pad and len(prompts) > 1]
+        # onnxruntime-genai takes a pad token at a row's end for padding wherever there are several rows, and activates
+        # an adapter for all of them at once.
+        alone = [
+            at for at, row in enumerate(prompts) if row[-1] == self._pad or self._invocation(choices[at]) is not None
+        ]
         together = [at for at in range(len(prompts)) if at not in alone]
         for batch in ([together] if together else []) + [[at] for at in alone]:
             own = [choices[at] for at in batch]
@@ -185,6 +189,14 @@ class GenerationSession:
             placed = self._slots.bound()
         elif choices[0] is not None:
             placed = self._residents.resident(choices[0], scale)
+            if (invocation := self._invocation(choices[0])) is not None:
+                begin = _last(rows[0], invocation)
+                if prefix:
+                    raise UserError("activate_after is not for an aLoRA, which begins at its own invocation tokens.")
+                if begin is None:  # PEFT's rule: without its invocation the adapter is not active
+                    placed = None
+                else:
+                    prefix, rows = rows[0][:begin], [rows[0][begin:]]
         yield from decode_rows(
             self._model,
             rows,
@@ -195,6 +207,16 @@ class GenerationSession:
             prefix=prefix,
             search=search,
         )
+
+    def _invocation(self, choice: Choice | None) -> tuple[int, ...] | None:
+        """The invocation tokens of an aLoRA, None for others. UserError for a blend that one is in."""
+        if self._swappable is None or choice is None:
+            return None
+        if isinstance(choice, str):
+            return self._residents.origin(choice).invocation_tokens
+        if late := [name for name in choice if self._residents.origin(name).invocation_tokens]:
+            raise UserError(f"{late[0]} is an aLoRA, which begins within a prompt: it can't be blended. Name it alone.")
+        return None
 
     def _choices(
         self, rows: int, adapter: Choice | EllipsisType | None, adapters: Sequence[Choice | None] | None, scale: float
@@ -256,3 +278,9 @@ class GenerationSession:
                 "--adapters NAME=PATH ..."
             )
         return self._residents
+
+
+def _last(row: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Where `tokens` begin in `row` for the last time, None where they don't occur."""
+    starts = range(len(row) - len(tokens), -1, -1)
+    return next((at for at in starts if list(row[at : at + len(tokens)]) == list(tokens)), None)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..formats.adapter_file import AdapterFile, read_adapter_file
+from ..formats.adapter_file import AdapterFile, Origin, read_adapter_file
 from ..formats.blend import Blend, blend
 from ..formats.manifest import Manifest, Swappable
 from ..formats.swappable import check_matches
@@ -80,7 +80,7 @@ class Residents(Generic[P]):
         file = self._read(Path(path))
         self._check_size(file.path, file.bytes)
         weights = self._place(file.values)
-        entry = _Loaded(bytes=file.bytes, weights=weights, path=file.path, crc32=file.crc32)
+        entry = _Loaded(bytes=file.bytes, weights=weights, path=file.path, crc32=file.crc32, origin=file.origin)
         with self._lock:
             known = self._entries.pop(name, None)
             if isinstance(known, _Loaded) and not replace:
@@ -99,6 +99,14 @@ class Residents(Generic[P]):
             if self._entries.pop(name, None) is None:
                 raise self._unknown(name)
             self._drop_blends(name)
+
+    def origin(self, name: str) -> Origin:
+        """What the file of the adapter `name` says of itself. UserError if unknown."""
+        with self._lock:
+            entry = self._entries.get(name)
+        if not isinstance(entry, _Loaded):
+            raise self._unknown(name)
+        return entry.origin
 
     def resident(self, choice: Choice, scale: float = 1.0) -> P:
         """What `place` made of an adapter or a blend times `scale`: what is in memory, or is read or blended now.
@@ -226,3 +234,4 @@ class _Loaded(_Entry[P]):
 
     path: Path
     crc32: int
+    origin: Origin
