@@ -325,6 +325,12 @@ def test_a_damaged_folder_is_one_paragraph(zoo: Zoo, tmp_path: Path, damage: Cal
         GenerationSession(folder)
 
 
+def test_a_genai_without_adapters_is_told_by_its_version(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(og, "Adapters")
+    with pytest.raises(UserError, match=r"onnxruntime-genai 0\.\d+.* knows no adapters\. Install one that does"):
+        GenerationSession(zoo.folder)
+
+
 def test_it_needs_neither_torch_nor_transformers(zoo: Zoo, expected: dict) -> None:
     from shared import FRAMEWORKS, run_python
 

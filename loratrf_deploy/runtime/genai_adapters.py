@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, write_values
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ class GenaiAdapters:
     def __init__(self, model: og.Model):
         import onnxruntime_genai as og
 
+        if not hasattr(og, "Adapters"):
+            raise UserError(
+                f"onnxruntime-genai {og.__version__} knows no adapters. Install one that does: "
+                "`pip install 'onnxruntime-genai>=0.18'`."
+            )
         self._adapters, self._keys = og.Adapters(model), itertools.count()
 
     def place(self, values: Mapping[str, NDArray[Any]]) -> Placed:
