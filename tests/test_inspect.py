@@ -171,6 +171,7 @@ def test_other_paths_are_one_paragraph_and_2(make_export, tmp_path, capsys, name
     shutil.copy(make_export().model.parent / "loratrf.json", tmp_path / "manifest")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "alone.onnx").touch()
+    capsys.readouterr()  # what fixtures printed
     assert inspect_cli.main([str(tmp_path / name)]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -393,6 +393,7 @@ def test_command_passes_quietly(make_export, tmp_path, capfd):
     inputs = write_rows(tmp_path / "rows.jsonl", {"text": "a wonderful film"}, ROW)
     reports = [tmp_path / f"parity{suffix}" for suffix in (".json", ".md", ".html", ".xml")]
     wanted = [option for path in reports for option in ("--report", path)]
+    capfd.readouterr()  # what fixtures printed
     assert run("--model", model, "--adapter", adapter, "--base-model", base, "--inputs", inputs, *wanted) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -431,6 +432,7 @@ def test_bad_arguments_are_one_paragraph_and_2(make_export, tmp_path, capfd, cha
     base, adapter, model = make_export()
     arguments = {"--model": model, "--adapter": adapter, "--base-model": base}
     arguments |= {name: value.format(tmp=tmp_path) for name, value in change.items()}
+    capfd.readouterr()  # what fixtures printed
     assert run(*(part for pair in arguments.items() for part in pair)) == 2
     out, err = capfd.readouterr()
     assert out == ""
