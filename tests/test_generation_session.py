@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from loratrf_deploy import GenerationSession, UserError, read_adapter
 from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
+from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
 from loratrf_deploy.pytorch.oracle import layers_off, load_reference
 from shared import edit_json
 
@@ -520,6 +522,20 @@ def test_an_alora_begins_at_its_invocation_as_in_peft(zoo: Zoo, session, expecte
         tokens(session, rows, adapter={"late": 0.5, "plain": 0.5})
     with pytest.raises(UserError, match="activate_after is not for an aLoRA"):
         next(session.stream("x", activate_after="y", adapter="late"))
+
+
+def test_an_alora_in_a_mixed_model_is_not_active_throughout(
+    team: GenerationSession, mixed: Path, tmp_path: Path
+) -> None:
+    """--onto refuses it; a file from elsewhere may say so all the same."""
+    file = read_adapter_file(mixed / "plain.onnx_adapter")
+    origin = dataclasses.replace(file.origin, invocation_tokens=tuple(INVOCATION))
+    write_adapter_file(tmp_path / "late.onnx_adapter", file.values, origin)
+    team.load("late", tmp_path / "late.onnx_adapter")
+    with pytest.raises(UserError, match=r"late is an aLoRA.*a model of --swappable"):
+        tokens(team, PROMPTS[:2], adapters=["late", "plain"])
+    with pytest.raises(UserError, match="late is an aLoRA"):
+        next(team.stream("x", adapter="late"))
 
 
 def test_an_alora_is_exported_swappable_and_proven_or_refused(make_llm: Callable, tmp_path: Path, refused, zoo) -> None:

@@ -183,6 +183,11 @@ class GenerationSession:
         placed: Placed | None = None
         ids, held = None, []
         if self._swappable is not None and self._slots:
+            if late := [choice for choice in choices if self._invocation(choice) is not None]:
+                raise UserError(
+                    f"{late[0]} is an aLoRA, which begins within a prompt, and rows of a mixed model are under their "
+                    "adapter from the start. Use it in a model of --swappable."
+                )
             # Held until the rows are done: a slot is free for others when nobody has it any more.
             held = [None if choice is None else self._residents.resident(choice, scale) for choice in choices]
             ids = [-1 if slot is None else slot.number for slot in held]
