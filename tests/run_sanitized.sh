@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the kernels, the custom-op library and the Python module with AddressSanitizer and UndefinedBehaviorSanitizer,
-# and runs the operators' tests on them: first the self test, which needs no Python, then pytest.
+# and runs the operators' tests on them: first the self test, which needs no Python, then pytest, then hostile graphs
+# (tests/fuzz; GRAPHS says how many).
 #
 #   tests/run_sanitized.sh [python]        from the repository root; extra pytest options in PYTEST_ADDOPTS
 #
@@ -36,6 +37,7 @@ ln -sfn "$PWD/export" "$out/loratrf_deploy/export"
 
 # The interpreter is not built for them, so the sanitizers' run-time comes first, with the C++ one that it wraps.
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so.6)"
-ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" PYTHONPATH="$out" PYTHONSAFEPATH=1 \
-  "$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_ort_ops.py tests/test_grouped_op.py \
+export ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$preload" PYTHONPATH="$out" PYTHONSAFEPATH=1
+"$python" -m pytest -q -p no:cacheprovider tests/test_kernels.py tests/test_ort_ops.py tests/test_grouped_op.py \
   -k "not aarch64 and not shared_between and not reuses_the_buffer and not are_not_read"
+"$python" tests/fuzz/run.py graphs --cases "${GRAPHS:-2500}" --limit 60
