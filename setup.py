@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -42,4 +44,42 @@ class CMakeBuild(build_ext):
         shutil.copy2(Path(self.build_lib) / "loratrf_deploy" / name, ROOT / "loratrf_deploy" / name)
 
 
-setup(ext_modules=[Extension("loratrf_deploy._kernels", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """Puts a software bill of materials into the wheel (PEP 770): what others' code its libraries carry inside."""
+
+    def write_wheelfile(self, wheelfile_base: str, *args: str, **options: str) -> None:
+        super().write_wheelfile(wheelfile_base, *args, **options)
+        build = Path(self.get_finalized_command("build_ext").build_temp) / "cmake"
+        inside = dict(line.split() for line in (build / "components.txt").read_text().splitlines())
+        folder = Path(wheelfile_base) / "sboms"
+        folder.mkdir(exist_ok=True)
+        (folder / "loratrf-deploy.cdx.json").write_text(json.dumps(self.materials(inside), indent=2) + "\n")
+
+    def materials(self, inside: dict[str, str]) -> dict[str, object]:
+        """CycloneDX 1.6: the package, and `inside` (name -> version): linked in, or compiled in from headers."""
+        name, version = self.distribution.get_name(), self.distribution.get_version()
+        package = {"type": "library", "bom-ref": name, "name": name, "version": version}
+        licenses = {
+            "libstdc++": {"expression": "GPL-3.0-or-later WITH GCC-exception-3.1"},
+            "libgcc": {"expression": "GPL-3.0-or-later WITH GCC-exception-3.1"},
+            "pybind11": {"license": {"id": "BSD-3-Clause"}},
+            "cudart": {"license": {"name": "NVIDIA CUDA Toolkit EULA"}},
+        }
+        components = [
+            {"type": "library", "bom-ref": part, "name": part, "version": number, "licenses": [licenses[part]]}
+            for part, number in inside.items()
+        ]
+        return {
+            "bomFormat": "CycloneDX",
+            "specVersion": "1.6",
+            "version": 1,
+            "metadata": {"component": {**package, "purl": f"pkg:pypi/{name}@{version}"}},
+            "components": components,
+            "dependencies": [{"ref": name, "dependsOn": list(inside)}, *({"ref": part} for part in inside)],
+        }
+
+
+setup(
+    ext_modules=[Extension("loratrf_deploy._kernels", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
@@ -167,6 +169,30 @@ def test_extras_are_those_of_the_package() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, modules in EXTRAS.items():
         assert list(modules) == [re.split("[>=]", text)[0].replace("-", "_") for text in extras[extra]]
+
+
+def test_the_wheel_says_what_its_libraries_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import setuptools
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.chdir(tmp_path)
+    command = given["cmdclass"]["bdist_wheel"](setuptools.Distribution({"name": "loratrf-deploy", "version": "9.8"}))
+    build = Path(command.get_finalized_command("build_ext").build_temp) / "cmake"
+    build.mkdir(parents=True)
+    # Every part that CMake may name has its licence there.
+    names = re.findall(r"([\w+]+) \$\{\w+_VERSION\}\\n", (ROOT / "CMakeLists.txt").read_text())
+    assert names == ["libstdc++", "libgcc", "pybind11", "cudart"]
+    (build / "components.txt").write_text("".join(f"{name} 1.{number}\n" for number, name in enumerate(names)))
+    command.root_is_pure = False
+    command.write_wheelfile(str(tmp_path))
+    bill = json.loads((tmp_path / "sboms" / "loratrf-deploy.cdx.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert bill["metadata"]["component"]["purl"] == "pkg:pypi/loratrf-deploy@9.8"
+    assert [part["name"] for part in bill["components"]] == names
+    assert [part["version"] for part in bill["components"]] == ["1.0", "1.1", "1.2", "1.3"]
+    assert all(part["licenses"] for part in bill["components"])
 
 
 def test_public_names() -> None:
