@@ -5,8 +5,6 @@
 #
 #   tests/run_sanitized.sh [python]        from the repository root; extra pytest options in PYTEST_ADDOPTS
 #
-# The python needs pybind11, besides what the tests need: pip install pybind11.
-#
 # The sanitized libraries stay under build/sanitized. Leaks are not looked for: Python itself leaves too many.
 set -eu
 python=${1:-python}
