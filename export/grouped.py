@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..adapters.adapter import Adapter, LayerAdapter, check_fits, read_adapter
+from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
+from ..adapters.fits import check_fits
 from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit

@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from loratrf_deploy.adapters import config as _adapter_config
-from loratrf_deploy.adapters.adapter import Adapter, check_fits, matches_target, read_adapter
+from loratrf_deploy.adapters.adapter import Adapter, matches_target, read_adapter
+from loratrf_deploy.adapters.fits import check_fits, contradictions
 from loratrf_deploy.errors import UserError
 from shared import FRAMEWORKS, run_python
 
@@ -242,6 +243,11 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "beyond float32": (tensor_is(f"{KEY}.trf_D.weight", np.full((N, F), 1e300)), "beyond float32.*trf_D"),
     "A without B": (without("lora_B.weight"), "low-rank half is incomplete: B missing"),
     "B without A": (without("lora_A.weight"), "low-rank half is incomplete: A missing"),
+    "a bias of B that the config hasn't": (
+        tensor_is(f"{KEY}.lora_B.bias", np.ones(N, np.float32)),
+        "lora_bias is null, but the file holds lora_B.bias",
+    ),
+    "a bias of B that the file hasn't": (config_is(lora_bias=True), "lora_bias is true, but the file holds no lora_B"),
     "filter without tau": (without("trf_tau"), "filter is incomplete: tau missing"),
     "filter without C": (without("trf_C.weight"), "filter is incomplete: C missing"),
     "filter without D": (without("trf_D.weight"), "filter is incomplete: D missing"),
@@ -324,6 +330,58 @@ def test_misfit_is_named(tmp_path: Path, misfit: str) -> None:
         check_fits(read_adapter(write(tmp_path)), base)
 
 
+NEXT = "encoder.layer.1.query"
+BOTH = BASE | {f"{NEXT}.weight": (N, K), f"{NEXT}.bias": (N,)}
+
+
+def both_layers(*suffixes: str) -> dict[str, np.ndarray]:
+    """The sample's tensors, those of the next layer too: all of them, or those that end in one of `suffixes`."""
+    tensors = some_tensors()
+    next_ones = {key.replace(LAYER, NEXT): value for key, value in tensors.items() if LAYER in key}
+    return tensors | {key: value for key, value in next_ones.items() if not suffixes or key.endswith(suffixes)}
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
+    # Config of a file with both layers, suffixes of what it holds of the second, what must be said.
+    "none": ({}, (), []),
+    "narrowed": ({"target_modules": ["0.query"]}, (), [f"low-rank.*{NEXT}, which target_modules", f"filter.*{NEXT}"]),
+    "narrowed by a regular expression": ({"target_modules": r".*\.0\.query"}, (), [f"low-rank weights for {NEXT}"]),
+    "narrowed filters": (
+        {"filter_target_modules": ["0.query"]},
+        (),
+        [f"filter weights for {NEXT}, which filter_target"],
+    ),
+    "excluded": ({"exclude_modules": ["1.query"]}, (), [f"low-rank weights for {NEXT}"]),
+    "other layers": ({"layers_to_transform": [0]}, (), [f"low-rank weights for {NEXT}, which target_modules leaves"]),
+    "saved": ({"modules_to_save": ["classifier", "1.query"]}, (), [f"low-rank weights for {NEXT}"]),
+    "widened": ({"target_modules": ["query", "classifier"], "modules_to_save": None}, (), ["classifier.*no low-rank"]),
+    "half a layer": ({}, ("lora_A.weight", "lora_B.weight"), [f"filter_target_modules covers {NEXT}.*no filter"]),
+    "all-linear": ({"target_modules": "all-linear", "modules_to_save": ["classifier"]}, (), []),
+    "biases": ({"bias": "lora_only"}, (), [f'bias is "lora_only", but the file doesn\'t hold {NEXT}.bias']),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_config_and_file_are_held_against_each_other(tmp_path: Path, case: str) -> None:
+    config, suffixes, words = CONTRADICTIONS[case]
+    tensors = both_layers(*suffixes)
+    if config.get("modules_to_save", ()) is None:
+        tensors = {key: value for key, value in tensors.items() if "classifier" not in key}
+    adapter = read_adapter(write(tmp_path, tensors, **config))
+    found = contradictions(adapter, BOTH)
+    assert bool(found) == bool(words)
+    for word in words:
+        assert any(re.search(word, problem) for problem in found), found
+        with pytest.raises(UserError, match=word):
+            check_fits(adapter, BOTH)
+
+
+def test_all_linear_leaves_out_the_head(tmp_path: Path) -> None:
+    head = {key.replace(LAYER, "lm_head"): value for key, value in some_tensors().items() if LAYER in key}
+    adapter = read_adapter(write(tmp_path, head, target_modules="all-linear", modules_to_save=None))
+    assert any("low-rank weights for lm_head" in problem for problem in contradictions(adapter, BASE))
+
+
 def test_filter_targets_without_filter_weights_are_a_partial_adapter(tmp_path: Path) -> None:
     low_rank_alone = {name: value for name, value in some_tensors().items() if "trf_" not in name}
     with pytest.raises(UserError, match=r"filter_target_modules covers .*holds no filter weights"):
@@ -402,5 +460,5 @@ def test_reading_needs_no_framework(tmp_path: Path) -> None:
 def test_public_names() -> None:
     import loratrf_deploy.adapters.adapter as module
 
-    assert set(module.__all__) == {"Adapter", "LayerAdapter", "check_fits", "matches_target", "read_adapter"}
+    assert {"Adapter", "LayerAdapter", "matches_target", "read_adapter"} <= set(module.__all__)
     assert re.match("An adapter folder", Adapter.__doc__ or "")

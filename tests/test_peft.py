@@ -17,7 +17,8 @@ import transformers
 from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loratrf_deploy.adapters.adapter import check_fits, read_adapter
+from loratrf_deploy.adapters.adapter import read_adapter
+from loratrf_deploy.adapters.fits import check_fits
 from loratrf_deploy.errors import UserError
 from loratrf_deploy.ops import reference
 from loratrf_deploy.peft import FilteredLinear, LoraTrfConfig, LoraTrfLinear, LoraTrfModel, initialize_filters

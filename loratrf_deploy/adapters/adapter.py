@@ -7,8 +7,9 @@ before anything uses them, and pickle files are never opened.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
 from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
 
-__all__ = ["Adapter", "LayerAdapter", "check_fits", "matches_target", "read_adapter"]
+__all__ = ["EMBEDDINGS", "Adapter", "LayerAdapter", "matches_target", "read_adapter", "saved_owner"]
 
 Array = NDArray[np.float32]
 
@@ -47,7 +48,7 @@ _NOT_SEPARABLE_KEYS = {
 # Saved, but read by the backward pass alone.
 _TRAINING_ONLY = (".lora_velora_embed",)
 # Modules whose weights PEFT saves beside the adapter when the vocabulary was resized or embeddings were targeted.
-_EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out", "shared", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out", "shared", "tok_embeddings")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ class LayerAdapter:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, read and checked. `layers` is empty where `not_separable` says why."""
+    """An adapter folder, read and checked. `layers` is empty where `not_separable` says why.
+
+    `tensors` are the names of all that its weights file holds.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -120,6 +124,13 @@ class Adapter:
     base_model: str | None
     sha256: str
     dtype: str
+    tensors: frozenset[str]
+
+    @property
+    def without_effect(self) -> str | None:
+        """Why the layers change nothing, in words; None where one changes something, or only PEFT can tell."""
+        reasons = [reason for layer in self.layers.values() for reason in _idle(layer)]
+        return None if None in reasons or not reasons else some(list(dict.fromkeys(map(str, reasons))))
 
     @property
     def invocation_tokens(self) -> tuple[int, ...] | None:
@@ -159,72 +170,8 @@ def read_adapter(path: str | Path) -> Adapter:
         sha256=hashlib.sha256(raw).hexdigest(),
         # Files of several types are rare; float32 holds what they say.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        tensors=frozenset(tensors),
     )
-
-
-def check_fits(
-    adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]], *, conv1d: Collection[str] = ()
-) -> None:
-    """Whether the adapter belongs to this base model: UserError naming everything that doesn't fit, or nothing.
-
-    `base_parameters` maps parameter names of the base to shapes: weight (N,K), or (K,N) for the module paths in
-    `conv1d` (GPT-2's Conv1D). Checked: adapted modules exist and have the adapter's sizes; modules that the config
-    targets have weights in the file; trained biases and saved modules exist, fit and are complete.
-    """
-    problems = []
-    for name, layer in adapter.layers.items():
-        shape = base_parameters.get(f"{name}.weight")
-        if shape is None:
-            problems.append(f"the base model has no layer {name}")
-            continue
-        outs, ins = (*shape, 0, 0)[:2] if name not in conv1d else (*shape, 0, 0)[1::-1]
-        if layer.out_features != outs or layer.in_features not in (None, ins):
-            expected = f"{layer.in_features or 'any'} -> {layer.out_features}"
-            problems.append(f"{name} maps {ins} -> {outs} features in the base model, {expected} in the adapter")
-    problems += _missing_targets(adapter, base_parameters)
-    for name, bias in adapter.biases.items():
-        problems += _misfit(name, bias, base_parameters)
-    for module, parameters in adapter.modules_to_save.items():
-        for name, value in parameters.items():
-            problems += _misfit(f"{module}.{name}", value, base_parameters)
-    if problems:
-        base = f" (trained on {adapter.base_model})" if adapter.base_model else ""
-        raise UserError(
-            f"The adapter {adapter.path}{base} does not fit this base model: {some(problems, '; ')}. Load the base "
-            "model that the adapter was trained on, with the same number of labels and vocabulary, or save "
-            "the adapter again."
-        )
-
-
-def _missing_targets(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Modules that the config says are adapted or saved, of which the file holds nothing: a partial adapter."""
-    problems = []
-    saved = adapter.config.get("modules_to_save") or ()
-    for parameter, shape in base_parameters.items():
-        module, _, kind = parameter.rpartition(".")
-        if adapter.not_separable is None and kind == "weight" and len(shape) == 2:
-            layer = adapter.layers.get(module)
-            for config_field, part in (("target_modules", "A"), ("filter_target_modules", "tau")):
-                if part == "tau" and adapter.peft_type != "LORATRF":
-                    continue
-                # "all-linear" leaves out the output head, and which one that is only the model knows.
-                everywhere = str(adapter.config.get(config_field)).lower() == "all-linear"
-                wanted = not everywhere and matches_target(adapter.config, module, config_field)
-                if wanted and (layer is None or getattr(layer, part) is None):
-                    what = "low-rank" if part == "A" else "filter"
-                    problems.append(f"{config_field} covers {module}, but the file holds no {what} weights for it")
-        owner = _owner(parameter, saved)
-        if owner and parameter[len(owner) + 1 :] not in adapter.modules_to_save.get(owner, {}):
-            problems.append(f"modules_to_save covers {parameter}, but the file doesn't hold it")
-    return problems
-
-
-def _misfit(name: str, value: NDArray, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
-    if name not in base_parameters:
-        return [f"the base model has no {name}"]
-    if tuple(base_parameters[name]) != value.shape:
-        return [f"{name} is {tuple(base_parameters[name])} in the base model, {value.shape} in the adapter"]
-    return []
 
 
 @dataclass
@@ -286,11 +233,11 @@ class _Parts:
         if self.config.get("bias") == "all" and (".original_module." in name or ".modules_to_save." in name):
             # PEFT saves a wrapped head's bias under these names too; the plain name holds the value.
             return True
-        owner = _owner(name, self.config.get("modules_to_save") or ())
+        owner = saved_owner(name, self.config.get("modules_to_save") or ())
         if owner is None:
             # Below an adapted head, PEFT saves the frozen layer's weight too.
             module, _, parameter = name.replace(".base_layer.weight", ".weight").rpartition(".")
-            owner = module if parameter == "weight" and module.rpartition(".")[2] in _EMBEDDINGS else None
+            owner = module if parameter == "weight" and module.rpartition(".")[2] in EMBEDDINGS else None
             if owner is not None:
                 self.modules_to_save.setdefault(owner, {})["weight"] = value
                 return True
@@ -309,6 +256,9 @@ class _Parts:
                 self._fail(name, f"its {half} is incomplete: {', '.join(absent)} missing")
         if "lora_bias" in parts and "A" not in parts:
             self._fail(name, "it has lora_B.bias but no lora_A and lora_B")
+        if "A" in parts and ("lora_bias" in parts) != (biased := bool(self.config.get("lora_bias"))):
+            held = "no lora_B.bias" if biased else "lora_B.bias"
+            self._fail(name, f"lora_bias is {json.dumps(self.config.get('lora_bias'))}, but the file holds {held}")
         if "tau" in parts and self.config["peft_type"] != "LORATRF":
             self._fail(name, f'it has a filter, but peft_type is "{self.config["peft_type"]}" instead of "LORATRF"')
 
@@ -345,14 +295,28 @@ class _Parts:
         raise UserError(f"{self.file}, layer {name}: {problem}. Save the adapter again with PEFT's save_pretrained.")
 
 
-def _owner(name: str, saved: Iterable[str]) -> str | None:
-    """The outermost module on the way to parameter `name` that modules_to_save covers (PEFT compares endings)."""
+def saved_owner(name: str, saved: Iterable[str]) -> str | None:
+    """The outermost module on the way to parameter `name` that modules_to_save, `saved`, covers; endings count."""
     steps = name.split(".")[:-1]
     for depth in range(1, len(steps) + 1):
         module = ".".join(steps[:depth])
         if any(module.endswith(ending) for ending in saved):
             return module
     return None
+
+
+def _idle(layer: LayerAdapter) -> list[str | None]:
+    """Of each half that the layer has: why it changes nothing, or None where it changes something."""
+    reasons: list[str | None] = []
+    if layer.A is not None and layer.B is not None:
+        biased = layer.lora_bias is not None and layer.lora_bias.any()
+        whole = "lora_A is zero" if not layer.A.any() else "lora_B is zero" if not layer.B.any() else None
+        reasons.append("lora_alpha is 0" if layer.scale == 0 else None if biased else whole)
+    if layer.tau is not None and layer.C is not None and layer.D is not None:
+        zero = [f"trf_{name} is zero" for name, part in zip("CD", (layer.C, layer.D), strict=True) if not part.any()]
+        zero += [] if layer.tau.any() else ["trf_tau is zero"]
+        reasons.append("filter_gamma is 0" if layer.gamma == 0 else zero[0] if zero else None)
+    return reasons
 
 
 def _scaled(name: str, part: str, value: Array | None, factor: float) -> Array:

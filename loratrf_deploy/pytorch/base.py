@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.adapter import Adapter, check_fits
+from ..adapters.adapter import Adapter
+from ..adapters.fits import check_fits
 from ..errors import UserError
 
 if TYPE_CHECKING:

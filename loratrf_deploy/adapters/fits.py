@@ -1,0 +1,119 @@
+"""An adapter held against its base model, and its config against its file. numpy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from numpy.typing import NDArray
+
+from ..errors import UserError, some
+from .adapter import EMBEDDINGS, Adapter, saved_owner
+from .config import matches_target
+
+__all__ = ["check_fits", "contradictions"]
+
+_HALVES = (("target_modules", "A", "low-rank"), ("filter_target_modules", "tau", "filter"))
+# What PEFT takes for the head of a model for sequence classification.
+_HEADS = ("classifier", "score")
+
+
+def check_fits(
+    adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]], *, conv1d: Collection[str] = ()
+) -> None:
+    """Whether the adapter belongs to this base model: UserError naming everything that doesn't fit, or nothing.
+
+    `base_parameters` maps parameter names of the base to shapes: weight (N,K), or (K,N) for the module paths in
+    `conv1d` (GPT-2's Conv1D). Checked: adapted modules exist and have the adapter's sizes; trained biases and saved
+    modules exist, fit and are complete; and all that `contradictions` finds.
+    """
+    problems = []
+    for name, layer in adapter.layers.items():
+        shape = base_parameters.get(f"{name}.weight")
+        if shape is None:
+            problems.append(f"the base model has no layer {name}")
+            continue
+        outs, ins = (*shape, 0, 0)[:2] if name not in conv1d else (*shape, 0, 0)[1::-1]
+        if layer.out_features != outs or layer.in_features not in (None, ins):
+            expected = f"{layer.in_features or 'any'} -> {layer.out_features}"
+            problems.append(f"{name} maps {ins} -> {outs} features in the base model, {expected} in the adapter")
+    problems += contradictions(adapter, base_parameters)
+    for name, bias in adapter.biases.items():
+        problems += _misfit(name, bias, base_parameters)
+    for module, parameters in adapter.modules_to_save.items():
+        for name, value in parameters.items():
+            problems += _misfit(f"{module}.{name}", value, base_parameters)
+    if problems:
+        base = f" (trained on {adapter.base_model})" if adapter.base_model else ""
+        raise UserError(
+            f"The adapter {adapter.path}{base} does not fit this base model: {some(problems, '; ')}. Load the base "
+            "model that the adapter was trained on, with the same number of labels and vocabulary, or save "
+            "the adapter again."
+        )
+
+
+def contradictions(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Where config and file of an adapter say different things, each in words; what PEFT would pass over in silence.
+
+    What the config targets or saves must be in the file: PEFT leaves the rest as it was initialised. What the file
+    holds the config must target: PEFT doesn't load the rest.
+    """
+    problems = []
+    saved = adapter.config.get("modules_to_save") or ()
+    for parameter, shape in base_parameters.items():
+        module, _, kind = parameter.rpartition(".")
+        if adapter.not_separable is None and kind == "weight" and len(shape) > 1:
+            problems += _half_missing(adapter, module)
+        owner = saved_owner(parameter, saved)
+        if owner and parameter[len(owner) + 1 :] not in adapter.modules_to_save.get(owner, {}):
+            problems.append(f"modules_to_save covers {parameter}, but the file doesn't hold it")
+        if kind == "bias" and owner is None and _trains_bias(adapter, module) and parameter not in adapter.biases:
+            problems.append(f'bias is "{adapter.config["bias"]}", but the file doesn\'t hold {parameter}')
+    for module, layer in adapter.layers.items():
+        problems += [
+            f"the file holds {what} weights for {module}, which {config_field} leaves out"
+            for config_field, part, what in _HALVES
+            if getattr(layer, part) is not None and not _targets(adapter, module, config_field)
+        ]
+    return problems
+
+
+def _half_missing(adapter: Adapter, module: str) -> list[str]:
+    """The halves that the config wants at the layer `module` of the base, and the file doesn't hold."""
+    layer = adapter.layers.get(module)
+    return [
+        f"{config_field} covers {module}, but the file holds no {what} weights for it"
+        for config_field, part, what in _HALVES
+        if (part == "A" or adapter.peft_type == "LORATRF")
+        # What "all-linear" covers only the model knows: a name doesn't say that it is a linear layer's.
+        and not _is_all_linear(adapter, config_field)
+        and _targets(adapter, module, config_field)
+        and getattr(layer, part, None) is None
+    ]
+
+
+def _trains_bias(adapter: Adapter, module: str) -> bool:
+    bias = adapter.config.get("bias")
+    return adapter.not_separable is None and (bias == "all" or (bias == "lora_only" and module in adapter.layers))
+
+
+def _targets(adapter: Adapter, module: str, config_field: str) -> bool:
+    """Whether PEFT would put that half at the layer `module`; of "all-linear" it leaves out the output head."""
+    head = _is_all_linear(adapter, config_field) and (
+        module.rpartition(".")[2] in EMBEDDINGS or (adapter.task_type == "SEQ_CLS" and module in _HEADS)
+    )
+    return not head and matches_target(adapter.config, module, config_field)
+
+
+def _is_all_linear(adapter: Adapter, config_field: str) -> bool:
+    targets = adapter.config.get(config_field)
+    if targets is None and config_field == "filter_target_modules":
+        targets = adapter.config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _misfit(name: str, value: NDArray, base_parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
+    if name not in base_parameters:
+        return [f"the base model has no {name}"]
+    if tuple(base_parameters[name]) != value.shape:
+        return [f"{name} is {tuple(base_parameters[name])} in the base model, {value.shape} in the adapter"]
+    return []
