@@ -16,6 +16,7 @@ from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_generates, check_ranks
@@ -169,9 +170,10 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel) -> list[LayerRow]:
             "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     base.model.float()
+    model = apply_adapter(adapter, base.model)
     try:
-        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path))
         names = [name for name, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
+        untie_adapted(model)
         merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise UserError(
@@ -183,4 +185,5 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel) -> list[LayerRow]:
             f"The adapter {adapter.path} ({adapter.not_separable}) doesn't fold into the base model's weights, so it "
             "can't be exported."
         )
+    tie_equal(base.model)
     return [LayerRow(name, "merged") for name in names]

@@ -14,8 +14,10 @@ import transformers
 from peft import LoraConfig
 from peft.tuners.lora.config import MontecloraConfig
 
-from loratrf_deploy.adapters.adapter import check_fits, read_adapter
+from loratrf_deploy.adapters.adapter import read_adapter
+from loratrf_deploy.adapters.fits import check_fits
 from loratrf_deploy.errors import UserError
+from loratrf_deploy.pytorch.oracle import apply_adapter
 from tiny import bert, conv1d_layers, gpt2, shapes
 
 pytestmark = [
@@ -211,6 +213,15 @@ def test_what_cannot_be_kept_separate_says_why(tmp_path: Path, flavour: str) -> 
     adapter = read_adapter(tmp_path)
     assert why in (adapter.not_separable or "")
     assert adapter.layers == {}
+
+
+@pytest.mark.parametrize("flavour", [*PLAIN, *APART])
+def test_what_peft_saved_it_takes_whole(tmp_path: Path, flavour: str) -> None:
+    """The oracle refuses what PEFT would leave out: nothing of a file that PEFT itself wrote, of whatever kind."""
+    make, *rest = (PLAIN | APART)[flavour]
+    config = LoraConfig(**({"r": 4} | rest[0])) if flavour in PLAIN else rest[0]()
+    saved(tmp_path, make(), config, randomise=False)
+    apply_adapter(read_adapter(tmp_path), make())
 
 
 def test_head_of_another_kind_is_still_read(tmp_path: Path) -> None:

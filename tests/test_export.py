@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tiny
 from loratrf_deploy import create_session, library_path, read_adapter
 from loratrf_deploy.pytorch.base import sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
+from shared import edit_json, edit_tensors
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3}
 SHAPES = [(1, 1), (1, 7), (3, 2), (2, 19), (4, 64)]
@@ -114,6 +116,36 @@ def test_every_flavour_of_plain_lora(make_export: Callable, options: dict, mode:
 @pytest.mark.parametrize("options", [{"use_dora": True}], ids=lambda options: "+".join(options))
 def test_kinds_that_only_merge(make_export: Callable, options: dict) -> None:
     assert_parity(make_export(kind="lora", mode="merged", **options))
+
+
+VALUE = "bert.encoder.layer.1.attention.self.value"
+DAMAGE = {
+    "less in the file": ({}, VALUE, f"wants base_model.model.{VALUE}.lora_A.weight, which the file doesn't"),
+    "less in the config": (
+        {"target_modules": ["query"]},
+        "",
+        f"holds base_model.model.{VALUE}.lora_A.weight, which the",
+    ),
+    "other layers": ({"layers_to_transform": [0]}, "", f"holds base_model.model.{VALUE}.lora_A.weight, which the"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {}], ids=["DoRA", "LoRA"])
+def test_an_unchecked_export_holds_the_config_against_the_file(
+    make_tiny: Callable, refused: Callable[..., str], tmp_path: Path, damage: str, kind: dict
+) -> None:
+    """Kinds that PEFT merges too: it takes what fits, and says nothing of the rest."""
+    config, dropped, words = DAMAGE[damage]
+    base, original = make_tiny(kind="lora", **kind)
+    adapter = Path(shutil.copytree(original, tmp_path / "adapter"))
+    edit_json(adapter / "adapter_config.json", **config)
+    if dropped:
+        weights = adapter / "adapter_model.safetensors"
+        edit_tensors(weights, lambda all: {key: value for key, value in all.items() if dropped not in key})
+    command = ["--adapter", adapter, "--base-model", base, "--no-check"]
+    message = refused(tmp_path / "out" / "model.onnx", *command)
+    assert (words if kind else VALUE) in message
 
 
 @pytest.mark.parametrize("opset", [18, 23])

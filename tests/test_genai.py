@@ -112,6 +112,49 @@ def test_an_adapter_that_only_peft_can_merge(quantize: str, make_llm: Make, tmp_
     prove(adapter, base, tmp_path / "model.onnx", quantize=quantize)
 
 
+ONLY_MERGED = {
+    "DoRA on the head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "PiSSA on the head": {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding and head, tied": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2, 7]}},
+}
+TALK = pytest.mark.filterwarnings("ignore:(PiSSA|Setting `save_embedding|You have requested)")
+
+
+@TALK
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize("what", ONLY_MERGED)
+def test_a_merge_through_peft_leaves_alone_what_is_tied(
+    what: str, quantize: str, make_llm: Make, tmp_path: Path
+) -> None:
+    base, adapter = make_llm("llama", "lora", TIED, **ONLY_MERGED[what])
+    assert read_adapter(adapter).not_separable is not None
+    prove(adapter, base, tmp_path / "model.onnx", quantize=quantize)
+    if what == "tokens":  # the same ones in embedding and head, which stay one weight
+        plain = make_llm("llama", "lora", TIED, target_modules=["q_proj"])[1]
+        prove(plain, base, tmp_path / "plain" / "model.onnx", quantize=quantize)
+        sizes = [(tmp_path / folder / "model.onnx.data").stat().st_size for folder in ("", "plain")]
+        assert sizes[0] == sizes[1]
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_parity_notices_an_adapted_head_in_the_quantised_embedding(
+    make_llm: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GenAI's builder keeps one quantised weight for both where they are tied."""
+    from loratrf_deploy.export import single
+
+    base, adapter = make_llm("llama", "lora", TIED, **ONLY_MERGED["DoRA on the head"])
+    monkeypatch.setattr(single, "untie_adapted", lambda model: None)
+    export_adapter(adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, quantize="int4", check=False))
+    report = check_parity(tmp_path / "model.onnx", adapter, base)
+    (failed,) = [check for check in report.checks if check.status == "failed"]
+    assert failed.variant == "quantised"
+    assert "the embedding" in failed.reason
+
+
 def test_a_bfloat16_base_with_a_rope_of_its_own(make_llm: Make, tmp_path: Path) -> None:
     """LLaMA-3's scaled rotation, and a checkpoint in half precision: merged in float32, not rounded again."""
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}

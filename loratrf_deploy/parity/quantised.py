@@ -57,7 +57,7 @@ def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, 
     for name, module in base.model.named_modules():
         if not isinstance(module, torch.nn.Linear) or any(part in name for part in _NOT_BASE):
             continue
-        path = plain_name(name).removesuffix(".base_layer")
+        path = plain_name(name).removesuffix(".base_layer").removesuffix(".token_adapter")
         if found := weights.of(path, module.out_features):
             layer = adapter.layers.get(path)
             delta = layer.scaled_B() @ layer.A if merged and layer is not None and layer.A is not None else None
@@ -67,6 +67,10 @@ def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, 
         head = weights.of("lm_head", None)
         assert head is not None  # the builder shares the head's weights with the embedding
         embedding = base.model.get_input_embeddings()
+        # What PEFT wrapped it in is merged into it by now: an adapter of the embedding, or single trained tokens.
+        for wrapped in ("original_module", "base_layer"):
+            embedding = getattr(embedding, wrapped, embedding)
+        sums.add("the embedding", *head, embedding.weight.detach().numpy(), None)
         embedding.weight = torch.nn.Parameter(torch.from_numpy(head[0]), requires_grad=False)
     return sums.check()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..errors import UserError
+from ..errors import UserError, some
 from ..ops.dtypes import DType
 from .base import BaseModel, Inputs, load_base
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["bare_reference", "layers_off", "load_reference", "merge_adapter", "plain_name", "run_torch"]
+__all__ = [
+    *("apply_adapter", "bare_reference", "layers_off", "load_reference", "merge_adapter", "plain_name", "run_torch"),
+    *("tie_equal", "untie_adapted"),
+]
 
 
 def load_reference(
@@ -31,24 +36,45 @@ def load_reference(
     rounding of weights that the user asked for. An aLoRA is active throughout: where it begins is the caller's to say.
     Raises UserError where PEFT refuses the adapter.
     """
-    import peft
     import torch
+
+    base = load_base(adapter, base_model, dtype="float32")
+    model = apply_adapter(adapter, base.model).eval()
+    if dtype != "float32":
+        if merge:
+            merge_adapter(model)
+        model = model.to(getattr(torch, dtype)).float()
+    return dataclasses.replace(base, model=model)
+
+
+def apply_adapter(adapter: Adapter, model: Any) -> Any:
+    """PEFT's own model of `adapter` on the torch `model`, in place; an aLoRA is active throughout.
+
+    Raises UserError where PEFT refuses the adapter, or passes over part of it: it leaves layers without weights in the
+    file as they were initialised, and weights without a layer in the file.
+    """
+    import peft
 
     from .. import peft as _loratrf  # noqa: F401  (registers LORATRF)
 
-    base = load_base(adapter, base_model, dtype="float32")
     try:
         config = peft.PeftConfig.from_pretrained(str(adapter.path))
         if adapter.invocation_tokens is not None:
             config.alora_invocation_tokens = None
-        model = peft.PeftModel.from_pretrained(base.model, str(adapter.path), config=config).eval()
-        if dtype != "float32":
-            if merge:
-                merge_adapter(model)
-            model = model.to(getattr(torch, dtype)).float()
+        applied = peft.PeftModel.from_pretrained(model, str(adapter.path), config=config)
+        wanted = set(peft.get_peft_model_state_dict(applied, save_embedding_layers=False))
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
-    return BaseModel(model, base.path, base.task, base.input_names, base.untrained)
+    # What of the base is saved beside an adapter, such as embeddings of another size, goes by its own name.
+    foreign = adapter.tensors - wanted - set(applied.state_dict())
+    problems = [f"its config wants {key}, which the file doesn't hold" for key in sorted(wanted - adapter.tensors)]
+    problems += [f"its file holds {key}, which the config leaves out" for key in sorted(foreign)]
+    if problems:
+        raise UserError(
+            f"The adapter {adapter.path} contradicts itself: {some(problems, '; ')}. Config and weights are not of one "
+            "training run, or one of them was edited: save the adapter again with PEFT's save_pretrained."
+        )
+    return applied
 
 
 def bare_reference(adapter: Adapter, base_model: str | Path | None = None, *, dtype: DType = "float32") -> BaseModel:
@@ -64,15 +90,36 @@ def bare_reference(adapter: Adapter, base_model: str | Path | None = None, *, dt
 
 
 def merge_adapter(model: Any) -> None:
-    """PEFT's merge_adapter, but an embedding that is tied to an adapted head keeps its own values."""
+    """PEFT's merge_adapter, but what is tied to an adapted layer keeps its own values."""
+    untie_adapted(model)
+    model.merge_adapter()
+
+
+def untie_adapted(model: Any) -> None:
+    """Gives each adapted layer whose weight another module shares, as embeddings and heads do, a copy of its own.
+
+    PEFT's merge writes into the weight, and so into whatever is tied to it, which PEFT's own forward leaves alone.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is not None and users[id(weight)] > 1:
+            users[id(weight)] -= 1
+            base.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def tie_equal(model: Any) -> None:
+    """Lets head and embedding of `model` share one weight where theirs are equal, as where both got the same tokens."""
     import torch
 
-    embedding = model.get_base_model().get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding):
-        users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
-        if len(users) > 1:
-            embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    model.merge_adapter()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linear = isinstance(embedding, torch.nn.Embedding) and isinstance(head, torch.nn.Linear)
+    if linear and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
 
 
 def run_torch(
