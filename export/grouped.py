@@ -140,6 +140,7 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
         tuple(contents.weights),
         slots={name: slot for slot, name in enumerate(adapters)},
         adapters={name: AdapterId.of(adapter) for name, adapter in adapters.items()},
+        base_parameters=base.parameters,
     )
     rows = [_row(layer, contents.slots) for layer in contents.layers.values()]
     manifest = common_facts(
@@ -154,11 +155,10 @@ def _contents(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) ->
     """Raises UserError where an adapter doesn't fit the base, or the others."""
     if base.task == GENERATION:
         _check_no_saved_modules(adapters)
-    shapes = {key: tuple(value.shape) for key, value in base.model.state_dict().items()}
     for adapter in adapters.values():
-        check_fits(adapter, shapes)
+        check_fits(adapter, base.parameters)
     filter_input = filter_input_of(list(adapters.values()))
-    layers = _union(adapters.values(), shapes)
+    layers = _union(adapters.values(), base.parameters)
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
     weights += _head_weights(adapters, base, dtype)
     slots = Slots(weights, len(adapters))

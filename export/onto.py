@@ -1,17 +1,26 @@
-"""--onto: a further adapter for a swappable model that exists already. Needs neither torch nor onnx."""
+"""--onto: a further adapter for a swappable model that exists already. Only the proof needs torch and onnx."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter, read_adapter
-from ..errors import UserError
+from ..adapters.fits import contradictions
+from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, fit
-from ..formats.manifest import Manifest, read_swappable
+from ..formats.manifest import Manifest, Swappable, read_swappable
+from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, TASKS
+from ..pytorch.quiet import quiet
 from .files import base_sha256, check_writable, written_aside
+from .proven import ParityFailed
+
+if TYPE_CHECKING:
+    from ..parity.result import ParityReport
 
 __all__ = ["Converted", "convert_adapter"]
 
@@ -19,22 +28,34 @@ __all__ = ["Converted", "convert_adapter"]
 @dataclass(frozen=True)
 class Converted:
     """What a conversion made. `layers` of the model's `model_layers` are adapted; `base_by` says how the base was held
-    against the model's: by its "hash", or by its "name" where one of the two has no folder here."""
+    against the model's: by its "hash", or by its "name" where one of the two has no folder here. `base_listed` is False
+    where the model's loratrf.json, of an older version, doesn't list the base's layers: the adapter's config was held
+    against those of the model alone then. `parity` is there where it was asked for."""
 
     file: Path
     bytes: int
     layers: int
     model_layers: int
     base_by: str
+    base_listed: bool = True
+    parity: ParityReport | None = None
 
 
 def convert_adapter(
-    adapter: str | Path, onto: str | Path, out: str | Path, *, base_model: str | Path | None = None
+    adapter: str | Path,
+    onto: str | Path,
+    out: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    check: bool = False,
+    step: Callable[[str], None] = lambda text: None,
 ) -> Converted:
     """Writes the adapter folder `adapter` to `out` (.onnx_adapter) for the swappable model `onto`, whatever its rank.
 
     Layers of the model that the adapter doesn't cover get explicit zeros. `base_model` is the folder of the adapter's
-    base; None takes the adapter's own. Raises UserError where the adapter doesn't fit; nothing is left behind then.
+    base; None takes the adapter's own. `check` proves that the model computes with it what PyTorch computes, on the
+    device that it was exported for, which needs the base at hand; `step` is told what is being done. Raises UserError
+    where the adapter doesn't fit, ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
     check_writable(out, SUFFIX)
@@ -44,11 +65,29 @@ def convert_adapter(
     if manifest.task != GENERATION or swappable.slots:
         check_always_active(loaded)
     values = fit(loaded, swappable.weights, manifest.adapter.filter_input)
+    _check_whole(loaded, swappable)
+    report = None
     with written_aside(out) as aside:
         write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest))
         size = (aside / out.name).stat().st_size
+        if check:
+            device = "cpu" if manifest.task == GENERATION else manifest.device
+            with quiet():
+                report = check_parity(onto, loaded, base_model, device=device, step=step)
+            if not report.passed:
+                raise ParityFailed(report)
     modules = {weight.module for weight in swappable.weights if weight.in_layer}
-    return Converted(out, size, len(loaded.layers), len(modules), base_by)
+    listed = bool(swappable.base_parameters)
+    return Converted(out, size, len(loaded.layers), len(modules), base_by, listed, report)
+
+
+def _check_whole(adapter: Adapter, swappable: Swappable) -> None:
+    """UserError where the adapter's config and file say different things of the model's layers."""
+    if problems := contradictions(adapter, swappable.known_parameters):
+        raise UserError(
+            f"The adapter {adapter.path} contradicts itself: {some(problems, '; ')}. Config and weights are not of one "
+            "training run, or one of them was edited: save the adapter again with PEFT's save_pretrained."
+        )
 
 
 def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_model: str | Path | None) -> str:

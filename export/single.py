@@ -111,7 +111,8 @@ def _write_generating(
     )
     swappable, values = None, {}
     if options.swappable is not None:
-        swappable = Swappable(options.swappable, tuple(weights), file=f"{adapter.path.resolve().name}{SUFFIX}")
+        file = f"{adapter.path.resolve().name}{SUFFIX}"
+        swappable = Swappable(options.swappable, tuple(weights), file=file, base_parameters=base.parameters)
         values = fit(adapter, weights, adapter.filter_input)
     versions, opset = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, ir.load(out).opset_imports[""]
     manifest = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, versions=versions)

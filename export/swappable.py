@@ -31,6 +31,7 @@ class Swap:
     def __init__(self, adapter: Adapter, base: BaseModel, dtype: DType, default: Default):
         self.placeholders = placeholders(adapter)
         self._adapter, self._dtype, self._default, self._untrained = adapter, dtype, default, base.untrained
+        self._parameters = base.parameters
         state = base.model.state_dict()
         saved = [f"{module}.{name}" for module, tensors in adapter.modules_to_save.items() for name in tensors]
         self._own = {name: state[name].float().numpy().copy() for name in saved}
@@ -45,7 +46,7 @@ class Swap:
         shapes = {weight.name: weight.shape for weight in weights}
         weights_to_inputs(graph, shapes, _defaults(weights, values, self._own))
         file = f"{self._adapter.path.resolve().name}{SUFFIX}"
-        return values, Swappable(self._default, tuple(weights), file=file)
+        return values, Swappable(self._default, tuple(weights), file=file, base_parameters=self._parameters)
 
 
 class Noise:

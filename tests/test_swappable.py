@@ -18,11 +18,11 @@ import tiny
 from conftest import Exported
 from loratrf_deploy import UserError, create_session, read_adapter
 from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.formats.inspection import inspect_path
-from loratrf_deploy.parity import check_parity
+from loratrf_deploy.parity import case, check_parity
 from shared import FRAMEWORKS, IDS, edit_json, edit_tensors, read_json, run_python
 
 
@@ -244,6 +244,127 @@ def test_what_does_not_fit_is_refused_by_name(
         convert_adapter(loratrf.adapter, loratrf.model, tmp_path / "model.onnx")
 
 
+ATTENTION = "bert.encoder.layer.1.attention.self"
+CONTRADICTIONS = {
+    "less in the file": (
+        {},
+        f"{ATTENTION}.value",
+        f"target_modules covers {ATTENTION}.value, but the file holds no low",
+    ),
+    "half of a layer": (
+        {},
+        f"{ATTENTION}.value.trf",
+        f"covers {ATTENTION}.value, but the file holds no filter weights",
+    ),
+    "narrowed": ({"target_modules": ["query"]}, "", f"low-rank weights for {ATTENTION}.value, which target_modules"),
+    "narrowed filters": (
+        {"filter_target_modules": ["query"]},
+        "",
+        f"filter weights for {ATTENTION}.value, which filter_",
+    ),
+    "other layers": ({"layers_to_transform": [0]}, "", f"low-rank weights for {ATTENTION}.query, which target_modules"),
+    "excluded": ({"exclude_modules": ".*value"}, "", f"low-rank weights for {ATTENTION}.value, which target_modules"),
+    # The model adapts no such layer: what it lists of its base tells.
+    "widened": ({"target_modules": ["query", "value", "key"]}, "", f"target_modules covers {ATTENTION}.key, but the"),
+    "more saved": (
+        {"modules_to_save": ["classifier", "pooler"]},
+        "",
+        "modules_to_save covers bert.pooler.dense.weight",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(make_tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model of --adapters, of one adapter."""
+    base, adapter = make_tiny(kind="loratrf")
+    out = tmp_path_factory.mktemp("mixed") / "model.onnx"
+    return Exported(
+        base, adapter, export_grouped({"a": adapter}, out, ExportOptions(base_model=base, check=False)).model
+    )
+
+
+@pytest.mark.parametrize("which", ["swappable", "mixed"])
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_onto_holds_the_config_against_the_file(
+    make_export: Callable, mixed: Exported, refused: Callable[..., str], tmp_path: Path, what: str, which: str
+) -> None:
+    exported = make_export(swappable="base") if which == "swappable" else mixed
+    config, dropped, words = CONTRADICTIONS[what]
+    adapter = copied(exported.adapter, tmp_path / "adapter", **config)
+    if dropped:
+        weights = adapter / "adapter_model.safetensors"
+        edit_tensors(weights, lambda tensors: {key: value for key, value in tensors.items() if dropped not in key})
+    message = refused(tmp_path / "out" / "a.onnx_adapter", "--adapter", adapter, "--onto", exported.model)
+    assert words in message
+
+
+def test_a_model_of_an_older_version_tells_of_its_own_layers_alone(
+    make_export: Callable, refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    exported = make_export(swappable="base")
+    old = Path(shutil.copytree(exported.model.parent, tmp_path / "old"))
+    swappable = read_json(old / "loratrf.json")["swappable"]
+    assert swappable.pop("base_parameters")["bert.pooler.dense.weight"] == [32, 32]
+    edit_json(old / "loratrf.json", swappable=swappable)
+    command = ["--onto", old / "model.onnx", "--adapter"]
+    narrowed = copied(exported.adapter, tmp_path / "narrowed", target_modules=["query"])
+    assert f"{ATTENTION}.value, which" in refused(tmp_path / "n.onnx_adapter", *command, narrowed)
+    widened = copied(exported.adapter, tmp_path / "widened", target_modules=["query", "value", "key"])
+    out = tmp_path / "w.onnx_adapter"
+    assert main([str(part) for part in (*command, widened, "--out", out)]) == 0
+    assert "held against the model's own layers alone" in capsys.readouterr().out
+    assert not convert_adapter(widened, old / "model.onnx", out).base_listed
+
+
+@pytest.mark.parametrize("which", ["swappable", "mixed"])
+def test_check_proves_a_conversion_and_leaves_nothing_where_it_fails(
+    make_export: Callable,
+    make_tiny: Callable,
+    mixed: Exported,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+) -> None:
+    exported = make_export(swappable="base") if which == "swappable" else mixed
+    _, lora = make_tiny(kind="lora", r=9, seed=3, target_modules=["query"])
+    out = tmp_path / "out" / "lora.onnx_adapter"
+    command = [str(part) for part in ("--adapter", lora, "--onto", exported.model, "--out", out)]
+    capsys.readouterr()
+    assert main([*command, "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "Parity holds (4 passed)" in shown
+    assert "not checked" not in shown
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    written = out.read_bytes()
+    # Half of what the adapter does: the model is right, what it is given is not.
+    half = copied(lora, tmp_path / "half", lora_alpha=9)
+    real = case.fit
+    doubled = lambda adapter, *rest: {  # noqa: E731
+        name: value * 2 if name.endswith("lora_B.weight") else value for name, value in real(adapter, *rest).items()
+    }
+    monkeypatch.setattr(case, "fit", doubled)
+    command[1] = str(half)
+    assert main([*command, "--check", "--json"]) == 1
+    shown, error = capsys.readouterr()
+    facts = json.loads(shown)
+    assert (facts["file"], facts["parity"]["passed"]) == (None, False)
+    assert error.startswith("error: ")
+    assert "nothing was written" in error
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() == written
+    assert main(command) == 0  # as it is without --check
+    assert "not checked: add --check" in capsys.readouterr().out
+
+
+def test_check_needs_the_base(make_export: Callable, refused: Callable[..., str], tmp_path: Path) -> None:
+    exported = make_export(swappable="base")
+    named = copied(exported.adapter, tmp_path / "named", base_model_name_or_path=f"elsewhere/{exported.base.name}")
+    out = tmp_path / "out" / "named.onnx_adapter"
+    assert "--base-model PATH" in refused(out, "--adapter", named, "--onto", exported.model, "--check")
+
+
 def test_swappable_is_refused_where_it_can_not_be(make_tiny: Callable, tmp_path: Path, capsys) -> None:
     base, adapter = make_tiny(kind="loratrf")
     arguments = ["--adapter", str(adapter), "--base-model", str(base), "--out", str(tmp_path / "o" / "model.onnx")]
@@ -278,7 +399,8 @@ def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path
     assert (result.returncode, result.stderr) == (0, "")
     assert "4 adapted of the model's 4" in result.stdout
     facts = json.loads(run_python(code, *arguments, "--json", without=FRAMEWORKS).stdout)
-    assert facts == {"file": str(out), "bytes": out.stat().st_size, "layers": 4, "model_layers": 4, "base_by": "hash"}
+    counts = {"layers": 4, "model_layers": 4, "base_by": "hash", "base_listed": True}
+    assert facts == {"file": str(out), "bytes": out.stat().st_size, **counts, "parity": None}
     again, first = read_adapter_file(out), read_adapter_file(adapter_file(exported))
     assert all(np.array_equal(again.values[name], value) for name, value in first.values.items())
     assert again.origin == first.origin

@@ -34,15 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    check, args.check = args.check, args.check is not False
     options = ExportOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ExportOptions)})
     if args.onto is not None:
-        _check_onto(args, options)
-        converted = convert_adapter(args.adapter, args.onto, args.out, base_model=args.base_model)
-        if args.json:
-            print_json(dataclasses.asdict(converted))
-        else:
-            _print_converted(converted, args.adapter, args.onto)
-        return 0
+        return _convert(args, options, check=bool(check))
     require_extra(*(["cpu"] if args.check else []), "export")
     try:
         with progress() as step:
@@ -51,21 +46,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 result = export_adapter(args.adapter, args.out, options, step=step)
     except ParityFailed as failure:
-        if args.json:
-            print_json({"model": None, "parity": _parity_facts(failure.report, args.out)})
-        else:
-            print_report(failure.report)
-        print(
-            f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.",
-            file=sys.stderr,
-        )
-        return 1
+        return _failed(failure, {"model": None, "parity": _parity_facts(failure.report, args.out)}, args)
     if args.json:
         parity = result.parity and _parity_facts(result.parity, args.out)
         print_json(vars(result) | {"manifest": result.manifest.to_dict(), "parity": parity})
     else:
         _print_summary(result)
     return 0
+
+
+def _convert(args: argparse.Namespace, options: ExportOptions, *, check: bool) -> int:
+    """--onto: exit codes as of `main`."""
+    _check_onto(args, options)
+    if check:
+        require_extra("cpu", "export")
+    try:
+        with progress() as step:
+            converted = convert_adapter(
+                args.adapter, args.onto, args.out, base_model=args.base_model, check=check, step=step
+            )
+    except ParityFailed as failure:
+        return _failed(failure, {"file": None, "parity": failure.report.to_dict()}, args)
+    if args.json:
+        print_json(vars(converted) | {"parity": converted.parity and converted.parity.to_dict()})
+    else:
+        _print_converted(converted, args.adapter, args.onto)
+    return 0
+
+
+def _failed(failure: ParityFailed, facts: dict[str, Any], args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(facts)
+    else:
+        print_report(failure.report)
+    print(f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.", file=sys.stderr)
+    return 1
 
 
 def _parity_facts(report: ParityReport, out: Path) -> dict[str, Any]:
@@ -127,7 +142,12 @@ def _parser() -> Parser:
         action="store_true",
         help="copy the custom-op library into the folder and register it in genai_config.json",
     )
-    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the parity check")
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="the proof of parity with PyTorch, before anything is written: every export has it but with --no-check, a "
+        "conversion (--onto) with --check, which needs the base at hand",
+    )
     return parser
 
 
@@ -135,7 +155,8 @@ def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
     """UserError for options that would be ignored beside --onto."""
     if args.adapters is not None:
         raise UserError("--onto is for one adapter: name it with --adapter PATH.")
-    if flag := options.given(field.name for field in dataclasses.fields(options) if field.name != "base_model"):
+    own = ("base_model", "check")
+    if flag := options.given(field.name for field in dataclasses.fields(options) if field.name not in own):
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
@@ -146,9 +167,15 @@ def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
         "model": f"{model}",
         "layers": f"{converted.layers} adapted of the model's {converted.model_layers}",
         "base": "the model's, by the hash of its weights" if converted.base_by == "hash" else base,
-        "parity": f"not checked here: loratrf-parity --model {model} --adapter {adapter}",
+        "config": ""
+        if converted.base_listed
+        else "held against the model's own layers alone: its loratrf.json is of an "
+        "older version, which doesn't list the base's",
+        "parity": "" if converted.parity else "not checked: add --check, with the base at hand",
     }
     print_rows(rows)
+    if converted.parity:
+        print_report(converted.parity)
 
 
 def _swappable_row(result: ExportResult) -> dict[str, str]:

@@ -111,7 +111,8 @@ class Swappable:
     """What a model takes at run time: graph inputs that are `weights` of an adapter, and what it computes without one.
 
     `file` is the .onnx_adapter beside it. In a grouped model there is one per adapter instead: `slots` has its
-    adapters' slots by name, and each of `weights` a leading dimension of slots (`runtime.slots`).
+    adapters' slots by name, and each of `weights` a leading dimension of slots (`runtime.slots`). `base_parameters` are
+    all of the base's, with their shapes: what a further adapter's config is held against. Empty in older files.
     """
 
     default: Default
@@ -119,10 +120,17 @@ class Swappable:
     file: str | None = None
     slots: dict[str, int] = field(default_factory=dict)
     adapters: dict[str, AdapterId] = field(default_factory=dict)
+    base_parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if list(self.slots.values()) != list(range(len(self.slots))):
             raise ValueError(f"slots {self.slots}")
+
+    @property
+    def known_parameters(self) -> dict[str, tuple[int, ...]]:
+        """`base_parameters`; of an older file those that the model takes alone, and their shapes say little."""
+        known = {f"{weight.module}.{'weight' if weight.in_layer else weight.part}": (1, 1) for weight in self.weights}
+        return self.base_parameters or known
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
-from ..errors import UserError, some
+from ..errors import UserError
 from ..formats.fit import fit
 from ..formats.manifest import Manifest, read_swappable
 from ..genai.generate import decoder_config
 from ..genai.names import is_cache
 from ..ops.dtypes import DTYPES, DType
-from ..ops.schemas import DOMAIN, OPS, Device
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
 from ..pytorch.base import BaseModel, Inputs
 from ..pytorch.oracle import load_reference
 from ..runtime.session import PROVIDERS, check_providers
+from ..runtime.slots import Slots
 from .inputs import complete, default_inputs, padding_mask, read_inputs
 from .quantised import dequantise_reference, exact_arithmetic
 from .result import Check, Step
@@ -41,7 +42,8 @@ GENERATION_TOLERANCE = 1e-4
 class Case:
     """An exported model, PyTorch's model of the same adapter, and what both are fed.
 
-    `weights` are the adapter's for a swappable model, which `manifest` describes; both are empty otherwise. `folded`
+    `weights` are the adapter's for a swappable model, which `manifest` describes; both are empty otherwise. A grouped
+    model has the adapter in the one slot of these weights. `folded`
     layers have their low-rank half, or a bias of it, in the graph's weights. `genai_config` is there where the model
     generates. Where the base is `quantised`, `graph` is
     the one in the file, made to compute in float32, `base` has its dequantised weights, and `weight_checks` say whether
@@ -64,6 +66,11 @@ class Case:
     batches: tuple[Inputs, ...]
     masks: tuple[NDArray[np.bool_] | None, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether rows name their slots in adapter_ids."""
+        return bool(self.manifest and self.manifest.swappable and self.manifest.swappable.slots)
 
 
 def prepare(
@@ -92,12 +99,11 @@ def prepare(
     manifest, weights = None, {}
     if any(value.name in graph.graph.initializers for value in graph.graph.inputs):
         manifest, swappable = read_swappable(model)
-        if swappable.slots:
-            raise UserError(
-                f"{model} holds several adapters ({some(swappable.slots)}). Compare them all: loratrf-parity --model "
-                f"{model} --adapters NAME=PATH ..."
-            )
         weights = fit(read, swappable.weights, manifest.adapter.filter_input)
+        if swappable.slots:
+            slots = Slots(swappable.weights, 1)
+            slots.put(0, weights)
+            weights = slots.values
     batches = _batches(inputs, base, model)
     _check_names(model, graph, base, batches)
     biased = {name for name, layer in read.layers.items() if layer.lora_bias is not None}
@@ -183,7 +189,7 @@ def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: B
 def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
     """UserError where the graph takes what the base doesn't: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
-    if foreign := sorted({name for name in names if not is_cache(name)} - set(batches[0])):
+    if foreign := sorted({name for name in names if not is_cache(name)} - {*batches[0], ADAPTER_IDS}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."

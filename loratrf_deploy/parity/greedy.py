@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
-from ..genai.generate import CONFIG_FILE, decode_rows, generate_tokens, load_model
+from ..formats.adapter_file import SUFFIX, write_values
+from ..genai.generate import CONFIG_FILE, decode_rows, load_model
 from ..pytorch.oracle import layers_off
 from ..runtime.session import library_path
 from .case import Case
@@ -114,7 +114,8 @@ def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
 def check_greedy(case: Case) -> list[Check]:
     """Whether onnxruntime-genai takes the tokens that PyTorch takes: greedy, TOKENS of them, with and without library.
 
-    A swappable model is given the adapter through onnxruntime-genai's own Adapters, and runs without one too. A token
+    A swappable model is given the adapter through onnxruntime-genai's own Adapters, a grouped one in a slot, and runs
+    without one too. A token
     that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is another
     text and isn't compared. Requires a case with a genai_config.
     """
@@ -125,8 +126,8 @@ def check_greedy(case: Case) -> list[Check]:
     swappable = case.manifest and case.manifest.swappable
     if swappable:
         variants[NO_ADAPTER] = False
-        off = layers_off(case.base.model) if swappable.default == "base" else contextlib.nullcontext()
-        with off:
+        is_base = swappable.default == "base" or case.grouped
+        with layers_off(case.base.model) if is_base else contextlib.nullcontext():
             expected[NO_ADAPTER] = torch_greedy(case.base.model, config)
     checks = []
     for variant, library in variants.items():
@@ -147,10 +148,13 @@ def _generate(case: Case, right: Greedy, *, library: bool, adapter_on: bool) -> 
             import onnxruntime_genai as og
 
             file = folder / f"adapter{SUFFIX}"
-            write_adapter_file(file, case.weights, Origin.of(case.adapter, case.manifest))
+            write_values(file, case.weights)
             active = (og.Adapters(model), "adapter")
             active[0].load(str(file), active[1])
-        return list(generate_tokens(model, right.prompt, len(right.tokens), stop=False, active=active))
+        ids = [0 if adapter_on else -1] if case.grouped else None
+        count = len(right.tokens)
+        made = decode_rows(model, [right.prompt], count, pad=0, stop=False, active=active, adapter_ids=ids, search={})
+        return [int(tokens[0]) for tokens in made]
 
 
 def check_greedy_rows(

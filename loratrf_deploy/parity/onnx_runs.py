@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..errors import UserError, some
 from ..genai.names import is_cache
-from ..ops.schemas import Device
+from ..ops.schemas import ADAPTER_IDS, Device
 from ..pytorch.base import Inputs, Outputs
 from ..runtime.session import PROVIDERS, create_session, library_path, with_options
 from .case import Case
@@ -59,17 +59,26 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     worked = next(iter(ran))
     if case.manifest is not None:
         step("running ONNX Runtime without an adapter")
+        batches = [_without_adapter(batch) for batch in case.batches] if case.grouped else case.batches
         runs[NO_ADAPTER] = _foreign_default(case) or run_batches(
-            case.model, case.batches, case.outputs, LIBRARY[worked], case.device, graph=graph
+            case.model, batches, case.outputs, LIBRARY[worked], case.device, graph=graph
         )
     return OnnxRuns(runs, worked, ran[worked])
 
 
+def _without_adapter(batch: Inputs) -> Inputs:
+    return batch | {ADAPTER_IDS: np.full(len(next(iter(batch.values()))), -1)}
+
+
 def _foreign_default(case: Case) -> NotComparable | None:
-    """Why the model without an adapter can't be compared: it then has weights of another one than `case` has."""
+    """Why the model without an adapter can't be compared: it has weights of another one then, or heads of nobody."""
     assert case.manifest is not None
     swappable, first = case.manifest.swappable, case.manifest.adapter
-    if first.sha256 == case.adapter.sha256 or not swappable:
+    if case.grouped and case.base.untrained:
+        return NotComparable(
+            f"the base has no {some(case.base.untrained)} of its own, and rows of no adapter get zeros"
+        )
+    if first.sha256 == case.adapter.sha256 or not swappable or case.grouped:
         return None
     if not any(weight.default == "adapter" for weight in swappable.weights):
         return None
@@ -119,13 +128,16 @@ def run_session(
 ) -> Outputs:
     """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
 
-    `weights` are fed as they are: those of an adapter, to a swappable model. A key/value cache starts empty.
+    `weights` are fed as they are: those of an adapter, to a swappable model; where rows name slots and `batch` doesn't,
+    all take the first. A key/value cache starts empty.
     """
     rows = len(next(iter(batch.values())))
     feeds = dict(weights or {})
     for value in session.get_inputs():
         if is_cache(value.name):  # (batch, heads, past, head width)
             array = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+        elif value.name == ADAPTER_IDS:
+            array = batch.get(ADAPTER_IDS, np.zeros(rows, np.int64))
         else:
             array = batch[value.name]
         feeds[value.name] = array.astype(np.float16) if value.type == "tensor(float16)" else array

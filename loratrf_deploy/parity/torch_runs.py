@@ -36,8 +36,9 @@ def run_pytorch(case: Case, step: Step) -> TorchOutputs:
             f"for {', '.join(unknown)}. Expected a model that loratrf-export made for the same task."
         )
     swappable = case.manifest and case.manifest.swappable
-    if not swappable or swappable.default == "adapter":
+    if not swappable or (swappable.default == "adapter" and not case.grouped):
         return TorchOutputs(on, off, on)
-    heads = {weight.module for weight in swappable.weights if not weight.in_layer and weight.default == "base"}
+    own = [weight for weight in swappable.weights if weight.default == "base" or case.grouped]
+    heads = {weight.module for weight in own if not weight.in_layer}
     without = [run_torch(case.base, batch, adapter_on=False, heads_off=heads) for batch in case.batches]
     return TorchOutputs(on, off, without)

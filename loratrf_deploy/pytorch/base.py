@@ -63,6 +63,7 @@ class BaseModel:
     """A torch model in eval mode with what the export needs to know of it.
 
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
+    `parameters` are the bare base's, by name, with their shapes.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -70,6 +71,7 @@ class BaseModel:
     task: str
     input_names: tuple[str, ...]
     untrained: frozenset[str]
+    parameters: dict[str, tuple[int, ...]]
 
 
 def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "auto") -> BaseModel:
@@ -97,8 +99,9 @@ def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: 
     if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
     model, untrained = _load(adapter, name, config, task, dtype)
-    check_fits(adapter, {key: tuple(value.shape) for key, value in model.state_dict().items()}, conv1d=_conv1d(model))
-    return BaseModel(model, name, task, _input_names(model, name, task), frozenset(untrained))
+    parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    check_fits(adapter, parameters, conv1d=_conv1d(model))
+    return BaseModel(model, name, task, _input_names(model, name, task), frozenset(untrained), parameters)
 
 
 def sample_inputs(
