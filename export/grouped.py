@@ -83,7 +83,8 @@ def export_grouped(
     def prove(model: Path, _: Manifest, step: Callable[[str], None]) -> ParityReport:
         return check_grouped_parity(model, loaded, options.base_model, step=step)
 
-    return write_proven(out, write, prove if options.check else None, step)
+    warnings = [f"{name}: {adapter.warning}" for name, adapter in loaded.items() if adapter.warning]
+    return write_proven(out, write, prove if options.check else None, step, warnings)
 
 
 def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | None) -> None:

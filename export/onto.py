@@ -30,7 +30,7 @@ class Converted:
     """What a conversion made. `layers` of the model's `model_layers` are adapted; `base_by` says how the base was held
     against the model's: by its "hash", or by its "name" where one of the two has no folder here. `base_listed` is False
     where the model's loratrf.json, of an older version, doesn't list the base's layers: the adapter's config was held
-    against those of the model alone then. `parity` is there where it was asked for."""
+    against those of the model alone then. `parity` is there where it was asked for; `warnings` as of an export."""
 
     file: Path
     bytes: int
@@ -39,6 +39,7 @@ class Converted:
     base_by: str
     base_listed: bool = True
     parity: ParityReport | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def convert_adapter(
@@ -78,7 +79,8 @@ def convert_adapter(
                 raise ParityFailed(report)
     modules = {weight.module for weight in swappable.weights if weight.in_layer}
     listed = bool(swappable.base_parameters)
-    return Converted(out, size, len(loaded.layers), len(modules), base_by, listed, report)
+    warnings = (loaded.warning,) if loaded.warning else ()
+    return Converted(out, size, len(loaded.layers), len(modules), base_by, listed, report, warnings)
 
 
 def _check_whole(adapter: Adapter, swappable: Swappable) -> None:

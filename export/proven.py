@@ -22,7 +22,6 @@ from ..formats.manifest import (
     Manifest,
     ModelId,
     Swappable,
-    file_sha256,
     write_manifest,
 )
 from ..ops.dtypes import DType
@@ -53,13 +52,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made: loratrf.json's content, the files' sizes in bytes, the time by stage in seconds."""
+    """What an export made: loratrf.json's content, the files' sizes in bytes, the time by stage in seconds.
+
+    `warnings` are what is no error, but hardly meant: an adapter that changes nothing.
+    """
 
     model: Path
     manifest: Manifest
     parity: ParityReport | None
     sizes: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class ParityFailed(Exception):
@@ -78,12 +81,13 @@ def write_proven(
     write: Callable[[Path, Clock], Manifest],
     prove: Callable[[Path, Manifest, Step], ParityReport] | None,
     step: Step,
+    warnings: Sequence[str] = (),
 ) -> ExportResult:
     """Writes a model aside, proves it, and moves it into place with its manifest.
 
     `write` writes the model and what belongs to it beside the path that it is given, and returns the manifest; `prove`
-    is given both and what tells its steps, None skips the proof. Raises ParityFailed where the proof fails, UserError
-    where `out` can't be written; then nothing is left behind.
+    is given both and what tells its steps, None skips the proof; `warnings` are the result's. Raises ParityFailed where
+    the proof fails, UserError where `out` can't be written; then nothing is left behind.
     """
     with written_aside(out) as aside:
         model, clock = aside / out.name, Clock(step)
@@ -103,7 +107,7 @@ def write_proven(
         write_manifest(manifest, aside)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")
-    return ExportResult(out, manifest, report, sizes, clock.seconds)
+    return ExportResult(out, manifest, report, sizes, clock.seconds, tuple(warnings))
 
 
 def traced_inputs(base: BaseModel, dtype: DType) -> dict[str, torch.Tensor]:
@@ -143,7 +147,7 @@ def common_facts(
             **identity,
         ),
         base=BaseId(Path(base.path).name, base_sha256(Path(base.path))),
-        model=ModelId(file_sha256(out)),
+        model=ModelId.of(out),
         layers=tuple(layers),
         quantize=options.quantize,
         device=options.device,

@@ -74,7 +74,8 @@ def export_adapter(
         device = "cpu" if manifest.task == GENERATION else options.device
         return check_parity(model, loaded, options.base_model, device=device, step=step)
 
-    return write_proven(out, write, prove if options.check else None, step)
+    warnings = [loaded.warning] if loaded.warning else []
+    return write_proven(out, write, prove if options.check else None, step, warnings)
 
 
 def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:

@@ -127,10 +127,14 @@ class Adapter:
     tensors: frozenset[str]
 
     @property
-    def without_effect(self) -> str | None:
-        """Why the layers change nothing, in words; None where one changes something, or only PEFT can tell."""
+    def warning(self) -> str | None:
+        """That its layers change nothing, and why; None where one changes something, or only PEFT can tell."""
         reasons = [reason for layer in self.layers.values() for reason in _idle(layer)]
-        return None if None in reasons or not reasons else some(list(dict.fromkeys(map(str, reasons))))
+        if None in reasons or not reasons:
+            return None
+        kept = [*self.modules_to_save, *(["its biases"] if self.biases else [])]
+        only = f" Only what it brings whole can matter: {some(kept)}." if kept else ""
+        return f"this adapter changes no layer: {some(list(dict.fromkeys(map(str, reasons))))}.{only}"
 
     @property
     def invocation_tokens(self) -> tuple[int, ...] | None:

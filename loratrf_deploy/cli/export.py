@@ -19,7 +19,7 @@ from ..export.single import export_adapter
 from ..ops.dtypes import DTYPES
 from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
-from .shared import Parser, command, named_paths, print_json, print_rows, progress, require_extra
+from .shared import Parser, command, named_paths, print_json, print_rows, print_warnings, progress, require_extra
 
 if TYPE_CHECKING:
     from ..parity.result import ParityReport
@@ -176,6 +176,7 @@ def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
     print_rows(rows)
     if converted.parity:
         print_report(converted.parity)
+    print_warnings(converted.warnings)
 
 
 def _swappable_row(result: ExportResult) -> dict[str, str]:
@@ -204,6 +205,7 @@ def _print_summary(result: ExportResult) -> None:
     print_rows(rows)
     if result.parity:
         print_report(result.parity)
+    print_warnings(result.warnings)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,21 @@ from typing import Any
 
 from ..formats.inspection import inspect_path
 from ..parity.result import LIBRARY
-from .shared import Parser, command, plain, print_json, print_rows, stdout_console
+from .shared import Parser, command, plain, print_json, print_rows, print_warnings, stdout_console
 
 __all__ = ["main"]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """loratrf-inspect PATH [--json]: exit 0 shown, 2 PATH is no adapter and no exported model, or is damaged."""
+    """loratrf-inspect PATH: exit 0 shown, 2 PATH is no adapter and no exported model, is damaged, or fails --verify."""
     args = _parser().parse_args(argv)
-    facts = inspect_path(args.path)
+    facts = inspect_path(args.path, verify=args.verify)
     if args.json:
         print_json(facts)
     else:
         {"adapter": _show_adapter, "adapter file": _show_adapter_file, "model": _show_model}[facts["kind"]](facts)
+        print_warnings(facts["warnings"])
     return 0
 
 
@@ -33,6 +34,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "path", type=Path, help="adapter folder or .onnx_adapter, or an exported model.onnx or its folder"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="hold every byte of a model's graph and weights against the hashes of its export, not samples alone",
     )
     return parser
 
@@ -116,12 +122,11 @@ def _show_model(facts: dict[str, Any]) -> None:
         if facts["custom_operators"]
         else "without the custom-op library: ONNX's and ONNX Runtime's own operators alone",
         "parity": _parity_sentence(parity),
+        "files": "verified: every byte is as it was exported" if facts["verified"] else None,
     }
     print_rows(rows)
     head = ("layer", "operator", "rank", "filter rank", "in -> out")
     _table(head, (_cells(layer, layer["op"]) for layer in facts["layers"]), left=2)
-    for warning in facts["warnings"]:
-        stdout_console().print(plain(f"warning: {warning}"), style="yellow")
 
 
 def _parity_sentence(parity: dict[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("EXTRAS", "Parser", "command", "count", "named_paths", "plain", "positive", "print_json", "print_rows"),
-    *("progress", "require_extra", "stdout_console"),
+    *("print_warnings", "progress", "require_extra", "stdout_console"),
 ]
 
 EXTRAS = {
@@ -147,6 +147,12 @@ def print_rows(rows: Mapping[str, str | None]) -> None:
     for label, text in rows.items():
         if text:
             console.print(f"[bold]{label:<8}[/bold] {plain(text)}")
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """A line for each: what is no error, and must not be overlooked."""
+    for warning in warnings:
+        stdout_console().print(plain(f"warning: {warning}"), style="yellow")
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..errors import UserError
+from ..errors import UserError, some
 from ..ops.dtypes import RUN_TIME_DTYPES
 from .decode import decode
 from .manifest import AdapterId, Manifest
@@ -93,7 +93,7 @@ def write_values(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:
-    """The adapter in the file `path`, every offset, size and the checksum checked. Raises UserError."""
+    """The adapter in the file `path`: every offset and size, the checksum and every value checked. Raises UserError."""
     path = Path(path)
     try:
         block = np.fromfile(path, dtype=np.uint8)
@@ -121,9 +121,18 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
         if origin.format != _FORMAT:
             raise ValueError(f"its format is {origin.format}, this version of loratrf-deploy reads {_FORMAT}")
         values = _Reader(block[:end]).parameters()
+        if broken := [name for name, value in values.items() if not _is_finite(value)]:
+            raise ValueError(f"it holds NaN or infinite values in {some(broken)}")
     except (ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{path} is damaged ({error}). Convert or copy the adapter again.") from error
     return AdapterFile(path, values, origin, len(raw), checksum)
+
+
+def _is_finite(value: NDArray[Any]) -> bool:
+    """np.isfinite(value).all(); of float16, where numpy is slow, by the bits but the sign: Inf and NaN come last."""
+    if value.dtype == np.float16:
+        return bool((value.view(np.uint16) & 0x7FFF).max() < 0x7C00)
+    return bool(np.isfinite(value).all())
 
 
 class _Reader:

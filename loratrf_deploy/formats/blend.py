@@ -77,17 +77,15 @@ def blend(
                 f"The blend {wanted} has the rank {len(A)} at {weight.module}, more than {most}, which is what the "
                 f"operators take on {device}: the ranks of its adapters add up. Blend fewer, or of lower rank."
             )
-        if not np.isfinite(B).all():
-            raise UserError(
-                f"The blend {wanted} exceeds {weight.dtype}, which the model computes in, at {weight.name}. Take "
-                "smaller weights."
-            )
+        _check_finite(wanted, weight, B)
         if len(A):
             values[A_of[weight.module]], values[weight.name] = A, B
     if len(parts) == 1:
         _, held, share = parts[0]
-        filters = (weight for weight in weights if weight.part in ("tau", "C", "D"))
-        values |= {weight.name: _scaled_filter(weight, held[weight.name], share) for weight in filters}
+        for weight in weights:
+            if weight.part in ("tau", "C", "D"):
+                values[weight.name] = _scaled_filter(weight, held[weight.name], share)
+                _check_finite(wanted, weight, values[weight.name])
     return values
 
 
@@ -126,7 +124,16 @@ def _check_parts(
 
 def _scaled_filter(weight: RuntimeWeight, value: NDArray[Any], share: float) -> NDArray[Any]:
     """One adapter alone keeps its filters, gamma times its weight: out = y + w·gamma·((s·z) Cᵀ)Dᵀ."""
-    return (value.astype(np.float32) * np.float32(share if weight.part == "D" else 1)).astype(value.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found by `blend`
+        return (value.astype(np.float32) * np.float32(share if weight.part == "D" else 1)).astype(value.dtype)
+
+
+def _check_finite(wanted: Blend, weight: RuntimeWeight, value: NDArray[Any]) -> None:
+    if not np.isfinite(value).all():
+        raise UserError(
+            f"The blend {wanted} exceeds {weight.dtype}, which the model computes in, at {weight.name}. Take smaller "
+            "weights."
+        )
 
 
 def _side_by_side(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
-from ..errors import UserError
+from ..errors import UserError, some
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
-from .manifest import MANIFEST, Manifest, file_sha256, read_manifest
+from .manifest import MANIFEST, Manifest, check_files, file_sha256, read_manifest
 from .swappable import LAYER_PARTS
 
 __all__ = ["inspect_path"]
@@ -17,16 +17,28 @@ __all__ = ["inspect_path"]
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def inspect_path(path: str | Path) -> dict[str, Any]:
+def inspect_path(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """JSON-ready facts about an adapter folder, an .onnx_adapter, a model.onnx or the folder of one; "kind" says which.
 
-    Raises UserError where there is neither, or what is there is damaged.
+    A model's files of weights are held against samples of their bytes, what differs is among its "warnings"; with
+    `verify` every byte of graph and weights is, and what differs is a UserError, as where there is nothing of these
+    kinds, or what is there is damaged.
     """
     path = Path(path)
+    facts = _facts(path, verify)
+    if verify and facts["kind"] != "model":
+        raise UserError(
+            f"--verify holds an exported model's files against its hashes, and {path} is an {facts['kind']}. Leave it "
+            f"out: an {SUFFIX} has a checksum, which is checked whenever it is read."
+        )
+    return facts
+
+
+def _facts(path: Path, verify: bool) -> dict[str, Any]:
     if path.is_dir() and (path / _ADAPTER_CONFIG).exists():
         return _adapter_facts(read_adapter(path))
     if path.is_dir() and (path / MANIFEST).is_file():
-        return _model_facts(path, None)
+        return _model_facts(path, None, verify)
     if path.is_file() and path.suffix == SUFFIX:
         return _adapter_file_facts(read_adapter_file(path))
     if path.is_file() and path.suffix == ".onnx":
@@ -35,9 +47,9 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
                 f"{path} has no {MANIFEST} beside it, which says what is in an exported model. Expected a model that "
                 "loratrf-export wrote, in its folder."
             )
-        return _model_facts(path.parent, path)
+        return _model_facts(path.parent, path, verify)
     if path.is_file() and path.name in (MANIFEST, _ADAPTER_CONFIG, "adapter_model.safetensors"):
-        return inspect_path(path.parent)
+        return _facts(path.parent, verify)
     if not path.exists():
         raise UserError(f"Nothing at {path}. Expected an adapter folder or file, an exported model.onnx or its folder.")
     raise UserError(
@@ -92,6 +104,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": saved,
         "merge": outcomes,
         "not_separable": adapter.not_separable,
+        "warnings": [adapter.warning] if adapter.warning else [],
     }
 
 
@@ -109,6 +122,8 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
         ranks = {"B": "rank", "D": "filter_rank"}
         if (part := suffixes[suffix]) in ranks and value.any():
             layer[ranks[part]] = int(value.shape[1])
+    idle = not any(layer["rank"] or layer["filter_rank"] for layer in layers.values())
+    only = f" Only what it brings whole can matter: {some(saved)}." if saved else ""
     return {
         "kind": "adapter file",
         "path": str(file.path),
@@ -120,10 +135,11 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
         "parameters": sum(int(value.size) for value in file.values.values()),
         "layers": [{"module": name, **ranks} for name, ranks in sorted(layers.items())],
         "saved": saved,
+        "warnings": [f"this adapter changes no layer: every B and D in it is zero.{only}"] if idle else [],
     }
 
 
-def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
+def _model_facts(folder: Path, model: Path | None, verify: bool) -> dict[str, Any]:
     manifest = read_manifest(folder / MANIFEST)
     expected = manifest.model.sha256
     models = [model] if model is not None else sorted(folder.glob("*.onnx"))
@@ -131,16 +147,23 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         raise UserError(f"{folder} has a {MANIFEST} but no .onnx file: the export is incomplete. Export it again.")
     hashes = {path: file_sha256(path) for path in models}
     model = next((path for path in models if hashes[path] == expected), models[0])
-    data = model.with_name(f"{model.name}.data")
-    files = {path.name: path.stat().st_size for path in (model, data) if path.is_file()}
+    data = manifest.model.files or [f"{model.name}.data"]
+    files = {path.name: path.stat().st_size for path in (model, *map(folder.joinpath, data)) if path.is_file()}
+    if verify:
+        _verify(folder, model, hashes[model], manifest)
     warnings = []
     if hashes[model] != expected:
         warnings.append(
             f"{model.name} is not the file that {MANIFEST} describes: it was changed or replaced after the export, so "
             "what is said here may not hold for it."
         )
-    if not data.is_file():
-        warnings.append(f"{data.name} is missing: the weights lie in it, so the model can't be run without it.")
+    lost = [name for name in data if name not in files]
+    warnings += [f"{name} is missing: the weights lie in it, so the model can't be run without it." for name in lost]
+    try:
+        if not lost:
+            check_files(folder, manifest)
+    except UserError as error:
+        warnings.append(str(error))
     if manifest.parity is None:
         warnings.append("parity was not checked on export (--no-check): run loratrf-parity.")
     return {
@@ -148,6 +171,7 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         "path": str(model),
         "bytes": sum(files.values()),
         "files": files,
+        "verified": verify,
         **manifest.to_dict(),
         "export": manifest.summary,
         "swappable": _swappable_facts(manifest, folder),
@@ -155,6 +179,22 @@ def _model_facts(folder: Path, model: Path | None) -> dict[str, Any]:
         "custom_operators": sorted(set(manifest.operators) - {"merged"}),
         "warnings": warnings,
     }
+
+
+def _verify(folder: Path, model: Path, sha256: str, manifest: Manifest) -> None:
+    """UserError where a byte of graph or weights differs from the export, or nobody wrote down what they were."""
+    if sha256 != manifest.model.sha256:
+        raise UserError(
+            f"{model} is not the file that {MANIFEST} describes: its sha256 is {sha256[:12]}, expected "
+            f"{manifest.model.sha256[:12]}. It was changed or replaced after the export. Copy the folder again, or "
+            "export the model again."
+        )
+    if not manifest.model.files:
+        raise UserError(
+            f"{folder / MANIFEST} has no hashes of the weights: loratrf-deploy {manifest.loratrf_deploy}, which wrote "
+            "it, kept none. Export the model again to have them verified."
+        )
+    check_files(folder, manifest, whole=True)
 
 
 def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ __all__ = [
     "AdapterId",
     "AdapterPart",
     "BaseId",
+    "FileId",
     "LayerRow",
     "Manifest",
     "Mode",
@@ -27,9 +28,12 @@ __all__ = [
     "ParitySummary",
     "Quantization",
     "Swappable",
+    "check_described",
+    "check_files",
     "file_sha256",
     "read_manifest",
     "read_swappable",
+    "sampled_sha256",
     "write_manifest",
 ]
 
@@ -74,10 +78,35 @@ class BaseId:
 
 
 @dataclass(frozen=True)
+class FileId:
+    """What identifies a file of weights: its size, its sha256, and `sampled_sha256` for those in a hurry."""
+
+    bytes: int
+    sha256: str
+    sampled: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileId:
+        """That of the file at `path`."""
+        return cls(path.stat().st_size, file_sha256(path), sampled_sha256(path))
+
+
+@dataclass(frozen=True)
 class ModelId:
-    """The sha256 of the graph's file, model.onnx."""
+    """The sha256 of the graph's file, model.onnx, and the files of weights beside it by name; none in older files."""
 
     sha256: str
+    files: dict[str, FileId] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if foreign := [name for name in self.files if name != Path(name).name or name == ".."]:
+            raise ValueError(foreign[0])
+
+    @classmethod
+    def of(cls, model: Path) -> ModelId:
+        """That of the model at `model`, whose files of weights are called as it is, and something behind a dot."""
+        beside = sorted(path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}."))
+        return cls(file_sha256(model), {path.name: FileId.of(path) for path in beside})
 
 
 @dataclass(frozen=True)
@@ -214,6 +243,65 @@ def read_swappable(model: str | Path) -> tuple[Manifest, Swappable]:
             "it again."
         )
     return manifest, manifest.swappable
+
+
+def check_files(folder: Path, manifest: Manifest, *, whole: bool = False) -> None:
+    """Whether the files of weights in `folder` are those that its `manifest` describes.
+
+    Sizes and samples of their bytes, all of them with `whole`. A manifest of an older version describes none. Raises
+    UserError where one is missing or another.
+    """
+    for name, expected in manifest.model.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing, and the model's weights are in it. Keep an export's files together.")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            found = f"it has {size} bytes, expected {expected.bytes}"
+        elif whole and (digest := file_sha256(path)) != expected.sha256:
+            found = f"its sha256 is {digest[:12]}, expected {expected.sha256[:12]}"
+        elif not whole and sampled_sha256(path) != expected.sampled:
+            found = "its bytes are others"
+        else:
+            continue
+        raise UserError(
+            f"{path} is not the file that {MANIFEST} describes: {found}. It was changed, cut off or replaced after the "
+            "export. Copy the folder again, or export the model again."
+        )
+
+
+def check_described(model: Path) -> None:
+    """`check_files`, whole, of a model whose graph is the one that the loratrf.json beside it describes.
+
+    Of another graph, made of the export later, it says nothing.
+    """
+    path = model.with_name(MANIFEST)
+    if path.is_file() and (manifest := read_manifest(path)).model.sha256 == file_sha256(model):
+        check_files(model.parent, manifest, whole=True)
+
+
+_SAMPLES, _SAMPLE = 1024, 1024
+
+
+def sampled_sha256(path: Path) -> str:
+    """The sha256 of a file's size and 1024 pieces of 1024 bytes, evenly spaced, the first and the last among them.
+
+    In milliseconds whatever the size. Any change of a stretch longer than a 1024th of the file shows, a small one only
+    where it meets a piece: it tells a file that was cut off, or another export's, and nothing that somebody hid. Raises
+    UserError where the file can't be read.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            digest = hashlib.sha256(size.to_bytes(8, "little"))
+            last = max(size - _SAMPLE, 0)
+            # A set: the pieces of a small file overlap, and are its whole content.
+            for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
+    except OSError as error:
+        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

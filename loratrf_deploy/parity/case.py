@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
 from ..formats.fit import fit
-from ..formats.manifest import Manifest, read_swappable
+from ..formats.manifest import Manifest, check_described, read_swappable
 from ..genai.generate import decoder_config
 from ..genai.names import is_cache
 from ..ops.dtypes import DTYPES, DType
@@ -87,6 +87,7 @@ def prepare(
     check_providers([PROVIDERS[device]])
     step("reading the model")
     graph = load_graph(model)
+    check_described(model)
     dtype, genai_config = model_dtype(graph), decoder_config(model)
     read = adapter_of(adapter)
     step("loading PyTorch's model")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
-from ..formats.manifest import read_swappable
+from ..formats.manifest import check_described, read_swappable
 from ..genai.generate import decoder_config
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS
@@ -135,6 +135,7 @@ def _prepare(
             f"with {some(adapters)}. Name all of its own, and no other: --adapters NAME=PATH ..."
         )
     graph = load_graph(model)
+    check_described(model)
     dtype, genai_config = model_dtype(graph), decoder_config(model)
     return _Case(
         model=model,

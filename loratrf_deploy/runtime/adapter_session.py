@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..formats.manifest import read_swappable
+from ..formats.manifest import check_files, read_swappable
 from ..formats.swappable import Default
 from ..ops.schemas import ADAPTER_IDS, Device
 from .bound import OnePerRun, Request
-from .residents import AdapterInfo, Choice, Residents
+from .residents import AdapterInfo, Choice, Residents, check_scale
 from .session import PROVIDERS, create_session
 from .slots import OnePerRow
 
@@ -34,11 +33,12 @@ class AdapterSession:
     Where an adapter can be named, so can a blend of several, {name: weight}: y = h + Σᵢ wᵢ·(alphaᵢ/Rᵢ)·(x Aᵢᵀ)Bᵢᵀ.
 
     Opens a model of `loratrf-export --swappable` (one adapter per run) or `--adapters` (one per row), as
-    `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. Every
-    method may be called from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or
-    replaced meanwhile. `max_bytes` limits the memory of resident adapters and blends: those that were used least
-    recently are put aside, and read again from their files, or blended again, when a run names them. Raises UserError
-    for a model that takes no adapters.
+    `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. The files
+    are held against the hashes in loratrf.json first, weights by samples of their bytes. Every method may be called
+    from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
+    `max_bytes` limits the memory of resident adapters and blends: those that were used least recently are put aside,
+    and read again from their files, or blended again, when a run names them. Raises UserError for a model that takes
+    no adapters, or isn't as it was exported.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class AdapterSession:
         options: onnxruntime.SessionOptions | None = None,
     ):
         manifest, swappable = read_swappable(model)
+        check_files(Path(model).parent, manifest)
         self._session = create_session(model, library=library, providers=providers, options=options)
         self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -114,7 +115,6 @@ class AdapterSession:
             raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
         if (adapter is ...) == (adapters is None):
             raise TypeError("run() takes either adapter=NAME or adapters=[NAME, ...], one per row")
-        if not (isinstance(scale, int | float) and math.isfinite(scale)):
-            raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
+        check_scale(scale)
         request = Request(inputs, chosen, adapter, adapters, scale)
         return self._way.run(request, self._residents.resident)

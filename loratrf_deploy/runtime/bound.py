@@ -89,8 +89,19 @@ class BoundWeights:
         return all(self.arrays[name] is value for name, value in values.items())
 
     def scaled(self, scale: float, names: Sequence[str]) -> BoundWeights:
-        """The same weights with `names` times `scale`, made for one run; the others are shared."""
-        scaled = {name: self.arrays[name] * self.arrays[name].dtype.type(scale) for name in names}
+        """The same weights with `names` times `scale`, made for one run; others are shared. UserError on overflow."""
+        scaled = {}
+        for name in names:
+            value = self.arrays[name]
+            with np.errstate(over="ignore", invalid="ignore"):
+                scaled[name] = (value.astype(np.float32, copy=False) * np.float32(scale)).astype(
+                    value.dtype, copy=False
+                )
+            if not np.isfinite(scaled[name]).all():
+                raise UserError(
+                    f"scale is {scale}, with which {name} exceeds {value.dtype}, which the model computes in. Take a "
+                    "smaller one."
+                )
         rest = {name: value for name, value in self._values.items() if name not in scaled}
         return BoundWeights(self._session, self._device, {**self.arrays, **scaled}, rest)
 

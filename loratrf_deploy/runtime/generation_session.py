@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
-from ..formats.manifest import MANIFEST, Swappable, read_manifest, read_swappable
+from ..formats.manifest import MANIFEST, Swappable, check_files, read_manifest, read_swappable
 from ..formats.swappable import Default
 from ..genai.generate import CONFIG_FILE, decode_rows, load_model, read_config
 from .genai_adapters import GenaiAdapters, Placed
-from .residents import AdapterInfo, Choice, Residents
+from .residents import AdapterInfo, Choice, Residents, check_scale
 from .slots import SlotBank
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ class GenerationSession:
     row); one with a fixed adapter too, which takes no others. No adapter is loaded at first. Every method may be called
     from any number of threads; a call that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
     `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
-    again from their files when a call names them. Raises UserError where the folder is no exported language model.
+    again from their files when a call names them. Its weights are held against samples of their bytes in loratrf.json
+    first. Raises UserError where the folder is no exported language model, or not as it was exported.
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None):
@@ -41,6 +41,9 @@ class GenerationSession:
 
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
+        manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+        if manifest is not None:
+            check_files(folder, manifest)
         self._model = load_model(folder)
         config = read_config(folder)["model"]
         try:
@@ -57,7 +60,7 @@ class GenerationSession:
                 "again with loratrf-export."
             ) from error
         self._swappable: Swappable | None = None
-        if (folder / MANIFEST).is_file() and read_manifest(folder / MANIFEST).swappable is not None:
+        if manifest is not None and manifest.swappable is not None:
             manifest, self._swappable = read_swappable(graph)
             self._adapters = GenaiAdapters(self._model)
             self._slots = SlotBank(self._swappable, self._adapters.place) if self._swappable.slots else None
@@ -227,8 +230,7 @@ class GenerationSession:
         self, rows: int, adapter: Choice | EllipsisType | None, adapters: Sequence[Choice | None] | None, scale: float
     ) -> list[Choice | None]:
         """The adapter of each row. Raises UserError for a combination that this model doesn't have."""
-        if not (isinstance(scale, int | float) and math.isfinite(scale)):
-            raise UserError(f"scale is {scale!r}, expected a finite number, such as 1 or 0.5.")
+        check_scale(scale)
         if self._swappable is None:
             if (adapter is not ... and adapter is not None) or adapters is not None:
                 self._loaded()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
@@ -17,12 +20,24 @@ from ..formats.manifest import Manifest, Swappable
 from ..formats.swappable import check_matches
 from ..ops.schemas import Device
 
-__all__ = ["AdapterInfo", "Choice", "Residents"]
+__all__ = ["AdapterInfo", "Choice", "Residents", "check_scale"]
 
 Choice: TypeAlias = "str | Mapping[str, float]"
 """The name of a loaded adapter, or a blend of several: {name: weight}."""
 
 P = TypeVar("P")
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def check_scale(scale: float) -> None:
+    """UserError where weights can't be scaled by it: weights are scaled in float32."""
+    try:
+        if isinstance(scale, Real) and abs(float(scale)) <= _LARGEST:
+            return
+    except OverflowError:  # a whole number beyond any float
+        pass
+    raise UserError(f"scale is {reprlib.repr(scale)}, expected a finite number that float32 holds, such as 1 or 0.5.")
 
 
 @dataclass(frozen=True)
