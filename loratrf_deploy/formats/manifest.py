@@ -99,7 +99,7 @@ class ModelId:
     files: dict[str, FileId] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if foreign := [name for name in self.files if name != Path(name).name or name == ".."]:
+        if foreign := [name for name in self.files if name in ("", "..") or name != Path(name).name]:
             raise ValueError(foreign[0])
 
     @classmethod
