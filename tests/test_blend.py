@@ -239,6 +239,14 @@ def test_values_that_overflow_are_named(dtype: str, share: float) -> None:
         blend(Blend.of({"a": share, "b": 1}), {"a": values_of(weights, 1), "b": values_of(weights, 2)}, weights)
 
 
+def test_a_filter_that_overflows_is_named() -> None:
+    """One adapter alone keeps its filters: this is what a language model's scale comes to."""
+    weights = layer("one")
+    values = values_of(weights, 1, filters=True) | {"one.lora_B.weight": np.zeros((7, 3), np.float16)}
+    with pytest.raises(UserError, match=r"exceeds float16.*at one\.trf_D\.weight\. Take smaller weights"):
+        blend(Blend.of({"a": 1e5}), {"a": values}, weights)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,11 +16,12 @@ import transformers
 
 from loratrf_deploy import read_adapter
 from loratrf_deploy.cli.export import main
-from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
+from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter_file
 from loratrf_deploy.formats.manifest import read_swappable
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
+from loratrf_deploy.parity import check_parity
 from loratrf_deploy.parity.grouped import check_grouped_parity
 from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.runtime.slots import Slots
@@ -155,6 +157,45 @@ def test_slots_are_refilled_through_genais_own_adapters(
     assert generate(model.parent, np.array([0], np.int64), PROMPTS[:1])[0] == torch_tokens(
         base, adapters["fr"], PROMPTS[0]
     )
+
+
+@pytest.mark.parametrize(("quantize", "mixed"), [("none", True), ("int4", True), ("int4", False)])
+def test_a_conversion_is_proven_where_it_is_asked_for(
+    quantize: str, mixed: bool, grouped: Grouped, exported: Callable, make_llm: Make, tmp_path: Path
+) -> None:
+    base = make_llm()[0]
+    model = grouped(quantize=quantize)[2] if mixed else exported("loratrf", swappable="base", quantize=quantize)
+    new = make_llm("llama", "lora", r=9, seed=40, target_modules=["q_proj", "down_proj"])[1]
+    file = tmp_path / "new.onnx_adapter"
+    report = convert_adapter(new, model, file, base_model=base, check=True).parity
+    assert report is not None
+    assert {check.status for check in report.checks} == {"passed"}
+    found = {(check.variant, check.output) for check in report.checks}
+    greedy = {(variant, "64 greedy tokens") for variant in ("with library", "without library", "no adapter")}
+    assert greedy <= found
+    # PyTorch's model is made of the folder: with another alpha there, the same weights fail.
+    other = Path(shutil.copytree(new, tmp_path / "other"))
+    edit_json(other / "adapter_config.json", lora_alpha=-8)
+    assert not check_parity(model, dataclasses.replace(read_adapter(new), path=other), base).passed
+
+
+def test_onto_holds_a_config_against_the_layers_of_a_language_model(
+    grouped: Grouped, exported: Callable, make_llm: Make, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    base, original = make_llm("llama", "lora", r=9, seed=40, target_modules=["q_proj", "down_proj"])
+    adapter = tmp_path / "adapter"
+    shutil.copytree(original, adapter)
+    for model in (grouped()[2], exported("loratrf", swappable="base")):
+        for targets, words in (
+            (["q_proj"], "low-rank weights for model.layers.0.mlp.down_proj, which target_modules leaves out"),
+            (
+                ["q_proj", "down_proj", "lm_head"],
+                "target_modules covers lm_head, but the file holds no low-rank weights",
+            ),
+        ):
+            edit_json(adapter / "adapter_config.json", target_modules=targets)
+            command = ["--adapter", adapter, "--onto", model, "--base-model", base]
+            assert words in refused(tmp_path / "out" / "a.onnx_adapter", *command)
 
 
 def test_the_graph_and_the_manifest(grouped: Grouped) -> None:

@@ -99,7 +99,7 @@ def test_a_scale_beyond_float16(make_export: Callable, tmp_path: Path) -> None:
     assert np.abs(scaled - expected).max() < 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("scale", "words"), [(1e39, r"scale is 1e\+39"), (3e38, r"exceeds float32.*trf_D|exceeds")])
+@pytest.mark.parametrize(("scale", "words"), [(1e39, r"scale is 1e\+39"), (3e38, "exceeds float32")])
 def test_a_scale_that_a_language_models_weights_do_not_survive(exported: Callable, scale: float, words: str) -> None:
     folder = exported("loratrf", swappable="base").parent
     session = GenerationSession(folder)
