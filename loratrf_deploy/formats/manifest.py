@@ -158,7 +158,9 @@ class Swappable:
     @property
     def known_parameters(self) -> dict[str, tuple[int, ...]]:
         """`base_parameters`; of an older file those that the model takes alone, and their shapes say little."""
-        known = {f"{weight.module}.{'weight' if weight.in_layer else weight.part}": (1, 1) for weight in self.weights}
+        known: dict[str, tuple[int, ...]] = {
+            f"{weight.module}.{'weight' if weight.in_layer else weight.part}": (1, 1) for weight in self.weights
+        }
         return self.base_parameters or known
 
 
