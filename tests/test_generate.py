@@ -119,7 +119,7 @@ def test_a_chat_in_which_adapters_change(capsys, swappable, monkeypatch) -> None
     ("options", "expected"),
     [
         (["--adapter", "ours"], "--adapter has 'ours', expected NAME=PATH"),
-        (["--adapter", "ours=nowhere.onnx_adapter"], "Can't read the adapter file"),
+        (["--adapter", "ours=nowhere.onnx_adapter"], "Can't read nowhere.onnx_adapter"),
         (["--rows"], "one adapter per call"),
         (["--chat"], "saved with a chat template"),
     ],

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("version", "errors", "ops", "adapters", "genai", "formats", "peft", "runtime", "pytorch", "parity", "reports"),
-    *("export", "cli", "parity_suite", "__init__", "__main__"),
+    *("version", "errors", "files", "ops", "adapters", "genai", "formats", "peft", "runtime", "pytorch"),
+    *("parity", "reports", "export", "cli", "parity_suite", "__init__", "__main__"),
 )
 """Folders of the package and modules beside them: each imports only what stands before it, and within itself."""
 LINES = 80

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
+from ..files import read_regular
 from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
 from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
@@ -152,10 +153,7 @@ def read_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     weights = find_weights(path)
     config = read_config(path / CONFIG_FILE)
-    try:
-        raw = weights.read_bytes()
-    except OSError as error:
-        raise UserError(f"Can't read {weights}: {error.strerror or error}.") from error
+    raw = read_regular(weights, path)
     tensors, dtypes = decode(weights, raw)
     check_finite(weights, tensors)
 
@@ -165,7 +163,8 @@ def read_adapter(path: str | Path) -> Adapter:
         config=config,
         peft_type=config["peft_type"],
         task_type=config.get("task_type"),
-        filter_input=config.get("filter_input", "adapted"),
+        # A plain LoRA has no filter, whatever its config says of one.
+        filter_input=config.get("filter_input", "adapted") if config["peft_type"] == "LORATRF" else "adapted",
         layers=parts.layers,
         biases=parts.biases,
         modules_to_save=parts.modules_to_save,
@@ -292,7 +291,7 @@ class _Parts:
             name=name,
             **{part: parts.get(part) for part in ("A", "B", "tau", "C", "D", "lora_bias")},
             scale=scale,
-            gamma=float(self.config.get("filter_gamma", 1.0)),
+            gamma=float(self.config.get("filter_gamma", 1.0)) if self.config["peft_type"] == "LORATRF" else 1.0,
         )
 
     def _fail(self, name: str, problem: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_regular
 
 __all__ = ["ADAPTED_TYPES", "matches_target", "not_separable_reason", "rank_and_scale", "read_config"]
 
@@ -56,10 +57,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UserError naming the field, its value and what was expected.
     """
+    raw = read_regular(path, path.parent)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+        config = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}). Expected the file that PEFT's save_pretrained writes; "

@@ -12,6 +12,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
+from ..files import readable
 
 __all__ = ["CONFIG_FILE", "check_finite", "decode", "find_weights"]
 
@@ -19,11 +20,17 @@ CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _FLOATS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_MOST_DIMENSIONS = 8  # numpy ends at 64
 _INTEGERS: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
 
 def find_weights(path: Path) -> Path:
     """The weights file of the adapter folder `path`, or a UserError that says what to do instead."""
+    with readable(path):
+        return _find(path)
+
+
+def _find(path: Path) -> Path:
     if path.is_file():
         raise UserError(f"{path} is a file, expected the adapter's folder. Pass {path.parent}.")
     if not path.is_dir():
@@ -68,6 +75,11 @@ def decode(file: Path, raw: bytes) -> tuple[dict[str, NDArray], set[str]]:
             raise UserError(
                 f"{file}: {name} is stored as {entry['dtype']}, expected float32, float16 or bfloat16. Save the "
                 "adapter again in one of these types."
+            )
+        if len(entry["shape"]) > _MOST_DIMENSIONS:
+            raise UserError(
+                f"{file}: {name} has {len(entry['shape'])} dimensions, expected at most {_MOST_DIMENSIONS}. Fetch or "
+                "save the adapter again."
             )
         value = np.frombuffer(entry["data"], dtype=dtype).reshape(entry["shape"])
         if is_float:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
+from ..files import open_regular, readable
 from ..ops.dtypes import RUN_TIME_DTYPES
 from .decode import decode
 from .manifest import AdapterId, Manifest
@@ -95,10 +96,8 @@ def write_values(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
 def read_adapter_file(path: str | Path) -> AdapterFile:
     """The adapter in the file `path`: every offset and size, the checksum and every value checked. Raises UserError."""
     path = Path(path)
-    try:
-        block = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"Can't read the adapter file {path}: {error.strerror or error}.") from error
+    with open_regular(path) as content, readable(path):
+        block = np.fromfile(content, dtype=np.uint8)
     block.flags.writeable = False
     raw = block.data
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
+from ..files import open_regular, read_regular, readable, realpath
 from ..ops.dtypes import DType
 from ..ops.schemas import OPS, Device
 from .decode import decode
@@ -55,7 +56,7 @@ class AdapterId:
     @classmethod
     def of(cls, adapter: Adapter) -> AdapterId:
         """That of an adapter that was read."""
-        return cls(adapter.path.resolve().name, adapter.sha256, adapter.peft_type)
+        return cls(realpath(adapter.path).name, adapter.sha256, adapter.peft_type)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class ParitySummary:
     passed: bool
     tolerance: float
     inputs: int
-    checks: tuple[dict[str, Any], ...] = ()
+    checks: tuple[dict[str, str | int | float | bool | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,10 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 
 def read_manifest(path: Path) -> Manifest:
     """What an export wrote to the loratrf.json at `path`, every field checked. Raises UserError."""
+    raw = read_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}). Export the model again with loratrf-export.") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -309,10 +311,7 @@ def sampled_sha256(path: Path) -> str:
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal. Raises UserError where it can't be read."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+    with open_regular(path) as file, readable(path):
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ An export writes it into loratrf.json (`manifest`), `--onto` and `AdapterSession
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ __all__ = ["LAYER_PARTS", "Default", "RuntimeWeight", "check_matches", "layer_we
 
 Default = Literal["base", "adapter"]
 """What a swappable model computes when no adapter is given."""
+
+_MOST_VALUES = 2**32
+"""Of one weight: twice what the largest vocabularies have in embeddings and heads."""
+_MOST_FEATURES = 2**24
+"""Of an adapted layer: a vocabulary is the most that any has, and sixty times smaller."""
 
 LAYER_PARTS = {
     "A": "lora_A.weight",
@@ -52,7 +58,12 @@ class RuntimeWeight:
 
     def __post_init__(self) -> None:
         sizes = (re.fullmatch(r".+\.[RF]", dim) if isinstance(dim, str) else dim > 0 for dim in self.shape)
-        if not all(sizes) or self.dtype not in RUN_TIME_DTYPES.values():
+        numbers = [dim for dim in self.shape if not isinstance(dim, str)]
+        if not all(sizes) or math.prod(numbers) > _MOST_VALUES or self.dtype not in RUN_TIME_DTYPES.values():
+            raise ValueError(self.name)
+        # `zeros` makes these without having seen an adapter: one size is the layer's, the other a rank.
+        dims = 1 if self.part == "tau" else 2
+        if self.in_layer and (len(numbers) != 1 or len(self.shape) != dims or numbers[0] > _MOST_FEATURES):
             raise ValueError(self.name)
 
     @property

@@ -1,0 +1,116 @@
+"""Strangers' files, opened so that nothing waits (a FIFO) and nothing is read that a link brings in from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UserError
+
+__all__ = ["check_entries", "open_regular", "read_regular", "readable", "realpath"]
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """What the system has against `path` within becomes a UserError: no permission, links in a circle, a long name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+    except ValueError as error:  # a NUL in it
+        raise UserError(f"Can't read {path}: {error}.") from error
+
+
+def open_regular(path: str | Path, folder: Path | None = None) -> BinaryIO:
+    """The regular file `path`, for reading; where it is of a stranger's `folder`, none that a link takes out of it.
+
+    Raises UserError for anything else: a FIFO would keep us waiting, a device has no end.
+    """
+    with readable(path):
+        _check_kind(path, os.stat(path))
+        if folder is not None:
+            _check_inside(path, _root(folder))
+        # Between the two it may have become a FIFO: then opening it doesn't wait, and the second look finds it.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+        try:
+            _check_kind(path, os.fstat(file.fileno()))
+        except UserError:
+            file.close()
+            raise
+    return file
+
+
+def read_regular(path: str | Path, folder: Path | None = None) -> bytes:
+    """All bytes of the regular file `path`, opened as `open_regular` does. Raises UserError."""
+    with open_regular(path, folder) as file, readable(path):
+        return file.read()
+
+
+def check_entries(folder: Path, *, weights: bool = True) -> None:
+    """UserError where `folder` holds what is neither file nor folder, or a link out of it: before others read there.
+
+    With `weights` False, a link of a weights file may lead anywhere: nothing of it is copied as text, and large files
+    are shared that way.
+    """
+    root = _root(folder)
+    with readable(folder):
+        entries = list(os.scandir(folder))
+        # transformers reads these too.
+        templates = folder / "additional_chat_templates"
+        entries += os.scandir(templates) if templates.is_dir() else ()
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a link to nowhere, which nobody can read
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                _check_kind(entry.path, status)
+            if weights or not entry.name.endswith((".safetensors", ".bin", ".pt", ".gguf")):
+                _check_inside(entry.path, root)
+
+
+def realpath(path: str | Path) -> Path:
+    """`path` without links; a circle of them is left as it is, where Path.resolve raises."""
+    return Path(os.path.realpath(path))
+
+
+def _check_kind(path: str | Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise UserError(f"{path} is {kind}, expected a regular file. Fetch or save it again.")
+
+
+def _check_inside(path: str | Path, roots: tuple[Path, ...]) -> None:
+    real = realpath(path)
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"{path} leads to {real}, outside of its folder. Such links are not followed: what is read through them "
+            "could end up in an export. If it is yours, put a copy of the file in the link's place."
+        )
+
+
+def _root(folder: Path) -> tuple[Path, ...]:
+    """Where a file of `folder` may really lie: in it; in a hub's cache, among the blobs of its model.
+
+    models--NAME/snapshots/REVISION/FILE is a link to models--NAME/blobs/..., and that may be one to the blobs that all
+    models of the cache share.
+    """
+    real = realpath(folder)
+    for inner in (real, *real.parents):
+        if inner.parent.name == "snapshots" and (model := inner.parent.parent).name.startswith("models--"):
+            return real, model / "blobs", model.parent / "blobs"
+    return (real,)
