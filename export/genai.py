@@ -120,7 +120,8 @@ def build_graph(
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
-        build(stage, out, precision, options.device, _builder_options(adapted, options))
+        extra = _builder_options(adapted, options, trust_remote_code=base.trust_remote_code)
+        build(stage, out, precision, options.device, extra)
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
@@ -131,7 +132,7 @@ def build_graph(
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
     """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
-    tokenizer, source = tokenizer_of(adapter, base.path)
+    tokenizer, source = tokenizer_of(adapter, base)
     if tokenizer is None:
         raise UserError(
             f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
@@ -160,13 +161,15 @@ def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: b
     tokenizer.save_pretrained(stage)
 
 
-def _builder_options(adapted: Collection[str], options: ExportOptions) -> dict[str, str]:
+def _builder_options(
+    adapted: Collection[str], options: ExportOptions, *, trust_remote_code: bool = False
+) -> dict[str, str]:
     """The builder's extra_options: projections that carry operators stay as they are in the torch model.
 
     q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
     """
     names = {path.rpartition(".")[2] for path in adapted}
-    extra = {}
+    extra = {"hf_remote": str(trust_remote_code).lower()}
     if names & _PACKED:
         extra["fuse_qkv"] = "false"
     if "gate_up_proj" in names:

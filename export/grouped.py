@@ -81,7 +81,9 @@ def export_grouped(
         return _write_model(loaded, model, clock, options)
 
     def prove(model: Path, _: Manifest, step: Callable[[str], None]) -> ParityReport:
-        return check_grouped_parity(model, loaded, options.base_model, step=step)
+        return check_grouped_parity(
+            model, loaded, options.base_model, trust_remote_code=options.trust_remote_code, step=step
+        )
 
     warnings = [f"{name}: {adapter.warning}" for name, adapter in loaded.items() if adapter.warning]
     return write_proven(out, write, prove if options.check else None, step, warnings)
@@ -131,7 +133,7 @@ class _Contents:
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
     clock("loading the base model")
-    base = load_base(next(iter(adapters.values())), options.base_model)
+    base = load_base(next(iter(adapters.values())), options.base_model, trust_remote_code=options.trust_remote_code)
     clock("adapting")
     contents = _contents(adapters, base, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder

@@ -49,14 +49,16 @@ def convert_adapter(
     *,
     base_model: str | Path | None = None,
     check: bool = False,
+    trust_remote_code: bool = False,
     step: Callable[[str], None] = lambda text: None,
 ) -> Converted:
     """Writes the adapter folder `adapter` to `out` (.onnx_adapter) for the swappable model `onto`, whatever its rank.
 
     Layers of the model that the adapter doesn't cover get explicit zeros. `base_model` is the folder of the adapter's
     base; None takes the adapter's own. `check` proves that the model computes with it what PyTorch computes, on the
-    device that it was exported for, which needs the base at hand; `step` is told what is being done. Raises UserError
-    where the adapter doesn't fit, ParityFailed where the proof fails; either way nothing is left behind.
+    device that it was exported for, which needs the base at hand, and `trust_remote_code` as in `ExportOptions` where
+    that brings Python of its own; `step` is told what is being done. Raises UserError where the adapter doesn't fit,
+    ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
     check_writable(out, SUFFIX)
@@ -74,7 +76,9 @@ def convert_adapter(
         if check:
             device = "cpu" if manifest.task == GENERATION else manifest.device
             with quiet():
-                report = check_parity(onto, loaded, base_model, device=device, step=step)
+                report = check_parity(
+                    onto, loaded, base_model, device=device, trust_remote_code=trust_remote_code, step=step
+                )
             if not report.passed:
                 raise ParityFailed(report)
     modules = {weight.module for weight in swappable.weights if weight.in_layer}

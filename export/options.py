@@ -46,7 +46,8 @@ class ExportOptions:
     GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` and `bundle_library` (a copy of the
     custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
     proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
-    are proven on the CPU.
+    are proven on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is
+    otherwise refused.
     """
 
     base_model: str | Path | None = None
@@ -58,6 +59,7 @@ class ExportOptions:
     quantize: Quantization = "none"
     bundle_library: bool = False
     check: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--mode", self.mode, (None, *MODES))

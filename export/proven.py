@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter
+from ..files import read_regular
 from ..formats.manifest import (
     AdapterId,
     AdapterPart,
@@ -167,13 +167,13 @@ def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
     base.model.config.save_pretrained(folder)
     if "input_ids" in base.input_names:
-        tokenizer, _ = tokenizer_of(adapter, base.path)
+        tokenizer, _ = tokenizer_of(adapter, base)
         if tokenizer:
             # What the tokenizer returns is what the graph takes: a caller passes it on as it is.
             tokenizer.model_input_names = list(base.input_names)
             tokenizer.save_pretrained(folder)
     elif (preprocessor := Path(base.path) / "preprocessor_config.json").is_file():
-        shutil.copy(preprocessor, folder)
+        (folder / preprocessor.name).write_bytes(read_regular(preprocessor, preprocessor.parent))
 
 
 @contextlib.contextmanager

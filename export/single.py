@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError, some
+from ..files import realpath
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
@@ -72,7 +73,9 @@ def export_adapter(
 
     def prove(model: Path, manifest: Manifest, step: Callable[[str], None]) -> ParityReport:
         device = "cpu" if manifest.task == GENERATION else options.device
-        return check_parity(model, loaded, options.base_model, device=device, step=step)
+        return check_parity(
+            model, loaded, options.base_model, device=device, trust_remote_code=options.trust_remote_code, step=step
+        )
 
     warnings = [loaded.warning] if loaded.warning else []
     return write_proven(out, write, prove if options.check else None, step, warnings)
@@ -80,7 +83,7 @@ def export_adapter(
 
 def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:
     clock("loading the base model")
-    base = load_base(adapter, options.base_model)
+    base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     write = _write_generating if base.task == GENERATION else _write_encoder
     manifest, values = write(adapter, base, out, clock, options)
     if manifest.swappable is not None:
@@ -112,7 +115,7 @@ def _write_generating(
     )
     swappable, values = None, {}
     if options.swappable is not None:
-        file = f"{adapter.path.resolve().name}{SUFFIX}"
+        file = f"{realpath(adapter.path).name}{SUFFIX}"
         swappable = Swappable(options.swappable, tuple(weights), file=file, base_parameters=base.parameters)
         values = fit(adapter, weights, adapter.filter_input)
     versions, opset = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, ir.load(out).opset_imports[""]

@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--adapter", type=Path, help="adapter directory that it was exported from")
     group.addoption("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
     group.addoption("--inputs", type=Path, help="JSON lines of texts or arrays (default: random batches)")
+    group.addoption("--trust-remote-code", action="store_true", help="run Python that base model and tokenizer bring")
     group.addoption("--tolerance", type=positive, help="largest relative error (default: by dtype of the weights)")
     group.addoption("--report", action="append", type=Path, default=[], help=".json, .md, .html or .xml; repeatable")
 
@@ -57,7 +58,8 @@ def parity(pytestconfig: pytest.Config) -> ParityReport:
     """The comparison, made once."""
     names = ("--model", "--adapter", "--base-model", "--inputs", "--tolerance")
     try:
-        report = run(*(pytestconfig.getoption(name) for name in names))
+        trusted = pytestconfig.getoption("--trust-remote-code")
+        report = run(*(pytestconfig.getoption(name) for name in names), trust_remote_code=trusted)
         for path in pytestconfig.getoption("--report"):
             write_report(report, path)
     except UserError as error:

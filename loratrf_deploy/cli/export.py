@@ -19,7 +19,17 @@ from ..export.single import export_adapter
 from ..ops.dtypes import DTYPES
 from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
-from .shared import Parser, command, named_paths, print_json, print_rows, print_warnings, progress, require_extra
+from .shared import (
+    Parser,
+    command,
+    named_paths,
+    print_json,
+    print_rows,
+    print_warnings,
+    progress,
+    require_extra,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from ..parity.result import ParityReport
@@ -63,7 +73,13 @@ def _convert(args: argparse.Namespace, options: ExportOptions, *, check: bool) -
     try:
         with progress() as step:
             converted = convert_adapter(
-                args.adapter, args.onto, args.out, base_model=args.base_model, check=check, step=step
+                args.adapter,
+                args.onto,
+                args.out,
+                base_model=args.base_model,
+                check=check,
+                trust_remote_code=args.trust_remote_code,
+                step=step,
             )
     except ParityFailed as failure:
         return _failed(failure, {"file": None, "parity": failure.report.to_dict()}, args)
@@ -142,6 +158,7 @@ def _parser() -> Parser:
         action="store_true",
         help="copy the custom-op library into the folder and register it in genai_config.json",
     )
+    trust_remote_code_option(parser)
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
@@ -155,7 +172,7 @@ def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
     """UserError for options that would be ignored beside --onto."""
     if args.adapters is not None:
         raise UserError("--onto is for one adapter: name it with --adapter PATH.")
-    own = ("base_model", "check")
+    own = ("base_model", "check", "trust_remote_code")
     if flag := options.given(field.name for field in dataclasses.fields(options) if field.name not in own):
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 

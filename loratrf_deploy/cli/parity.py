@@ -13,7 +13,16 @@ from ..parity.single import check_parity
 from ..pytorch.quiet import quiet
 from ..reports.formats import FORMATS, check_report_path, print_report, write_report
 from ..runtime.session import PROVIDERS
-from .shared import Parser, command, named_paths, positive, print_json, progress, require_extra
+from .shared import (
+    Parser,
+    command,
+    named_paths,
+    positive,
+    print_json,
+    progress,
+    require_extra,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from ..parity.result import ParityReport
@@ -29,7 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_report_path(path)
     with progress() as step:
         adapter = args.adapter if args.adapters is None else named_paths(args.adapters)
-        report = run(args.model, adapter, args.base_model, args.inputs, args.tolerance, args.device, step)
+        report = run(
+            args.model,
+            adapter,
+            args.base_model,
+            args.inputs,
+            args.tolerance,
+            args.device,
+            step,
+            trust_remote_code=args.trust_remote_code,
+        )
     for path in args.report:
         write_report(report, path)
     if args.json:
@@ -47,6 +65,8 @@ def run(
     tolerance: float | None = None,
     device: Device = "cpu",
     step: Callable[[str], None] = lambda text: None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
 
@@ -63,8 +83,19 @@ def run(
                     "--inputs and --providers go with --adapter: several adapters are compared on random batches, on "
                     "the CPU. Leave them out."
                 )
-            return check_grouped_parity(model, adapter, base_model, tolerance=tolerance, step=step)
-        return check_parity(model, adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
+            return check_grouped_parity(
+                model, adapter, base_model, tolerance=tolerance, trust_remote_code=trust_remote_code, step=step
+            )
+        return check_parity(
+            model,
+            adapter,
+            base_model,
+            inputs,
+            tolerance=tolerance,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            step=step,
+        )
 
 
 def _parser() -> Parser:
@@ -96,6 +127,7 @@ def _parser() -> Parser:
         default="cpu",
         help="where ONNX Runtime computes; PyTorch stays on the CPU (default: cpu)",
     )
+    trust_remote_code_option(parser)
     parser.add_argument(
         "--tolerance",
         type=positive,

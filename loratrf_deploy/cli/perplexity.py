@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import printable
 from ..parity.perplexity import WINDOW, perplexities
 from ..pytorch.quiet import quiet
-from .shared import Parser, command, count, print_json, progress, require_extra
+from .shared import Parser, command, count, print_json, progress, require_extra, trust_remote_code_option
 
 __all__ = ["main"]
 
@@ -20,7 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     require_extra("cpu", "export")
     with progress() as step, quiet():
-        rows = perplexities(args.text, args.adapter, args.model, args.base_model, window=args.window, step=step)
+        rows = perplexities(
+            args.text,
+            args.adapter,
+            args.model,
+            args.base_model,
+            window=args.window,
+            trust_remote_code=args.trust_remote_code,
+            step=step,
+        )
     if args.json:
         print_json({"deployments": [dataclasses.asdict(row) for row in rows]})
         return 0
@@ -41,6 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--adapter", required=True, type=Path, help="adapter directory")
     parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
     parser.add_argument("--model", required=True, action="append", type=Path, help="exported model.onnx; repeatable")
+    trust_remote_code_option(parser)
     parser.add_argument("--window", type=count, default=WINDOW, help=f"tokens judged together (default: {WINDOW})")
     return parser
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import UserError, printable
+from ..errors import UserError, one_line
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("EXTRAS", "Parser", "command", "count", "named_paths", "plain", "positive", "print_json", "print_rows"),
-    *("print_warnings", "progress", "require_extra", "stdout_console"),
+    *("print_warnings", "progress", "require_extra", "stdout_console", "trust_remote_code_option"),
 ]
 
 EXTRAS = {
@@ -46,8 +46,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             sys.stdout.flush()  # a reader that went away is met here, not when Python exits
             return code
         except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            return 2
+            return _refused(error)
         except KeyboardInterrupt:
             print("interrupted; nothing was written", file=sys.stderr)
             return 130
@@ -55,8 +54,20 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             # The reader (head, less) went away. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            return _refused(UserError(f"The system refuses: {where}{error.strerror or error}."))
+        except MemoryError as error:
+            return _refused(UserError(f"This needs more memory than there is here. {error}".rstrip()))
+        except RecursionError:
+            return _refused(UserError("Something in the input is nested too deeply. Fetch or save it again."))
 
     return wrapped
+
+
+def _refused(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +93,16 @@ def positive(text: str, kind: Callable[[str], float] = float) -> float:
 def count(text: str) -> int:
     """An option's value: a whole number over zero."""
     return int(positive(text, int))
+
+
+def trust_remote_code_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --trust-remote-code, off by default, to a command that loads base models."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python that the base model and the tokenizer bring (auto_map), which is refused otherwise: your "
+        "own, or what you have read",
+    )
 
 
 def require_extra(*extras: str) -> None:
@@ -124,7 +145,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda text: bar.update(task, description=printable(text))
+        yield lambda text: bar.update(task, description=one_line(text))
 
 
 def stdout_console() -> Console:
@@ -135,10 +156,10 @@ def stdout_console() -> Console:
 
 
 def plain(text: str) -> str:
-    """A stranger's text as it is: neither markup nor escape sequences for the terminal."""
+    """A stranger's text for one line of rich's: neither markup nor escape sequences nor line breaks."""
     from rich.markup import escape
 
-    return escape(printable(text))
+    return escape(one_line(text))
 
 
 def print_rows(rows: Mapping[str, str | None]) -> None:

@@ -81,6 +81,7 @@ def prepare(
     *,
     tolerance: float | None,
     device: Device,
+    trust_remote_code: bool,
     step: Step,
 ) -> Case:
     """The case that `check_parity` was asked for, with its arguments. Raises UserError where one is at fault."""
@@ -92,7 +93,7 @@ def prepare(
     read = adapter_of(adapter)
     step("loading PyTorch's model")
     folded = _folded(read, graph)
-    base = load_reference(read, base_model, dtype=dtype, merge=bool(folded))
+    base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
     weight_checks = []
     if quantised := exact_arithmetic(graph):
         step("dequantising")

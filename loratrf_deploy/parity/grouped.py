@@ -49,6 +49,7 @@ class _Case:
     base_model: str | Path | None
     dtype: DType
     tolerance: float
+    trust_remote_code: bool
     outputs: tuple[str, ...]
 
 
@@ -81,6 +82,7 @@ def check_grouped_parity(
     base_model: str | Path | None = None,
     *,
     tolerance: float | None = None,
+    trust_remote_code: bool = False,
     step: Step = lambda text: None,
 ) -> ParityReport:
     """For each row, max|onnx - torch| / max|torch| <= tolerance, torch being PEFT with the adapter of that row alone.
@@ -90,10 +92,11 @@ def check_grouped_parity(
     and without; and each adapter must make a difference to the base, as in `check_parity`. Outputs are named "logits
     (NAME)", "logits (id -1)" and "logits (mixed rows)". A causal language model also generates: one batch with a row
     for each adapter and one for the base, held against what PyTorch generates for each alone. A quantised base is
-    compared as in `check_parity`. Raises UserError where model, adapters or base are at fault.
+    compared as in `check_parity`, which also tells what `trust_remote_code` is. Raises UserError where model, adapters
+    or base are at fault.
     """
     begin = time.perf_counter()
-    case = _prepare(Path(model), adapters, base_model, tolerance)
+    case = _prepare(Path(model), adapters, base_model, tolerance, trust_remote_code)
     expected = _run_pytorch(case, step)
     plans = _plans(case, expected.batches)
     runs = _run_onnx(case, expected.batches, plans, step)
@@ -127,6 +130,7 @@ def _prepare(
     adapters: Mapping[str, Adapter | str | Path],
     base_model: str | Path | None,
     tolerance: float | None,
+    trust_remote_code: bool,
 ) -> _Case:
     known = read_swappable(model)[1].slots
     if set(known) != set(adapters):
@@ -146,6 +150,7 @@ def _prepare(
         base_model=base_model,
         dtype=dtype,
         tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
+        trust_remote_code=trust_remote_code,
         outputs=output_names(graph),
     )
 
@@ -155,7 +160,7 @@ def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
     on, off, greedy = [], [], list[Greedy]()
     for name, adapter in case.adapters.items():
         step(f"running PyTorch with {name}")
-        reference = load_reference(adapter, case.base_model, dtype=case.dtype)
+        reference = load_reference(adapter, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
         _dequantise(case, reference, adapter)
         batches = batches or default_inputs(reference)
         on.append([run_torch(reference, batch) for batch in batches])
@@ -164,7 +169,7 @@ def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
         del reference  # its memory is the next one's
     step("running PyTorch with the base")
     first = next(iter(case.adapters.values()))
-    base = bare_reference(first, case.base_model, dtype=case.dtype)
+    base = bare_reference(first, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
     weight_checks = _dequantise(case, base, first)
     on.append([run_torch(base, batch) for batch in batches])
     greedy += _generate(case, base, row=len(greedy))

@@ -45,12 +45,14 @@ def perplexities(
     base_model: str | Path | None = None,
     *,
     window: int = WINDOW,
+    trust_remote_code: bool = False,
     step: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """exp(-mean log p) of the text file `text` for PyTorch with the adapter, then without it, then each of `models`.
 
     `models` are exported causal language models (model.onnx), run as they are shipped. The tokens are cut into windows
-    of `window`, each judged by itself. Raises UserError where a file, the adapter or a model is at fault.
+    of `window`, each judged by itself. `trust_remote_code` as in `check_parity`. Raises UserError where a file, the
+    adapter or a model is at fault.
     """
     try:
         content = Path(text).read_text(encoding="utf-8")
@@ -61,10 +63,10 @@ def perplexities(
             raise UserError(f"No model at {model}: expected the --out of loratrf-export.")
     step("loading PyTorch's model")
     read = read_adapter(adapter)
-    base = load_reference(read, base_model)
+    base = load_reference(read, base_model, trust_remote_code=trust_remote_code)
     if base.task != GENERATION:
         raise UserError(f"The adapter {adapter} is for {base.task}; perplexity is for causal language models.")
-    tokenizer, source = tokenizer_of(read, base.path)
+    tokenizer, source = tokenizer_of(read, base)
     if tokenizer is None:
         raise UserError(f"There is no tokenizer in {source}. Save it with the base model or the adapter.")
     tokens = np.asarray(tokenizer(content)["input_ids"], dtype=np.int64)

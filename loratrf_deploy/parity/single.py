@@ -34,6 +34,7 @@ def check_parity(
     *,
     tolerance: float | None = None,
     device: Device = "cpu",
+    trust_remote_code: bool = False,
     step: Step = lambda text: None,
 ) -> ParityReport:
     """max|onnx - torch| / max|torch| <= tolerance for every output, with and without the library; and onnx ≠ base.
@@ -44,11 +45,21 @@ def check_parity(
     dtype, the arithmetic is float32. Both maxima are over all batches; where an output has a row per token, padded
     tokens are left out (nothing reads them, and attention libraries differ on them), but must be finite. A swappable
     model is given the adapter's weights as --onto converts them, and is also run without. `device` "cuda" runs ONNX
-    Runtime on the GPU; PyTorch stays on the CPU. Raises UserError where model, adapter, base or inputs are at fault; a
+    Runtime on the GPU; PyTorch stays on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer
+    bring, which is otherwise refused. Raises UserError where model, adapter, base or inputs are at fault; a
     model that doesn't compute the same is a report.
     """
     begin = time.perf_counter()
-    case = prepare(Path(model), adapter, base_model, inputs, tolerance=tolerance, device=device, step=step)
+    case = prepare(
+        Path(model),
+        adapter,
+        base_model,
+        inputs,
+        tolerance=tolerance,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        step=step,
+    )
     expected = run_pytorch(case, step)
     runs = run_onnx(case, step)
     checks = judge(case, expected, runs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter
 from ..adapters.fits import check_fits
 from ..errors import UserError
+from ..files import check_entries, readable
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +66,8 @@ class BaseModel:
     """A torch model in eval mode with what the export needs to know of it.
 
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
-    `parameters` are the bare base's, by name, with their shapes.
+    `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
+    it, or with its tokenizer, may run.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -72,14 +76,18 @@ class BaseModel:
     input_names: tuple[str, ...]
     untrained: frozenset[str]
     parameters: dict[str, tuple[int, ...]]
+    trust_remote_code: bool = False
 
 
-def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "auto") -> BaseModel:
+def load_base(
+    adapter: Adapter, base_model: str | Path | None = None, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> BaseModel:
     """The adapter's base in eval mode, with the head that the adapter's task needs, adapter not attached.
 
     `base_model` is a folder or a hub name; None takes the adapter's own base_model_name_or_path. `dtype` "auto" keeps
-    the checkpoint's. Never unpickles and never runs the checkpoint's code. Raises UserError where the base can't be
-    had, isn't this adapter's, or would leave weights random that the adapter doesn't bring.
+    the checkpoint's. Never unpickles, and runs no Python of the checkpoint or its tokenizer but with
+    `trust_remote_code`. Raises UserError where the base can't be had, isn't this adapter's, needs such Python, or would
+    leave weights random that the adapter doesn't bring.
     """
     from transformers import AutoConfig
 
@@ -89,19 +97,22 @@ def load_base(adapter: Adapter, base_model: str | Path | None = None, *, dtype: 
             f"The adapter {adapter.path} doesn't say which base model it was trained on (base_model_name_or_path is "
             "empty). Pass it: --base-model PATH."
         )
-    if base_model is not None and not Path(name).is_dir() and (Path(name).exists() or name.startswith(("/", ".", "~"))):
+    if os.path.isdir(name):
+        check_entries(Path(name), weights=False)
+    elif os.path.exists(name) or (base_model is not None and name.startswith(("/", ".", "~"))):
         raise UserError(f"The base model {name} is not a folder: expected one with config.json and model.safetensors.")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, file and JSON errors come in many classes
-        raise UserError(_not_found(name, base_model, error)) from error
+        raise UserError(_needs_trust(f"base model {name}", error) or _not_found(name, base_model, error)) from error
     task = _task(adapter, config)
     if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
-    model, untrained = _load(adapter, name, config, task, dtype)
+    model, untrained = _load(adapter, name, config, task, dtype, trust_remote_code)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check_fits(adapter, parameters, conv1d=_conv1d(model))
-    return BaseModel(model, name, task, _input_names(model, name, task), frozenset(untrained), parameters)
+    input_names = _input_names(model, name, task, trust_remote_code)
+    return BaseModel(model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code)
 
 
 def sample_inputs(
@@ -189,7 +200,7 @@ def _num_labels(adapter: Adapter) -> int | None:
 
 
 def _load(
-    adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtype: str
+    adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint doesn't hold."""
     from optimum.exporters.tasks import TasksManager
@@ -204,6 +215,7 @@ def _load(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
             **options,
         )
         mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
@@ -216,8 +228,9 @@ def _load(
             model, random = load(add_pooling_layer=False)
     except Exception as error:
         raise UserError(
-            f"The base model {name} can't be loaded for {task}: {error} Expected a folder or hub name with config.json "
-            "and safetensors weights of a model that transformers knows."
+            _needs_trust(f"base model {name}", error)
+            or f"The base model {name} can't be loaded for {task}: {error} Expected a folder or hub name with "
+            "config.json and safetensors weights of a model that transformers knows."
         ) from error
     if missing := sorted(key for key in random if not key.startswith(brought)):
         raise UserError(
@@ -225,6 +238,7 @@ def _load(
             f"(needed for {task}), or weights of another shape, and the adapter {adapter.path} doesn't bring them in "
             "modules_to_save: they would be random. Pass the base that the adapter was trained on (--base-model), or "
             "train the adapter with these modules in modules_to_save."
+            + (_OWN_MODEL if getattr(config, "auto_map", None) and not trust_remote_code else "")
         )
     return model, random
 
@@ -235,37 +249,96 @@ def _conv1d(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _input_names(model: PreTrainedModel, name: str, task: str) -> tuple[str, ...]:
+def _input_names(model: PreTrainedModel, name: str, task: str, trust_remote_code: bool) -> tuple[str, ...]:
     """The inputs that the tokenizer gives and the model takes, in the tokenizer's order."""
     takes = inspect.signature(model.forward).parameters
     if task == "image-classification" or "input_ids" not in takes:
         return ("pixel_values",)
     names = ["input_ids", "attention_mask"]
-    if tokenizer := load_tokenizer(name):
+    if tokenizer := load_tokenizer(name, trust_remote_code=trust_remote_code):
         names = [entry for entry in tokenizer.model_input_names if entry in takes]
     elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
         names.append("token_type_ids")
     return tuple(names)
 
 
-def tokenizer_of(adapter: Adapter, base: str | Path) -> tuple[Any | None, Path]:
-    """The adapter's own tokenizer where its folder has one, else that of the folder or hub name `base`; and where."""
-    source = adapter.path if (adapter.path / "tokenizer_config.json").is_file() else Path(base)
-    return load_tokenizer(source), source
+def tokenizer_of(adapter: Adapter, base: BaseModel) -> tuple[Any | None, Path]:
+    """The adapter's own tokenizer where its folder has one, else that of `base`; and where it was found."""
+    own = (adapter.path / "tokenizer_config.json").is_file()
+    source = adapter.path if own else Path(base.path)
+    return load_tokenizer(source, trust_remote_code=base.trust_remote_code), source
 
 
-def load_tokenizer(path: str | Path) -> Any | None:
-    """The tokenizer saved in `path`, None where there is none."""
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any | None:
+    """The tokenizer of the folder or hub name `path`, None where there is none.
+
+    Runs no Python of its own but with `trust_remote_code`. Raises UserError for one that is there and can't be loaded,
+    or whose files are links out of the folder.
+    """
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    if os.path.isdir(path):
+        check_entries(Path(path), weights=False)
+        with readable(path):
+            if not any(_TOKENIZER_FILE.match(name) for name in os.listdir(path)):
+                return None
     try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except Exception:  # no tokenizer files, or one that needs packages that are not here
+        if get_tokenizer_config(str(path)).get("init_inputs"):
+            raise ValueError("its tokenizer_config.json has init_inputs, which may name any file of this machine.")
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if not all(isinstance(name, str) for name in tokenizer.model_input_names):
+            raise ValueError(f"its model_input_names are {tokenizer.model_input_names!r}, expected names.")
+    except Exception as error:  # files that are damaged, packages that are not here, code of its own
+        if not os.path.isdir(path) and not _hub_has_tokenizer(str(path)):
+            return None
+        raise UserError(
+            _needs_trust(f"tokenizer in {path}", error)
+            or f"The tokenizer in {path} can't be loaded: {error} Save it there again, "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder), or remove its files if the export is to have "
+            "none."
+        ) from error
+    return tokenizer
+
+
+_TOKENIZER_FILE = re.compile(
+    r"tokenizer|vocab|merges\.txt|spiece|sentencepiece|tekken|(source|target|bpe)\.|.*\.(tiktoken|spm|bpe)$"
+)
+"""What marks a folder that has a tokenizer: vocabularies go by many names."""
+
+
+def _hub_has_tokenizer(name: str) -> bool:
+    """Whether the hub, or its cache here, has a tokenizer under `name`."""
+    from transformers.utils import cached_file
+
+    errors = ("missing_entries", "connection_errors", "gated_repo")
+    quietly = {f"_raise_exceptions_for_{which}": False for which in errors}
+    files = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
+    try:
+        return any(cached_file(name, file, **quietly) for file in files)
+    except Exception:  # no such name
+        return False
+
+
+_OWN_MODEL = (
+    " Its config.json names Python of its own (auto_map), which may be the model that is meant: it is run with "
+    "--trust-remote-code alone."
+)
+
+
+def _needs_trust(what: str, error: Exception) -> str | None:
+    """The paragraph where transformers refused for want of trust_remote_code, None for other errors."""
+    if "trust_remote_code" not in str(error):
         return None
+    return (
+        f"The {what} brings Python of its own (auto_map), which is not run: it could do anything that you can. Take a "
+        "base and an adapter that need none; or, if you know who wrote it and have read it, add --trust-remote-code "
+        "(trust_remote_code=True), which runs what the base model and the tokenizer bring."
+    )
 
 
 def _not_found(name: str, base_model: object, error: Exception) -> str:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return f"The base model folder {name} has no usable config.json: {error}"
     source = "--base-model" if base_model is not None else "the adapter's base_model_name_or_path"
     return (

@@ -27,7 +27,12 @@ __all__ = [
 
 
 def load_reference(
-    adapter: Adapter, base_model: str | Path | None = None, *, dtype: DType = "float32", merge: bool = False
+    adapter: Adapter,
+    base_model: str | Path | None = None,
+    *,
+    dtype: DType = "float32",
+    merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> BaseModel:
     """The adapter as PEFT itself runs it, in float32: PeftModel.from_pretrained on `load_base`. The oracle of parity.
 
@@ -38,7 +43,7 @@ def load_reference(
     """
     import torch
 
-    base = load_base(adapter, base_model, dtype="float32")
+    base = load_base(adapter, base_model, dtype="float32", trust_remote_code=trust_remote_code)
     model = apply_adapter(adapter, base.model).eval()
     if dtype != "float32":
         if merge:
@@ -53,6 +58,7 @@ def apply_adapter(adapter: Adapter, model: Any) -> Any:
     Raises UserError where PEFT refuses the adapter, or passes over part of it: it leaves layers without weights in the
     file as they were initialised, and weights without a layer in the file.
     """
+    _check_folds(adapter)
     import peft
 
     from .. import peft as _loratrf  # noqa: F401  (registers LORATRF)
@@ -77,11 +83,40 @@ def apply_adapter(adapter: Adapter, model: Any) -> Any:
     return applied
 
 
-def bare_reference(adapter: Adapter, base_model: str | Path | None = None, *, dtype: DType = "float32") -> BaseModel:
+def _check_folds(adapter: Adapter) -> None:
+    """UserError, before PEFT sees the adapter, for kinds that never fold into weights, of which some would read more.
+
+    A SHADOW adapter names a model that PEFT loads without asking who wrote it, XLORA names other adapters, prompt
+    kinds a tokenizer or a pickle file, a megatron_config a module that is imported.
+    """
+    kind, split = adapter.peft_type, adapter.config.get("megatron_config")
+    if kind in _NEVER_FOLDS or split:
+        why = "megatron_config, layers that are split between devices" if split else f"peft_type {kind}"
+        raise UserError(
+            f"The adapter {adapter.path} has {why}: PEFT can't fold it into the base model's weights, so it can't be "
+            "exported. Train LoRA, LoRATRF or another kind that folds."
+        )
+
+
+# fmt: off
+_NEVER_FOLDS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "SHADOW", "XLORA",
+)
+# fmt: on
+
+
+def bare_reference(
+    adapter: Adapter,
+    base_model: str | Path | None = None,
+    *,
+    dtype: DType = "float32",
+    trust_remote_code: bool = False,
+) -> BaseModel:
     """The base without its adapter, rounded to `dtype`; parameters that it has no values of its own for are zero."""
     import torch
 
-    base = load_base(adapter, base_model, dtype="float32")
+    base = load_base(adapter, base_model, dtype="float32", trust_remote_code=trust_remote_code)
     for name, parameter in base.model.named_parameters():
         if name in base.untrained:
             parameter.data.zero_()
