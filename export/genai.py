@@ -26,9 +26,9 @@ from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.dtypes import NUMPY
+from ..ops.library import library_path
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from ..pytorch.base import tokenizer_of
-from ..runtime.session import library_path
 from .adapted import fold, layer_rows, op_of
 from .options import ExportOptions
 from .swappable import weights_to_inputs

@@ -25,6 +25,7 @@ from ..formats.manifest import (
     write_manifest,
 )
 from ..ops.dtypes import DType
+from ..ops.library import library_path
 from ..ops.schemas import FilterInput
 from ..pytorch.base import BaseModel, sample_inputs, tokenizer_of
 from ..pytorch.quiet import quiet
@@ -152,6 +153,7 @@ def common_facts(
         quantize=options.quantize,
         device=options.device,
         swappable=swappable,
+        library_sha256=file_sha256(library_path()) if options.bundle_library else None,
     )
 
 

@@ -11,8 +11,10 @@ from typing import BinaryIO
 
 from .errors import UserError
 
-__all__ = ["check_entries", "open_regular", "read_regular", "readable", "realpath"]
+__all__ = ["check_entries", "check_kinds", "open_regular", "read_regular", "readable", "realpath"]
 
+_TEMPLATES = "additional_chat_templates"
+"""A folder of texts that transformers reads beside the tokenizer's own files."""
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -67,20 +69,27 @@ def check_entries(folder: Path, *, weights: bool = True) -> None:
     are shared that way.
     """
     root = _root(folder)
-    with readable(folder):
-        entries = list(os.scandir(folder))
-        # transformers reads these too.
-        templates = folder / "additional_chat_templates"
-        entries += os.scandir(templates) if templates.is_dir() else ()
+    for name in check_kinds(folder):
+        if weights or not name.endswith((".safetensors", ".bin", ".pt", ".gguf")):
+            _check_inside(folder / name, root)
+    if (folder / _TEMPLATES).is_dir():
+        for name in check_kinds(folder / _TEMPLATES):
+            _check_inside(folder / _TEMPLATES / name, root)
+
+
+def check_kinds(folder: Path) -> list[str]:
+    """The names of what is in `folder`. UserError where something there has no end, or makes who opens it wait."""
+    names = []
+    with readable(folder), os.scandir(folder) as entries:
         for entry in entries:
             try:
                 status = entry.stat()
             except FileNotFoundError:  # a link to nowhere, which nobody can read
                 continue
-            if not stat.S_ISDIR(status.st_mode):
+            if not (stat.S_ISDIR(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
                 _check_kind(entry.path, status)
-            if weights or not entry.name.endswith((".safetensors", ".bin", ".pt", ".gguf")):
-                _check_inside(entry.path, root)
+            names.append(entry.name)
+    return names
 
 
 def realpath(path: str | Path) -> Path:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     require_extra("genai")
-    session = GenerationSession(args.model)
+    session = GenerationSession(args.model, trust_library=args.trust_library)
     for name, path in named_paths(args.adapter, "--adapter").items():
         session.load(name, path)
     names: list[Choice | None] = [*session.adapters] or [None]
@@ -174,6 +174,12 @@ def _parser() -> Parser:
         default=[],
         metavar="NAME=FILE",
         help="an .onnx_adapter to answer under; repeatable: each answers (default: the model as it is)",
+    )
+    parser.add_argument(
+        "--trust-library",
+        action="store_true",
+        help="load the native library, and what else the folder's genai_config.json names, as the folder has it; "
+        "otherwise ours takes its place",
     )
     parser.add_argument("--rows", action="store_true", help="every adapter, and the base, in one batch of mixed rows")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")

@@ -92,6 +92,13 @@ def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
     return f"{facts['weights']} run-time weights, default {facts['default']}; adapters beside it: {names}{others}"
 
 
+def _library_sentence(library: dict[str, Any] | None) -> str | None:
+    if library is None:
+        return None
+    exported = "the one that was exported" if library["exported"] else "not the one that was exported"
+    return f"{library['file']} in the folder, {exported}{', installed here too' if library['installed'] else ''}"
+
+
 _READS = {"adapted": "adapted", "base": "base layer's"}
 
 
@@ -121,6 +128,7 @@ def _show_model(facts: dict[str, Any]) -> None:
         "runs": "with the custom-op library or without it, on the definitions in the file"
         if facts["custom_operators"]
         else "without the custom-op library: ONNX's and ONNX Runtime's own operators alone",
+        "library": _library_sentence(facts["library"]),
         "parity": _parity_sentence(parity),
         "files": "verified: every byte is as it was exported" if facts["verified"] else None,
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
 from ..errors import UserError, some
+from ..genai.folder import CONFIG_FILE, libraries, read_config
+from ..ops.library import library_path
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
 from .manifest import MANIFEST, Manifest, check_files, file_sha256, read_manifest
 from .swappable import LAYER_PARTS
@@ -164,6 +166,7 @@ def _model_facts(folder: Path, model: Path | None, verify: bool) -> dict[str, An
             check_files(folder, manifest)
     except UserError as error:
         warnings.append(str(error))
+    library = _library_facts(manifest, folder, warnings)
     if manifest.parity is None:
         warnings.append("parity was not checked on export (--no-check): run loratrf-parity.")
     return {
@@ -175,6 +178,7 @@ def _model_facts(folder: Path, model: Path | None, verify: bool) -> dict[str, An
         **manifest.to_dict(),
         "export": manifest.summary,
         "swappable": _swappable_facts(manifest, folder),
+        "library": library,
         "operators": manifest.operators,
         "custom_operators": sorted(set(manifest.operators) - {"merged"}),
         "warnings": warnings,
@@ -195,6 +199,29 @@ def _verify(folder: Path, model: Path, sha256: str, manifest: Manifest) -> None:
             "it, kept none. Export the model again to have them verified."
         )
     check_files(folder, manifest, whole=True)
+
+
+def _library_facts(manifest: Manifest, folder: Path, warnings: list[str]) -> dict[str, Any] | None:
+    """The native library that a language model's folder registers, if any: is it the exported one, and ours here?"""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    names = libraries(read_config(folder))
+    if not names:
+        return None
+    name = names[0]
+    try:
+        own = file_sha256(folder / name)
+        installed = own == file_sha256(library_path())
+    except UserError:
+        own, installed = None, False
+    exported = own is not None and own == manifest.library_sha256
+    if len(names) > 1 or not installed:
+        warnings.append(
+            f"{CONFIG_FILE} names the native library {', '.join(names)}, which is not the one installed here"
+            + (" (it is the one that was exported)" if exported else " and not what was exported")
+            + ": loratrf-generate puts the installed one in its place, onnxruntime-genai itself would load it."
+        )
+    return {"file": name, "sha256": own, "exported": exported, "installed": installed}
 
 
 def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:

@@ -167,7 +167,11 @@ class Swappable:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of loratrf.json. `loratrf_deploy` is the version that wrote it, `versions` are other packages'."""
+    """The content of loratrf.json. `loratrf_deploy` is the version that wrote it, `versions` are other packages'.
+
+    `library_sha256` is that of the custom-op library put into the folder: it tells a change, and is no ground to trust
+    the library, since whoever changes the one can change the other.
+    """
 
     loratrf_deploy: str
     mode: Mode
@@ -183,6 +187,7 @@ class Manifest:
     quantize: Quantization = "none"
     device: Device = "cpu"
     swappable: Swappable | None = None
+    library_sha256: str | None = None
 
     @property
     def summary(self) -> str:

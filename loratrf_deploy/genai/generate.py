@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,58 +12,69 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..ops.schemas import ADAPTER_IDS
+from .folder import CONFIG_FILE, decoder_config, read_config, safe_folder
 
 if TYPE_CHECKING:
     import onnxruntime_genai as og
 
-__all__ = ["CONFIG_FILE", "decode_rows", "decoder_config", "generate_tokens", "load_model", "read_config"]
-
-CONFIG_FILE = "genai_config.json"
+__all__ = [
+    "CONFIG_FILE",
+    "decode_rows",
+    "decoder_config",
+    "generate_tokens",
+    "load_model",
+    "load_model_and_tokenizer",
+    "read_config",
+]
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
-def load_model(folder: str | Path) -> og.Model:
-    """onnxruntime-genai's model of an exported folder, with the custom-op library where its genai_config.json names it.
+def load_model(folder: str | Path, *, trust_library: bool = False) -> og.Model:
+    """onnxruntime-genai's model of an exported folder, with our custom-op library where genai_config.json names one.
 
-    Raises UserError where onnxruntime-genai or the folder is missing, or it refuses what is there.
+    A library of the folder's own is native code of whoever made it: it is loaded with `trust_library` alone, and so is
+    what else `safe_folder` refuses. Raises UserError where onnxruntime-genai or the folder is missing, or it refuses
+    what is there.
     """
+    with _opened(Path(folder), trust_library) as (model, _):
+        return model
+
+
+def load_model_and_tokenizer(folder: str | Path, *, trust_library: bool = False) -> tuple[og.Model, og.Tokenizer]:
+    """As `load_model`, with the folder's tokenizer."""
+    with _opened(Path(folder), trust_library) as (model, opened):
+        try:
+            return model, _genai().Tokenizer(model)
+        except Exception as error:  # plain RuntimeErrors
+            detail = str(error).replace(str(opened), str(folder))
+            raise UserError(
+                f"{folder} has no tokenizer that generation can use ({detail}). Export the model again with "
+                "loratrf-export."
+            ) from error
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, trust_library: bool) -> Iterator[tuple[og.Model, Path]]:
+    """The model, and the folder that it was opened in while that is there."""
+    og = _genai()
+    with safe_folder(folder, trust_library=trust_library) as opened:
+        try:
+            model = og.Model(str(opened))
+        except Exception as error:  # plain RuntimeErrors
+            detail = str(error).replace(str(opened), str(folder))
+            raise UserError(f"onnxruntime-genai {og.__version__} can't load {folder}: {detail}") from error
+        yield model, opened
+
+
+def _genai() -> Any:
     try:
         import onnxruntime_genai as og
     except ModuleNotFoundError as error:
         raise UserError(
             "onnxruntime-genai is not installed. Install it: `pip install 'loratrf-deploy[genai]'`."
         ) from error
-    folder = Path(folder)
-    read_config(folder)
-    try:
-        return og.Model(str(folder))
-    except Exception as error:  # plain RuntimeErrors
-        raise UserError(f"onnxruntime-genai {og.__version__} can't load {folder}: {error}") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's genai_config.json. Raises UserError where there is none that can be read."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-        config["model"]["decoder"]["session_options"]
-    except OSError as error:
-        raise UserError(
-            f"{folder} has no {CONFIG_FILE} that can be read ({error.strerror or error}). Expected a folder that "
-            "loratrf-export wrote for a causal language model."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}). Export the model again with loratrf-export.") from error
-    return config
-
-
-def decoder_config(model: Path) -> dict[str, Any] | None:
-    """The genai_config.json beside `model`, None where it is no decoder that onnxruntime-genai loads."""
-    if not (model.parent / CONFIG_FILE).is_file():
-        return None
-    config = read_config(model.parent)
-    return config if config["model"]["decoder"].get("filename") == model.name else None
+    return og
 
 
 def generate_tokens(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..errors import UserError
 from ..formats.manifest import MANIFEST, Swappable, check_files, read_manifest, read_swappable
 from ..formats.swappable import Default
-from ..genai.generate import CONFIG_FILE, decode_rows, load_model, read_config
+from ..genai.generate import CONFIG_FILE, decode_rows, load_model_and_tokenizer, read_config
 from .genai_adapters import GenaiAdapters, Placed
 from .residents import AdapterInfo, Choice, Residents, check_scale
 from .slots import SlotBank
@@ -33,31 +33,30 @@ class GenerationSession:
     from any number of threads; a call that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
     `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
     again from their files when a call names them. Its weights are held against samples of their bytes in loratrf.json
-    first. Raises UserError where the folder is no exported language model, or not as it was exported.
+    first. A custom-op library that the folder brings is native code of whoever made it: unless it is ours byte by byte,
+    ours takes its place; `trust_library` loads the folder's own. Raises UserError where the folder is no exported
+    language model, or not as it was exported.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int | None = None):
-        import onnxruntime_genai as og
-
+    def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
         manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
         if manifest is not None:
             check_files(folder, manifest)
-        self._model = load_model(folder)
+        self._model, self._tokenizer = load_model_and_tokenizer(folder, trust_library=trust_library)
         config = read_config(folder)["model"]
         try:
-            self._tokenizer = og.Tokenizer(self._model)
             self._pad, self._context, self._vocabulary = (
                 int(config[name]) for name in ("pad_token_id", "context_length", "vocab_size")
             )
             stops = config.get("eos_token_id")
             self._stops = set() if stops is None else {stops} if isinstance(stops, int) else set(stops)
             graph = folder / config["decoder"]["filename"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{folder} has no tokenizer, or a {CONFIG_FILE}, that generation can use ({error}). Export the model "
-                "again with loratrf-export."
+                f"{folder} has no {CONFIG_FILE} that generation can use ({error}). Export the model again with "
+                "loratrf-export."
             ) from error
         self._swappable: Swappable | None = None
         if manifest is not None and manifest.swappable is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..ops.library import library_path
 from ..ops.schemas import Device
 
 if TYPE_CHECKING:
@@ -20,21 +21,6 @@ PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExec
 _OPTIONS = {PROVIDERS["cuda"]: {"use_tf32": "0"}}
 """By provider. float32 stays float32, as in PyTorch: ONNX Runtime's own choice rounds products' factors to 10 bits,
 and no float32 export's parity survives that."""
-
-
-def library_path() -> Path:
-    """Path of the ONNX Runtime custom-op library: `SessionOptions.register_custom_ops_library(str(library_path()))`.
-
-    Raises UserError where the package was installed without building it.
-    """
-    path = Path(__file__).parents[1] / "libloratrf_ort.so"
-    if not path.is_file():
-        raise UserError(
-            f"The custom-op library is not built: {path} does not exist. Build it with `pip install .` from the "
-            "repository (needs a C++17 compiler and cmake), or open the model without it (library=False): operators "
-            "then run by their definitions in the file."
-        )
-    return path
 
 
 def create_session(
