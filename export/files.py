@@ -6,12 +6,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import realpath
 from ..formats.manifest import file_sha256
 
 __all__ = ["base_sha256", "check_writable", "written_aside"]
@@ -26,7 +28,7 @@ def written_aside(out: Path) -> Iterator[Path]:
     written or the disk is full.
     """
     check_writable(out, out.suffix)
-    folder = out.parent.resolve()
+    folder = realpath(out.parent)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     try:
         aside = Path(tempfile.mkdtemp(prefix=".loratrf-export-", dir=existing))
@@ -38,23 +40,35 @@ def written_aside(out: Path) -> Iterator[Path]:
         (folder / out.name).unlink(missing_ok=True)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == out.name):
             os.replace(path, folder / path.name)
-    except OSError as error:
-        # numpy reports a full disk without an errno.
-        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR):
+    except Exception as error:
+        if isinstance(error, UserError) or (refusal := _refusal(error)) is None:
             raise
-        raise UserError(_unwritable(out, error)) from error
+        raise UserError(_unwritable(out, refusal)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_writable(out: Path, suffix: str = ".onnx") -> None:
     """Raises UserError where `out` is no path with `suffix` that can be written to; cheap, so it can come first."""
+    try:
+        _check_writable(out, suffix)
+        # A name that is too long, or a circle of links on the way, is no file yet, but not one to be written either.
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(out)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a ValueError is a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out} can't be written: {reason}. Choose another name or folder.") from error
+
+
+def _check_writable(out: Path, suffix: str) -> None:
     if out.is_dir():
         what = "the model's file name" if suffix == ".onnx" else "a file name"
         raise UserError(f"--out {out} is a folder. Expected {what}, for example --out {out}/model{suffix}.")
     if out.suffix != suffix:
         raise UserError(f"--out {out} doesn't end in {suffix}. Expected a file name such as --out {out}{suffix}.")
-    folder = out.parent.resolve()
+    folder = realpath(out.parent)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, not a folder. Choose another output folder.")
@@ -64,14 +78,33 @@ def check_writable(out: Path, suffix: str = ".onnx") -> None:
 
 def base_sha256(folder: Path) -> str | None:
     """One sha256 over those of the folder's *.safetensors in name order; None where there are none (a hub name)."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) if os.path.isdir(folder) else []
     if not files:
         return None
     return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
-def _unwritable(out: Path, error: OSError) -> str:
-    return (
-        f"--out {out} can't be written: {error.strerror or error}. Nothing was left behind. Free some space or choose "
-        "another folder."
+_REFUSALS = frozenset(
+    (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.EIO),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.EMFILE, errno.ENFILE),
     )
+)
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What the system has against a file that was being written; None where something else is wrong.
+
+    numpy reports a full disk without an errno, libraries in Rust do it in words.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno is None or error.errno in _REFUSALS else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+        return OSError(number, os.strerror(number)) if number in _REFUSALS else None
+    return None
+
+
+def _unwritable(out: Path, error: OSError) -> str:
+    reason = error.strerror or error
+    return f"--out {out} can't be written: {reason}. Nothing was left behind. Free some space or choose another folder."

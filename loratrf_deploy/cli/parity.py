@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def run(
     """
     require_extra("cpu", "export")
     for what, path in (("model", model), ("inputs file", inputs)):
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):
             raise UserError(f"No {what} at {path}.")
     with quiet():
         if isinstance(adapter, Mapping):

@@ -83,14 +83,20 @@ def write_adapter_file(path: Path, values: Mapping[str, NDArray[Any]], origin: O
 
 
 def write_values(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
-    """Writes `values` to `path` in ONNX Runtime's adapter format alone, for its own loaders: without an origin."""
+    """Writes `values` to `path` in ONNX Runtime's adapter format alone, for its own loaders: without an origin.
+
+    Raises OSError where it can't be written.
+    """
     import onnxruntime
 
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(1)
     content.set_model_version(1)
     content.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-    content.export_adapter(str(path))
+    try:
+        content.export_adapter(str(path))
+    except (RuntimeError, UnicodeError) as error:
+        raise OSError("ONNX Runtime can't write it: the disk is full, or files may not be that large") from error
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:

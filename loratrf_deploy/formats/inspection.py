@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
 from ..errors import UserError, some
+from ..files import readable
 from ..genai.folder import CONFIG_FILE, libraries, read_config
 from ..ops.library import library_path
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
@@ -27,7 +28,8 @@ def inspect_path(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     kinds, or what is there is damaged.
     """
     path = Path(path)
-    facts = _facts(path, verify)
+    with readable(path):
+        facts = _facts(path, verify)
     if verify and facts["kind"] != "model":
         raise UserError(
             f"--verify holds an exported model's files against its hashes, and {path} is an {facts['kind']}. Leave it "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -238,10 +239,10 @@ def read_swappable(model: str | Path) -> tuple[Manifest, Swappable]:
     Raises UserError where there is none, it describes another file, or the model takes no adapters.
     """
     model = Path(model)
-    if not model.is_file():
+    if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected a model.onnx of loratrf-export --swappable.")
     path = model.with_name(MANIFEST)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{model} has no {MANIFEST} beside it, which says what adapters it takes. Keep them together.")
     manifest = read_manifest(path)
     if manifest.swappable is None:

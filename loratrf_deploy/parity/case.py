@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def load_graph(model: Path) -> ir.Model:
     """The ONNX model in the file `model`. Raises UserError."""
     import onnx_ir as ir
 
-    if not model.is_file():
+    if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
     try:
         return ir.load(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def perplexities(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The text file {text} can't be read: {error}. Expected UTF-8 text.") from error
     for model in models:
-        if not Path(model).is_file():
+        if not os.path.isfile(model):
             raise UserError(f"No model at {model}: expected the --out of loratrf-export.")
     step("loading PyTorch's model")
     read = read_adapter(adapter)

@@ -97,6 +97,7 @@ def load_base(
             f"The adapter {adapter.path} doesn't say which base model it was trained on (base_model_name_or_path is "
             "empty). Pass it: --base-model PATH."
         )
+    check_entries(adapter.path, weights=False)  # its tokenizer is read later
     if os.path.isdir(name):
         check_entries(Path(name), weights=False)
     elif os.path.exists(name) or (base_model is not None and name.startswith(("/", ".", "~"))):

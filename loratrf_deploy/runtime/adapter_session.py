@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..formats.manifest import check_files, read_swappable
+from ..formats.manifest import MANIFEST, Swappable, check_files, read_swappable
 from ..formats.swappable import Default
 from ..ops.schemas import ADAPTER_IDS, Device
 from .bound import OnePerRun, Request
@@ -53,6 +53,7 @@ class AdapterSession:
         manifest, swappable = read_swappable(model)
         check_files(Path(model).parent, manifest)
         self._session = create_session(model, library=library, providers=providers, options=options)
+        _check_inputs(model, self._session, swappable)
         self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
         self._outputs = [value.name for value in self._session.get_outputs()]
         device = _DEVICES.get(self._session.get_providers()[0], "cpu")
@@ -118,3 +119,23 @@ class AdapterSession:
         check_scale(scale)
         request = Request(inputs, chosen, adapter, adapters, scale)
         return self._way.run(request, self._residents.resident)
+
+
+def _check_inputs(model: str | Path, session: onnxruntime.InferenceSession, swappable: Swappable) -> None:
+    """UserError where the graph doesn't take what its loratrf.json says: memory is allocated by the latter."""
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+
+    def agrees(name: str, wanted: Sequence[int | str]) -> bool:
+        shape = shapes.get(name)
+        dims = ["slots", *wanted] if swappable.slots else wanted
+        return (
+            shape is not None
+            and len(shape) == len(dims)
+            and all(isinstance(a, str) or not isinstance(b, int) or a == b for a, b in zip(dims, shape, strict=True))
+        )
+
+    if wrong := [weight.name for weight in swappable.weights if not agrees(weight.name, weight.shape)]:
+        raise UserError(
+            f"{model} doesn't take what the {MANIFEST} beside it says: {some(wrong)} is no input of it, or has another "
+            "shape. They are not of one export: export the model again."
+        )

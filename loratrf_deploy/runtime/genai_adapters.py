@@ -43,10 +43,17 @@ class GenaiAdapters:
     def place(self, values: Mapping[str, NDArray[Any]]) -> Placed:
         """`values` by graph input, in memory; onnxruntime-genai takes them from a file alone, which goes again."""
         key = str(next(self._keys))
-        with tempfile.TemporaryDirectory(prefix="loratrf-") as folder:
-            file = Path(folder) / f"{key}{SUFFIX}"
-            write_values(file, values)
-            self._adapters.load(str(file), key)
+        try:
+            with tempfile.TemporaryDirectory(prefix="loratrf-") as folder:
+                file = Path(folder) / f"{key}{SUFFIX}"
+                write_values(file, values)
+                self._adapters.load(str(file), key)
+        except OSError as error:
+            raise UserError(
+                "onnxruntime-genai takes adapters from files alone, and none can be written to "
+                f"{tempfile.gettempdir()}: {error.strerror or error}. Free some space there, or name another folder in "
+                "TMPDIR."
+            ) from error
         placed = Placed(self._adapters, key)
         weakref.finalize(placed, self._adapters.unload, key).atexit = False
         return placed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def create_session(
     check_providers(providers)
     import onnxruntime
 
-    if not Path(model).is_file():
+    if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
     if options is None:
         options = onnxruntime.SessionOptions()

@@ -78,7 +78,13 @@ class Slots:
             old = self.values.get(weight.name)
             if old is not None and old.shape == (self._count, *shape):
                 continue
-            new = np.zeros((self._count, *shape), weight.dtype)
+            try:
+                new = np.zeros((self._count, *shape), weight.dtype)
+            except (MemoryError, ValueError) as error:  # numpy's own limits
+                raise UserError(
+                    f"{weight.name} takes {self._count} x {shape} values of {weight.dtype} here, more than there is "
+                    "memory for. Load fewer adapters, or of lower rank, if it is not loratrf.json that is damaged."
+                ) from error
             if old is not None:
                 new[tuple(map(slice, old.shape))] = old
             self.values[weight.name] = new
