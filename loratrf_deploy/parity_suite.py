@@ -19,7 +19,7 @@ import pytest
 
 from .cli.parity import run
 from .cli.shared import positive
-from .errors import UserError
+from .errors import UserError, one_line
 from .parity.result import VARIANTS
 from .reports.formats import check_report_path, write_report
 from .reports.rows import reasons
@@ -76,7 +76,7 @@ def test_parity(parity: ParityReport, variant: str) -> None:
         pytest.skip(f"{variant}: this model has no such comparison")
     lines = "\n".join(line for line in reasons(parity) if line.startswith(f"{variant},"))
     if any(check.status == "failed" for check in checks):
-        pytest.fail(f"{lines}\n{parity.verdict}", pytrace=False)
+        pytest.fail(f"{lines}\n{one_line(parity.verdict)}", pytrace=False)
     if not all(check.status == "passed" for check in checks):
         pytest.skip(lines)
 

@@ -118,7 +118,7 @@ class _Talk:
                 try:
                     adapter, scale = self._chosen(rest)
                 except UserError as error:
-                    print(f"error: {printable(str(error))}")
+                    print(f"error: {error}")
             elif word:
                 turns.append({"role": "user", "content": line})
                 text = self._stream(turns if self._chat else line, adapter, scale).text
@@ -151,7 +151,8 @@ class _Talk:
 
     def _show(self, text: str) -> None:
         if self._shown:
-            print(text, end="", flush=True)
+            # A terminal obeys what a stranger's model may well say; in a pipe the text stays as it was made.
+            print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _line(prompt: str) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import printable
+from ..errors import one_line
 from ..parity.perplexity import WINDOW, perplexities
 from ..pytorch.quiet import quiet
 from .shared import Parser, command, count, print_json, progress, require_extra, trust_remote_code_option
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     width = max(len(row.name) for row in rows)
     print(f"{'deployment':<{width}}  {'perplexity':>12}  log(perplexity) - PyTorch's")
     for row in rows:
-        print(f"{printable(row.name):<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
+        print(f"{one_line(row.name):<{width}}  {row.perplexity:>12.4f}  {row.loss:>+27.6f}")
     return 0
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import UserError, one_line
+from ..errors import UserError, cut, one_line
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -156,10 +156,10 @@ def stdout_console() -> Console:
 
 
 def plain(text: str) -> str:
-    """A stranger's text for one line of rich's: neither markup nor escape sequences nor line breaks."""
+    """A stranger's text for one line of rich's: neither markup nor escape sequences nor line breaks, nor any length."""
     from rich.markup import escape
 
-    return escape(one_line(text))
+    return escape(cut(one_line(text)))
 
 
 def print_rows(rows: Mapping[str, str | None]) -> None:

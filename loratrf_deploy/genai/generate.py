@@ -27,6 +27,8 @@ __all__ = [
     "read_config",
 ]
 
+_QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
+"""What goes wrong is an exception; ONNX Runtime's log would print a stranger's names raw."""
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
@@ -60,7 +62,9 @@ def _opened(folder: Path, trust_library: bool) -> Iterator[tuple[og.Model, Path]
     og = _genai()
     with safe_folder(folder, trust_library=trust_library) as opened:
         try:
-            model = og.Model(str(opened))
+            config = og.Config(str(opened))
+            config.overlay(_QUIET)
+            model = og.Model(config)
         except Exception as error:  # plain RuntimeErrors
             detail = str(error).replace(str(opened), str(folder))
             raise UserError(f"onnxruntime-genai {og.__version__} can't load {folder}: {detail}") from error

@@ -196,7 +196,7 @@ def _pad(config: dict[str, Any]) -> int:
 
 
 def _without_folder(error: Exception) -> str:
-    return re.sub(r"/\.?loratrf-parity-\w+", "", str(error))
+    return str(UserError(re.sub(r"/\.?loratrf-parity-\w+", "", str(error))))
 
 
 def _compare_tokens(variant: Variant, name: str, got: list[int], right: Greedy, tolerance: float) -> Check:

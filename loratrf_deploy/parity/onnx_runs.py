@@ -156,7 +156,7 @@ def session_in_memory(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
     if library:
         options.register_custom_ops_library(str(library_path()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from ..errors import UserError, printable
+from ..errors import UserError, cut, one_line
 from .html import page
 from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from ..parity.figures import Figures
     from ..parity.result import ParityReport
+
+_CELL = 200
+"""Characters of a cell of the table on a terminal."""
 
 __all__ = ["FORMATS", "check_report_path", "print_report", "to_json", "to_junit", "to_markdown", "write_report"]
 
@@ -41,12 +46,13 @@ def print_report(report: ParityReport, console: Console | None = None) -> None:
         table.add_column(name, justify="right" if 2 <= position <= 5 else "left", no_wrap=True)
     for check in report.checks:
         colour = colours[check.status]
-        table.add_row(*(escape(printable(cell)) for cell in row(check)[:-1]), f"[{colour}]{check.status}[/{colour}]")
+        cells = (escape(cut(one_line(cell), _CELL)) for cell in row(check)[:-1])
+        table.add_row(*cells, f"[{colour}]{check.status}[/{colour}]")
     console.print(table)
     for reason in reasons(report):
-        console.print(escape(printable(reason)))
+        console.print(escape(reason))
     colour = "green" if report.passed else "bold red"
-    console.print(f"[{colour}]{escape(printable(report.verdict))}[/{colour}]")
+    console.print(f"[{colour}]{escape(cut(one_line(report.verdict)))}[/{colour}]")
 
 
 def write_report(report: ParityReport, path: str | Path) -> None:
@@ -91,24 +97,27 @@ def to_markdown(report: ParityReport) -> str:
     """Verdict, one table of checks, one of the layers with the largest errors."""
 
     def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-        lines = [head, tuple("---" for _ in head), *rows]
-        return [
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-        ]
+        lines = [head, tuple("---" for _ in head), *(tuple(map(_markdown, line)) for line in rows)]
+        return ["| " + " | ".join(line) + " |" for line in lines]
 
-    lines = ["# Parity report", "", f"**{report.verdict}**", ""]
-    lines += [f"- {name}: {value}" for name, value in facts(report)]
+    lines = ["# Parity report", "", f"**{_markdown(report.verdict)}**", ""]
+    lines += [f"- {name}: {_markdown(value)}" for name, value in facts(report)]
     lines += ["", *table(COLUMNS, [row(check) for check in report.checks]), "", BASE_OFF_NOTE]
     if found := reasons(report):
-        lines += ["", *(f"- {reason}" for reason in found)]
+        lines += ["", *(f"- {_markdown(reason)}" for reason in found)]
     if report.layers:
         worst = sorted(report.layers, key=lambda layer: -(math.inf if math.isnan(layer.relative) else layer.relative))
         lines += ["", f"## Largest errors by layer ({report.layers_variant}; {len(report.layers)} compared)", ""]
         lines += table(
             ("layer", "operator", "rel error", "abs error"),
-            [(f"`{layer.module}`", layer.op, number(layer.relative), number(layer.absolute)) for layer in worst[:10]],
+            [(layer.module, layer.op, number(layer.relative), number(layer.absolute)) for layer in worst[:10]],
         )
-    return printable("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """A stranger's text on one line, as it reads: neither HTML nor a link, an image, code or a cell's end."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(cut(one_line(text)), quote=False))
 
 
 def to_junit(report: ParityReport) -> str:
@@ -125,22 +134,22 @@ def to_junit(report: ParityReport) -> str:
     )
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in facts(report):
-        ElementTree.SubElement(properties, "property", name=name, value=printable(value))
+        ElementTree.SubElement(properties, "property", name=name, value=one_line(value))
     for check in report.checks:
         case = ElementTree.SubElement(
             suite,
             "testcase",
-            classname=f"parity.{printable(Path(report.model).stem)}",
-            name=printable(f"{check.variant}: {check.output}"),
+            classname=f"parity.{one_line(Path(report.model).stem)}",
+            name=cut(one_line(f"{check.variant}: {check.output}")),
         )
         if check.figures is not None:
             ElementTree.SubElement(case, "system-out").text = _figures_line(check.figures)
         if check.status == "failed":
-            failure = ElementTree.Element("failure", type="parity", message=printable(check.reason))
-            failure.text = printable(f"{_figures_line(check.figures)}\n{report.verdict}")
+            failure = ElementTree.Element("failure", type="parity", message=cut(one_line(check.reason)))
+            failure.text = f"{_figures_line(check.figures)}\n{one_line(report.verdict)}"
             case.insert(0, failure)
         elif check.status != "passed":
-            case.insert(0, ElementTree.Element("skipped", message=printable(f"{check.status}: {check.reason}")))
+            case.insert(0, ElementTree.Element("skipped", message=cut(one_line(f"{check.status}: {check.reason}"))))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 

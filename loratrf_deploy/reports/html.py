@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..errors import printable
+from ..errors import one_line
 from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
 
 if TYPE_CHECKING:
@@ -210,4 +210,4 @@ def _label(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    return escape(one_line(text))

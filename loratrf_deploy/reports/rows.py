@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import cut, one_line
+
 if TYPE_CHECKING:
     from ..parity.result import Check, ParityReport
 
@@ -64,7 +66,7 @@ def reasons(report: ParityReport) -> list[str]:
     lines = [
         f"{variant}, {', '.join(outputs)}: {status}: {reason}" for (variant, status, reason), outputs in grouped.items()
     ]
-    return [*lines, *filter(None, [report.layers_reason])]
+    return [cut(one_line(line)) for line in [*lines, *filter(None, [report.layers_reason])]]
 
 
 def number(value: float) -> str:

@@ -44,7 +44,7 @@ def create_session(
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
     if options is None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is an exception; the log would print a stranger's names raw
     if library:
         options.register_custom_ops_library(str(library_path()))
     try:
