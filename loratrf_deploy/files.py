@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from .errors import UserError
 
-__all__ = ["check_entries", "check_kinds", "open_regular", "read_regular", "readable", "realpath"]
+__all__ = ["check_entries", "check_kinds", "check_regular", "open_regular", "read_regular", "readable", "realpath"]
 
 _TEMPLATES = "additional_chat_templates"
 """A folder of texts that transformers reads beside the tokenizer's own files."""
@@ -25,13 +25,18 @@ _KINDS = {
 
 
 @contextlib.contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """What the system has against `path` within becomes a UserError: no permission, links in a circle, a long name."""
+def readable(path: str | Path, *, missing: bool = False) -> Iterator[None]:
+    """What the system has against `path` within becomes a UserError: no permission, links in a circle, a long name.
+
+    With `missing`, that there is nothing stays a FileNotFoundError.
+    """
     try:
         yield
     except UserError:
         raise
     except OSError as error:
+        if missing and isinstance(error, FileNotFoundError):
+            raise
         raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
     except ValueError as error:  # a NUL in it
         raise UserError(f"Can't read {path}: {error}.") from error
@@ -60,6 +65,13 @@ def read_regular(path: str | Path, folder: Path | None = None) -> bytes:
     """All bytes of the regular file `path`, opened as `open_regular` does. Raises UserError."""
     with open_regular(path, folder) as file, readable(path):
         return file.read()
+
+
+def check_regular(path: Path, folder: Path) -> None:
+    """UserError where `path` is there, but no regular file of `folder`."""
+    with contextlib.suppress(FileNotFoundError), readable(path, missing=True):
+        _check_kind(path, os.stat(path))
+        _check_inside(path, _root(folder))
 
 
 def check_entries(folder: Path, *, weights: bool = True) -> None:

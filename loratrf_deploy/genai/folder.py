@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError, some
 from ..files import check_kinds, read_regular, readable
+from ..onnx_file import check_external_data
 from ..ops.library import library_path
 
 __all__ = ["CONFIG_FILE", "decoder_config", "libraries", "read_config", "safe_folder"]
@@ -89,6 +90,8 @@ def safe_folder(folder: Path, *, trust_library: bool = False) -> Iterator[Path]:
             "elsewhere, write them, or load native code. Take it out; or, if the folder is your own, open it as it is: "
             "--trust-library (trust_library=True)."
         )
+    for model in folder.glob("*.onnx"):
+        check_external_data(model)
     try:
         ours: Path | None = library_path()
     except UserError:

@@ -16,6 +16,7 @@ from ..formats.fit import fit
 from ..formats.manifest import Manifest, check_described, read_swappable
 from ..genai.generate import decoder_config
 from ..genai.names import is_cache
+from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
 from ..pytorch.base import BaseModel, Inputs
@@ -151,6 +152,7 @@ def load_graph(model: Path) -> ir.Model:
 
     if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
+    check_external_data(model)
     try:
         return ir.load(model)
     except Exception as error:  # protobuf and onnx_ir raise many classes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..onnx_file import check_external_data
 from ..ops.library import library_path
 from ..ops.schemas import Device
 
@@ -42,6 +43,7 @@ def create_session(
 
     if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
+    check_external_data(Path(model))
     if options is None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is an exception; the log would print a stranger's names raw
