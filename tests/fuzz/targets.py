@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -235,7 +236,7 @@ def _case_manifest(model: Path, rng: Random, scratch: Path) -> str:
     from loratrf_deploy.cli.inspect import main as inspect
 
     for path in model.parent.iterdir():
-        (scratch / path.name).symlink_to(path)
+        os.link(path, scratch / path.name)
     manifest = scratch / "loratrf.json"
     content = manifest.read_bytes()
     manifest.unlink()
