@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import struct
@@ -236,7 +235,7 @@ def _case_manifest(model: Path, rng: Random, scratch: Path) -> str:
     from loratrf_deploy.cli.inspect import main as inspect
 
     for path in model.parent.iterdir():
-        os.link(path, scratch / path.name)
+        shutil.copy(path, scratch)
     manifest = scratch / "loratrf.json"
     content = manifest.read_bytes()
     manifest.unlink()
