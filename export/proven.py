@@ -22,6 +22,7 @@ from ..formats.manifest import (
     Manifest,
     ModelId,
     Swappable,
+    file_sha256,
     write_manifest,
 )
 from ..ops.dtypes import DType

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
@@ -41,7 +42,7 @@ class GenerationSession:
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
-        manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+        manifest = read_manifest(folder / MANIFEST) if os.path.isfile(folder / MANIFEST) else None
         if manifest is not None:
             check_files(folder, manifest)
         self._model, self._tokenizer = load_model_and_tokenizer(folder, trust_library=trust_library)
