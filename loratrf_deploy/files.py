@@ -6,12 +6,15 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from .errors import UserError
 
-__all__ = ["check_entries", "check_kinds", "check_regular", "open_regular", "read_regular", "readable", "realpath"]
+__all__ = [
+    *("check_entries", "check_kinds", "check_regular", "open_regular", "read_regular", "readable", "realpath"),
+    *("stays_inside",),
+]
 
 _TEMPLATES = "additional_chat_templates"
 """A folder of texts that transformers reads beside the tokenizer's own files."""
@@ -102,6 +105,12 @@ def check_kinds(folder: Path) -> list[str]:
                 _check_kind(entry.path, status)
             names.append(entry.name)
     return names
+
+
+def stays_inside(name: str) -> bool:
+    """Whether the path `name`, which a stranger's file has for another, can't leave its folder but by a link."""
+    path = PurePath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
 
 
 def realpath(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .errors import UserError, cut
-from .files import check_regular, open_regular, readable
+from .files import check_regular, open_regular, readable, stays_inside
 
 __all__ = ["check_external_data", "external_files"]
 
@@ -37,12 +37,11 @@ def check_external_data(model: Path) -> None:
     ONNX Runtime to name.
     """
     for location in external_files(model):
-        path = Path(location)
-        if path.is_absolute() or ".." in path.parts or "\0" in location:
+        if not stays_inside(location):
             raise UserError(
                 f"{model} has weights in {cut(location, 200)!r}, expected a file in its own folder. Export it again."
             )
-        check_regular(model.parent / path, model.parent)
+        check_regular(model.parent / location, model.parent)
 
 
 def external_files(model: Path) -> list[str]:

@@ -153,6 +153,10 @@ def test_a_question_that_nobody_sees_is_not_answered() -> None:
     [
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "can't be loaded"),
         (lambda folder: edit_json(folder / "tokenizer_config.json", init_inputs=["/etc/passwd"]), "init_inputs"),
+        (
+            lambda folder: edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.json"]),
+            "names files that are not in the folder",
+        ),
         (lambda folder: edit_json(folder / "tokenizer_config.json", model_input_names=[["input_ids"]]), "input_names"),
     ],
 )

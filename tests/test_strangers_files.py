@@ -72,6 +72,15 @@ def test_a_linked_folder_of_templates(pair, refused, tmp_path) -> None:
     assert "outside of its folder" in refused(*export(*pair, tmp_path / "out"))
 
 
+def test_a_base_s_index_names_its_own_shards(pair, make_tiny, refused, tmp_path) -> None:
+    """transformers opens whatever is named there: the weights of another model of this machine."""
+    other, _ = make_tiny("bert", "text-classification", "lora")
+    (pair[1] / "model.safetensors").unlink()
+    names = dict.fromkeys(load_file(other / "model.safetensors"), os.path.relpath(other / "model.safetensors", pair[1]))
+    (pair[1] / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert "expected files in its own folder" in refused(*export(*pair, tmp_path / "out"))
+
+
 def test_links_inside_the_folder_are_followed(pair) -> None:
     adapter, _ = pair
     (adapter / "real").mkdir()

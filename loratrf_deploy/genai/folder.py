@@ -9,11 +9,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, some
-from ..files import check_kinds, read_regular, readable
+from ..files import check_kinds, read_regular, readable, stays_inside
 from ..onnx_file import check_external_data
 from ..ops.library import library_path
 
@@ -136,14 +136,9 @@ def _problems(config: dict[str, Any]) -> list[str]:
                     problems.append(f"options of the execution provider {provider}")
     problems += [f"run_options {options!r}" for options in _values(config, "run_options") if options]
     for name, value in _pairs(config):
-        if re.search("file|dir|path|library", name) and isinstance(value, str) and not _stays_inside(value):
+        if re.search("file|dir|path|library", name) and isinstance(value, str) and not stays_inside(value):
             problems.append(f"{name} {value!r}")
     return problems
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.fits import check_fits
-from ..errors import UserError
-from ..files import check_entries, readable
+from ..errors import UserError, some
+from ..files import check_entries, read_regular, readable, stays_inside
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,7 @@ def load_base(
     check_entries(adapter.path, weights=False)  # its tokenizer is read later
     if os.path.isdir(name):
         check_entries(Path(name), weights=False)
+        _check_shards(Path(name))
     elif os.path.exists(name) or (base_model is not None and name.startswith(("/", ".", "~"))):
         raise UserError(f"The base model {name} is not a folder: expected one with config.json and model.safetensors.")
     try:
@@ -244,6 +246,19 @@ def _load(
     return model, random
 
 
+def _check_shards(folder: Path) -> None:
+    """UserError where an index of the checkpoint in `folder` names weights elsewhere: those of another model here."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = {str(name) for name in json.loads(read_regular(index, folder))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # transformers says what is wrong with it
+        if outside := [name for name in names if not stays_inside(name)]:
+            raise UserError(
+                f"{index} has weights in {some(outside)}, expected files in its own folder. Fetch the base model again."
+            )
+
+
 def _conv1d(model: torch.nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
@@ -285,8 +300,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any 
             if not any(_TOKENIZER_FILE.match(name) for name in os.listdir(path)):
                 return None
     try:
-        if get_tokenizer_config(str(path)).get("init_inputs"):
-            raise ValueError("its tokenizer_config.json has init_inputs, which may name any file of this machine.")
+        settings = get_tokenizer_config(str(path))
+        if settings.get("init_inputs") or not all(map(stays_inside, settings.get("fast_tokenizer_files") or [])):
+            raise ValueError("its tokenizer_config.json has init_inputs, or names files that are not in the folder.")
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         if not all(isinstance(name, str) for name in tokenizer.model_input_names):
             raise ValueError(f"its model_input_names are {tokenizer.model_input_names!r}, expected names.")
