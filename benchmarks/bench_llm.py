@@ -1,30 +1,36 @@
-"""Times a causal language model in int4 on the CPU: no adapter, merged, separate, swappable, mixed rows, the builder's.
+"""Times a language model in int4 on the CPU: adapters merged, constant, swapped, one a row, and other engines.
 
-    python benchmarks/bench_llm.py [--layers 4] [--rank 8] [--runs 5] [--rounds 4] [--threads 2] [--clock wall|cpu]
-                                   [--vocabulary 128256] [--keep FOLDER] [--out bench.json]
+    python benchmarks/bench_llm.py [--base FOLDER | --layers 4 --vocabulary 128256] [--ranks 8 ...] [--batches 1 4 16]
+                                   [--peers llama.cpp=PYTHON openvino=PYTHON] [--runs 3] [--rounds 4] [--threads 2]
+                                   [--clock wall|cpu] [--keep FOLDER] [--out bench.json]
 
-LLaMA-3.2-1B's dimensions (hidden 2048, ffn 8192, 32 heads, 8 key/value heads, 128256 tokens, tied) with random weights
-and `--layers` layers; R = F = `--rank` on all linear layers. Prefill is 128 tokens, decode the next 32, batch 1. In a
-round the deployments run one after the other, in a random order; a figure is the median over rounds of the ratio to
-"no adapter" in the same round. Where a model's weights come to lie in memory is worth some per cent, and stays so for a
-process: every `--runs` is a process of its own that loads them in another order. `--clock cpu` counts the CPU time of
-the one thread, which a busy machine disturbs far less (it needs --threads 1).
+`--base` is a folder of a LLaMA. Without, it is LLaMA-3.2-1B's dimensions (hidden 2048, ffn 8192, 32 heads, 8 key/value
+heads, 128256 tokens, tied) with random weights and `--layers` layers. Adapters are random, R = F on all linear layers.
+Prefill is 128 tokens, the rows of a batch together; decode the next 16 of every row.
 
-Swappable models run with their adapter active, through onnxruntime-genai's own Adapters; what the change costs the
-host is printed below. The mixed table is a batch of `--rows` rows: each under its own of as many LoRA adapters, against
-all under one, against a fixed adapter and none (decode alone).
+Each deployment has a process of its own, which peers.py is; all start anew for every one of `--runs`, because where
+weights come to lie in memory is worth some per cent and stays so for a process. In a round they run one after another,
+in a random order; a figure is the median over rounds of the ratio to "no adapter" in the same round, or to whom a table
+says. `--clock cpu` counts CPU time, which a busy machine disturbs far less (it needs --threads 1).
+
+Swappable models and peers hold as many adapters as the largest batch has rows, and take another one in every round,
+through onnxruntime-genai's Adapters: the swap is part of the prefill. "mixed LoRA, N adapters" is a model with N slots
+whose rows take them in turn. A peer runs "N adapters" as peers.py says, one adapter's rows after another's; whether it
+can have them in one batch is tried, and printed. `--peers` names the Python of each one's environment.
 
 The last table is the error in the logits: against the same int4 base with the exact adapter, computed in float32.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,147 +38,188 @@ import common
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-import onnxruntime_genai as og
+from peers import PEERS, Process, mixed_rows
 
-from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
+from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
 from loratrf_deploy.export.genai import build
-from loratrf_deploy.genai.generate import CONFIG_FILE, load_model
+from loratrf_deploy.genai.generate import CONFIG_FILE
 from loratrf_deploy.parity.onnx_runs import run_session, session_in_memory
 from loratrf_deploy.parity.quantised import exact_arithmetic
 from loratrf_deploy.pytorch.quiet import quiet
 
-PREFILL, DECODE = 128, 32
+PREFILL, DECODE = 128, 16
 REFERENCE = "no adapter"
-DIGITS = {"prefill_ms": 2, "prefill_ratio": 3, "decode_ms": 2, "decode_ratio": 3}
+OWN = "the builder's own LoRA"
 Times = dict[str, dict[str, list[float]]]
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """A row of the tables: who answers (one of the commands), and under which of the adapters that it holds.
+
+    A batch is `shared` of the `held` adapters, others in every round; 0 is none.
+    """
+
+    command: str
+    held: int = 1
+    shared: int = 0
+
+    def adapters(self, rows: int, round_: int) -> list[int]:
+        return [(round_ + row % self.shared) % self.held if self.shared else -1 for row in range(rows)]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Who is compared: models of ours (name -> model.onnx), commands (name -> Process's arguments), and rows."""
+
+    models: dict[str, Path]
+    commands: dict[str, tuple[str, list[object]]]
+    contestants: dict[str, Contestant]
+
+
 def main() -> None:
-    sizes = {"layers": 4, "rank": 8, "vocabulary": 128256}
-    parser = common.parser(__doc__, **sizes, rounds=4, threads=os.cpu_count(), clock="wall", keep=None, out=None)
-    parser.add_argument("--runs", type=int, default=5, help="processes of so many rounds")
-    parser.add_argument("--rows", type=int, default=16, help="of the mixed batch; 0 leaves it out")
-    args = common.parse(parser)
+    args = arguments()
     with tempfile.TemporaryDirectory() as name:
         folder = args.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        with quiet():
-            models = deployments(folder, args.layers, args.rank, args.vocabulary)
-            mixed = mixed_model(folder, args.rank, args.rows) if args.rows else None
-        for path in [*models.values(), *filter(None, [mixed])]:
-            set_threads(path.parent, args.threads)
-        timings = measure(models, args.runs, args.rounds, args.clock)
-        rows = measure_rows(models, mixed, args.rows, args.runs * args.rounds, args.clock) if mixed else {}
-        errors = logit_errors(models)
-    threads = f"{args.threads} thread{'s' if args.threads > 1 else ''}"
+        base = args.base or folder / "base"
+        if not base.is_dir():
+            common.make_llama(base, args.layers, args.vocabulary)
+        results = [one_rank(folder, base, rank, args) for rank in args.ranks]
+    common.save(args.out, results)
+
+
+def arguments() -> argparse.Namespace:
+    sizes = {"layers": 4, "vocabulary": 128256}
+    parser = common.parser(__doc__, **sizes, rounds=4, threads=os.cpu_count(), clock="wall", keep=None, out=None)
+    parser.add_argument("--base", type=Path, help="folder of a LLaMA, in place of one of random weights")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="R = F, one table each")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="rows, and numbers of adapters")
+    parser.add_argument("--runs", type=int, default=3, help="processes of so many rounds")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
+    args = common.parse(parser)
+    args.peers = dict(peer.partition("=")[::2] for peer in args.peers)
+    for name, python in args.peers.items():
+        if name not in PEERS or not os.access(python, os.X_OK):
+            parser.error(
+                f"--peers has {name}={python}, expected NAME=PYTHON, NAME one of {', '.join(PEERS)}, PYTHON a program "
+                "of its environment. peers.py says how these are made."
+            )
+    if args.base and not (args.base / "config.json").is_file():
+        parser.error(f"--base {args.base} has no config.json. Expected a LLaMA's folder, as save_pretrained writes it.")
+    return args
+
+
+def one_rank(folder: Path, base: Path, rank: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints."""
+    with quiet():
+        field = field_of(folder, base, rank, args)
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    times, versions = measure(field, args.batches, args.runs, args.rounds, vocabulary)
     result = {
-        "machine": f"{common.cpu_name()}, {threads}, {args.clock} clock",
-        "versions": f"ORT {ort.__version__}, GenAI {og.__version__}",
-        "model": f"LLaMA-3.2-1B's dimensions, {args.layers} layers, {args.vocabulary} tokens, int4",
-        "adapter": f"R = F = {args.rank} on all linear layers",
-        "rounds": args.runs * args.rounds,
-        "timings": timings,
-        "mixed": rows,
-        "errors": errors,
+        "model": described(base, args.base is None),
+        "adapter": f"R = F = {rank} on all linear layers",
+        "machine": f"{common.cpu_name()}, {args.threads} thread{'s' * (args.threads > 1)}, {args.clock} clock",
+        "versions": ", ".join([f"onnxruntime {ort.__version__}", *versions]),
+        "rounds": f"{args.runs} x {args.rounds} rounds",
+        "times": times,
+        "errors": logit_errors(field.models, vocabulary),
+        "rows": tried_rows(field, args.peers),
     }
-    common.save(args.out, result)
-    print(
-        "; ".join(str(result[name]) for name in ("model", "adapter", "machine", "versions"))
-        + f"; {args.runs} x {args.rounds} rounds\n"
-    )
-    columns = ["deployment", f"prefill {PREFILL}, ms", "ratio", "decode, ms per token", "ratio"]
-    cells = ([name, *(f"{row[part]:.{digits}f}" for part, digits in DIGITS.items())] for name, row in timings.items())
-    print(common.table(columns, cells), end="\n\n")
-    swaps = [f"{name} {1e3 * row['swap_ms']:.0f} us" for name, row in timings.items() if "swap_ms" in row]
-    print(f"set_active_adapter: {', '.join(swaps)}", end="\n\n")
-    if rows:
-        columns = [f"decode of {args.rows} rows", "ms per step", "ratio to no adapter", "ratio to one adapter"]
-        cells = ([name, *(f"{value:.3f}" for value in row.values())] for name, row in rows.items())
-        print(common.table(columns, cells), end="\n\n")
+    print("; ".join(str(result[name]) for name in ("model", "adapter", "machine", "versions", "rounds")), end="\n\n")
+    print(timing_table(times, args.batches), end="\n\n")
+    print(pair_table(times, args.batches), end="\n\n")
+    swaps = {name: own for name, parts in times.items() if (own := parts.get(f"swap {min(args.batches)}"))}
+    print("swap:", ", ".join(f"{name} {1e6 * statistics.median(own):.0f} us" for name, own in swaps.items()))
+    for name, words in result["rows"].items():
+        print(f"rows under adapters of their own in one batch, {name}: {words}")
     columns = ["LoRA, error in the logits", "int4 weights, float32 arithmetic", "as shipped (int8 activations)"]
-    print(common.table(columns, ([name, *(f"{value:.2e}" for value in row.values())] for name, row in errors.items())))
+    errors = ([name, *(f"{value:.2e}" for value in row.values())] for name, row in result["errors"].items())
+    print(f"\n{common.table(columns, errors)}\n", flush=True)
+    return result
 
 
-def deployments(folder: Path, layers: int, rank: int, vocabulary: int) -> dict[str, Path]:
-    """name -> model.onnx, REFERENCE first."""
-    base = folder / "base"
-    if not base.is_dir():
-        common.make_llama(base, layers, vocabulary)
+def described(base: Path, random: bool) -> str:
+    config = json.loads((base / "config.json").read_text())
+    name = "LLaMA-3.2-1B's dimensions, random" if random else base.name
+    sizes = f"{config['num_hidden_layers']} layers, {config['hidden_size']} wide, {config['vocab_size']} tokens"
+    return f"{name}: {sizes}, int4"
+
+
+# Who is compared.
+
+
+def field_of(folder: Path, base: Path, rank: int, args: argparse.Namespace) -> Field:
+    top = max(args.batches)
+    adapters = {kind: made_adapters(folder, base, kind, rank, top) for kind in ("lora", "loratrf")}
+    models = exported(folder, base, rank, adapters, args.batches)
+    commands: dict[str, tuple[str, list[object]]] = {}
+    contestants = {}
+    common_options = ["--threads", args.threads, "--clock", args.clock]
+    for name, model in models.items():
+        set_threads(model.parent, args.threads)
+        files = [model.parent / f"{number}.onnx_adapter" for number in range(top)] if "swappable" in name else []
+        engine = "genai-rows" if "mixed" in name else "genai"
+        commands[name] = sys.executable, [engine, model.parent, *files, *common_options]
+        contestants[name] = Contestant(name, top, 1) if files else Contestant(name)
+    for count in args.batches:
+        contestants[mixed(count)] = Contestant(mixed(count), count, count)
+    contestants["mixed LoRA, no row adapted"] = Contestant(mixed(top))
+    for peer, python in args.peers.items():
+        for name, own in (("no adapter", []), ("LoRA", adapters["lora"])):
+            command = [peer, base, *own, "--folder", folder / "peers", *common_options]
+            commands[f"{peer}, {name}"] = python, command
+            contestants[f"{peer}, {name}"] = Contestant(f"{peer}, {name}", top, 1 if own else 0)
+        for count in sorted({*args.batches} - {1}):
+            contestants[f"{peer}, {count} adapters"] = Contestant(f"{peer}, LoRA", top, count)
+    return Field(models, commands, contestants)
+
+
+def mixed(count: int) -> str:
+    return f"mixed LoRA, {count} adapter{'s' * (count > 1)}"
+
+
+def made_adapters(folder: Path, base: Path, kind: str, rank: int, count: int) -> list[Path]:
+    paths = [folder / f"{kind}-{rank}-{number}" for number in range(count)]
+    for number, path in enumerate(paths):
+        if path.is_dir():
+            continue
+        if number == 0:
+            common.make_adapter(base, path, kind, rank)
+        else:
+            common.vary_adapter(paths[0], path, number)
+    return paths
+
+
+def exported(
+    folder: Path, base: Path, rank: int, adapters: dict[str, list[Path]], counts: Sequence[int]
+) -> dict[str, Path]:
+    """name -> model.onnx, REFERENCE first; swappable ones have their adapters beside them, by number."""
+    options: dict[str, Any] = {"base_model": base, "quantize": "int4", "bundle_library": True, "check": False}
     models = {REFERENCE: folder / "bare" / "model.onnx"}
     if not models[REFERENCE].is_file():
         build(base, models[REFERENCE], "int4", "cpu", {})
-    for kind in ("lora", "loratrf"):
-        adapter = folder / f"{kind}-{rank}"
-        if not adapter.is_dir():
-            common.make_adapter(base, adapter, kind, rank)
-        for mode in ("merged", "separate", "swappable"):
-            if (kind, mode) == ("loratrf", "merged"):
-                continue
+    for kind, label, modes in (
+        ("lora", "LoRA", ("merged", "separate", "swappable")),
+        ("loratrf", "LoRATRF", ("separate", "swappable")),
+    ):
+        for mode in modes:
             how: dict[str, Any] = {"swappable": "base"} if mode == "swappable" else {"mode": mode}
-            model = folder / f"{kind}-{rank}-{mode}" / "model.onnx"
-            models[f"{mode} {'LoRATRF' if kind == 'loratrf' else 'LoRA'}"] = model
+            model = models[f"{mode} {label}"] = folder / f"{kind}-{rank}-{mode}" / "model.onnx"
             if not model.is_file():
-                export_adapter(
-                    adapter,
-                    model,
-                    ExportOptions(base_model=base, quantize="int4", bundle_library=True, check=False, **how),
-                )
-    own = folder / f"own-{rank}" / "model.onnx"
-    models["the builder's own LoRA"] = own
-    if not own.is_file():
-        build(base, own, "int4", "cpu", {"adapter_path": str(folder / f"lora-{rank}")})
+                export_adapter(adapters[kind][0], model, ExportOptions(**options, **how))
+            for number, adapter in enumerate(adapters[kind] if mode == "swappable" else []):
+                file = model.parent / f"{number}.onnx_adapter"
+                if not file.is_file():
+                    convert_adapter(adapter, model, file, base_model=base)
+    for count in counts:
+        model = models[mixed(count)] = folder / f"mixed-{rank}-{count}" / "model.onnx"
+        if not model.is_file():
+            export_grouped({path.name: path for path in adapters["lora"][:count]}, model, ExportOptions(**options))
+    models[OWN] = folder / f"own-{rank}" / "model.onnx"
+    if not models[OWN].is_file():
+        build(base, models[OWN], "int4", "cpu", {"adapter_path": str(adapters["lora"][0])})
     return models
-
-
-def mixed_model(folder: Path, rank: int, rows: int) -> Path:
-    """One model of `rows` LoRA adapters."""
-    adapters = {f"a{number}": folder / f"mixed-{rank}-{number}" for number in range(rows)}
-    for path in adapters.values():
-        if not path.is_dir():
-            common.make_adapter(folder / "base", path, "lora", rank)
-    model = folder / f"mixed-{rank}-{rows}" / "model.onnx"
-    if not model.is_file():
-        options = ExportOptions(base_model=folder / "base", quantize="int4", bundle_library=True, check=False)
-        export_grouped(adapters, model, options)
-    return model
-
-
-def measure_rows(
-    models: dict[str, Path], mixed: Path, rows: int, rounds: int, clock_name: str
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a decode step of a batch of `rows`, and ratios to no adapter and to one for all rows."""
-    clock, one = common.CLOCKS[clock_name], "one adapter for all rows"
-    loaded = {"mixed": load_model(mixed.parent)}
-    loaded |= {name: load_model(models[name].parent) for name in (REFERENCE, "separate LoRA")}
-    ids = {
-        one: np.zeros(rows, np.int64),
-        "an adapter for each row": np.arange(rows),
-        "none, in a mixed model": -np.ones(rows, np.int64),
-    }
-    prompt = np.random.default_rng(0).integers(0, 1000, (rows, 16)).astype(np.int32)
-    times: dict[str, list[float]] = {name: [] for name in (REFERENCE, "separate LoRA", *ids)}
-    for round_ in range(rounds + 1):
-        for name in common.shuffled(times, f"rows {round_}"):
-            model = loaded.get(name, loaded["mixed"])
-            params = og.GeneratorParams(model)
-            length = prompt.shape[1] + DECODE + 1
-            params.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=rows)
-            generator = og.Generator(model, params)
-            if name in ids:
-                generator.set_model_input("adapter_ids", ids[name])
-            generator.append_tokens(prompt)
-            generator.generate_next_token()
-            step = common.timed(generator.generate_next_token, DECODE, clock)
-            if round_:
-                times[name].append(step)
-    return {
-        name: {
-            "ms": 1e3 * statistics.median(values),
-            "ratio": common.ratio(values, times[REFERENCE]),
-            "to_one": common.ratio(values, times[one]),
-        }
-        for name, values in times.items()
-    }
 
 
 def set_threads(folder: Path, threads: int) -> None:
@@ -181,51 +228,101 @@ def set_threads(folder: Path, threads: int) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4))
 
 
-def measure(models: dict[str, Path], runs: int, rounds: int, clock: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds of prefill and decode, and median per-round ratios to REFERENCE."""
-    times: Times = {name: {} for name in models}
+# Time.
+
+
+def measure(field: Field, batches: Sequence[int], runs: int, rounds: int, vocabulary: int) -> tuple[Times, list[str]]:
+    """Seconds by contestant, "part rows" and round, parts as peers.py names them; and the engines' versions."""
+    times: Times = {name: {} for name in field.contestants}
+    draw = np.random.default_rng(0)
+    prompts = {rows: draw.integers(3, vocabulary, (rows, max(1, PREFILL // rows))).tolist() for rows in batches}
+    versions: set[str] = set()
     for run in range(runs):
-        # A fresh process each time: forked ones would share what is in memory already.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            for name, parts in pool.submit(measure_once, models, rounds, clock, run).result().items():
-                for part, values in parts.items():
-                    times[name].setdefault(part, []).extend(values)
-    return common.parts(times, REFERENCE)
+        processes: dict[str, Process] = {}
+        try:
+            for name in common.shuffled(field.commands, run):
+                processes[name] = Process(*field.commands[name])
+            versions |= {process.version for process in processes.values()}
+            for round_ in range(rounds + 1):  # the first one doesn't count
+                for rows in batches:
+                    for name in common.shuffled(field.contestants, f"{run} {round_} {rows}"):
+                        own = field.contestants[name]
+                        if name.partition(", ")[0] in PEERS and own.shared > rows:
+                            continue  # the same as with fewer adapters
+                        answer = processes[own.command].ask(prompts[rows], DECODE, own.adapters(rows, round_))
+                        for part in ("prefill", "decode", "swap"):
+                            if round_ and answer[part] is not None:
+                                times[name].setdefault(f"{part} {rows}", []).append(answer[part])
+        finally:
+            for process in processes.values():
+                process.close()
+    return times, sorted(versions)
 
 
-def measure_once(models: dict[str, Path], rounds: int, clock_name: str, seed: int) -> Times:
-    """Seconds of prefill and seconds per token of decode, by deployment and round."""
-    clock = common.CLOCKS[clock_name]
-    loaded = {name: load_model(models[name].parent) for name in common.shuffled(models, seed)}
-    vocabulary = json.loads((models[REFERENCE].parent / CONFIG_FILE).read_text())["model"]["vocab_size"]
-    prompt = np.random.default_rng(0).integers(0, vocabulary, PREFILL).astype(np.int32)
-    adapters = {name: og.Adapters(model) for name, model in loaded.items() if "swappable" in name}
-    for name, own in adapters.items():
-        own.load(str(next(models[name].parent.glob("*.onnx_adapter"))), "it")
-    times: Times = {name: {"prefill": [], "decode": []} | ({"swap": []} if name in adapters else {}) for name in models}
-    for round_ in range(rounds + 1):
-        for name in common.shuffled(models, f"{seed} {round_}"):
-            params = og.GeneratorParams(loaded[name])
-            length = PREFILL + DECODE + 1
-            params.set_search_options(max_length=length, min_length=length, do_sample=False)
-            generator = og.Generator(loaded[name], params)
-            if own := adapters.get(name):
-                swap = common.timed(
-                    lambda generator=generator, own=own: generator.set_active_adapter(own, "it"), clock=clock
-                )
-                times[name]["swap"].append(swap)
-            prefill = common.timed(lambda generator=generator: generator.append_tokens(prompt), clock=clock)
-            generator.generate_next_token()  # takes the token that the prefill's logits say
-            decode = common.timed(generator.generate_next_token, DECODE, clock)
-            if round_:
-                times[name]["prefill"].append(prefill)
-                times[name]["decode"].append(decode)
-    return times
+def tried_rows(field: Field, peers: Sequence[str]) -> dict[str, str]:
+    """What two rows of one batch get that ask for an adapter each, or for one and none."""
+    ours = [name for name, own in field.contestants.items() if own.shared > 1 and name == own.command][-1:]
+    tried = {}
+    for name in [*ours, *(f"{peer}, LoRA" for peer in peers)]:
+        process = Process(*field.commands[name])
+        try:
+            for words, pair in (("two adapters", (0, 1)), ("one and none", (0, -1))):
+                tried[f"{name}, {words}"] = mixed_rows(process.ask, list(range(5, 13)), pair)
+        finally:
+            process.close()
+    return tried
 
 
-def logit_errors(models: dict[str, Path]) -> dict[str, dict[str, float]]:
+def timing_table(times: Times, batches: Sequence[int]) -> str:
+    """Milliseconds of REFERENCE, and everybody's ratio to it."""
+    parts = [f"{part} {rows}" for rows in batches for part in ("prefill", "decode")]
+    columns = [f"{part} x {max(1, PREFILL // int(part.split()[1]))}" if "prefill" in part else part for part in parts]
+    rows = common.parts(times, REFERENCE)
+    cells = [[f"{REFERENCE}, ms", *(f"{rows[REFERENCE][f'{part}_ms']:.2f}" for part in parts)]]
+    for name, row in rows.items():
+        if name != REFERENCE:
+            cells.append([name, *(f"{row[f'{part}_ratio']:.3f}" if f"{part}_ratio" in row else "" for part in parts)])
+    return common.table(["deployment", *columns], cells)
+
+
+def pair_table(times: Times, batches: Sequence[int]) -> str:
+    """The median and the quartiles of the rounds' ratios of those that a reader compares."""
+    parts = [f"{part} {rows}" for rows in batches for part in ("prefill", "decode")]
+    cells = []
+    for name, over in pairs(times, batches):
+        row = []
+        for part in parts:
+            both = times[name].get(part), times[over].get(part)
+            row.append(spread(*both) if all(both) else "")
+        cells.append([f"{name} / {over}", *row])
+    return common.table(["one over another", *parts], cells)
+
+
+def pairs(names: Times, batches: Sequence[int]) -> Iterator[tuple[str, str]]:
+    several = sorted({*batches} - {1})
+    for kind in ("LoRA", "LoRATRF"):
+        yield f"swappable {kind}", f"separate {kind}"
+    for count in sorted(batches):
+        yield mixed(count), "separate LoRA"
+    yield "separate LoRA", OWN
+    for peer in PEERS:
+        if f"{peer}, LoRA" in names:
+            yield f"{peer}, LoRA", f"{peer}, no adapter"
+            yield REFERENCE, f"{peer}, no adapter"
+            yield "swappable LoRA", f"{peer}, LoRA"
+            for count in several:
+                yield mixed(count), f"{peer}, {count} adapters"
+
+
+def spread(times: Sequence[float], reference: Sequence[float]) -> str:
+    ratios = [a / b for a, b in zip(times, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.2f} to {high:.2f})"
+
+
+def logit_errors(models: dict[str, Path], vocabulary: int) -> dict[str, dict[str, float]]:
     """max|a-b| / max|b| of the logits, b: our separate LoRA without the library, in float32 arithmetic."""
-    ids = np.random.default_rng(1).integers(0, 1000, (1, 32))
+    ids = np.random.default_rng(1).integers(0, min(vocabulary, 1000), (1, 32))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def logits(name: str, *, exact: bool, library: bool) -> Any:
@@ -240,7 +337,7 @@ def logit_errors(models: dict[str, Path]) -> dict[str, dict[str, float]]:
 
     expected = logits("separate LoRA", exact=True, library=False)
     rows = {}
-    for name in ("separate LoRA", "the builder's own LoRA"):
+    for name in ("separate LoRA", OWN):
         rows[name] = {
             kind: float(np.abs(logits(name, exact=exact, library=True) - expected).max() / np.abs(expected).max())
             for kind, exact in (("exact", True), ("shipped", False))

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -301,4 +302,16 @@ def make_adapter(base: Path, path: Path, kind: str, rank: int = 8) -> Path:
             if "lora_" in name or "trf_" in name:
                 value.copy_(0.02 * torch.randn(value.shape, generator=generator))
     adapted.save_pretrained(str(path))
+    return path
+
+
+def vary_adapter(adapter: Path, path: Path, seed: int) -> Path:
+    """Another random adapter like the one that make_adapter() made."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(adapter, path)
+    file, draw = path / "adapter_model.safetensors", np.random.default_rng(seed)
+    noise = {name: 0.02 * draw.standard_normal(value.shape, np.float32) for name, value in load_file(file).items()}
+    save_file(noise, file, {"format": "pt"})
     return path
