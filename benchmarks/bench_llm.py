@@ -6,7 +6,7 @@
 
 `--base` is a folder of a LLaMA. Without, it is LLaMA-3.2-1B's dimensions (hidden 2048, ffn 8192, 32 heads, 8 key/value
 heads, 128256 tokens, tied) with random weights and `--layers` layers. Adapters are random, R = F on all linear layers.
-Prefill is 128 tokens, the rows of a batch together; decode the next 16 of every row.
+Prefill is 128 tokens, of all rows of a batch together; decode is the next 32, 8, 4 of each of 1, 4, 16 rows.
 
 Each deployment has a process of its own, which peers.py is; all start anew for every one of `--runs`, because where
 weights come to lie in memory is worth some per cent and stays so for a process. In a round they run one after another,
@@ -47,7 +47,8 @@ from loratrf_deploy.parity.onnx_runs import run_session, session_in_memory
 from loratrf_deploy.parity.quantised import exact_arithmetic
 from loratrf_deploy.pytorch.quiet import quiet
 
-PREFILL, DECODE = 128, 16
+PREFILL, DECODE = 128, 32
+"""Tokens, shared out among the rows."""
 REFERENCE = "no adapter"
 OWN = "the builder's own LoRA"
 Times = dict[str, dict[str, list[float]]]
@@ -243,13 +244,14 @@ def measure(field: Field, batches: Sequence[int], runs: int, rounds: int, vocabu
             for name in common.shuffled(field.commands, run):
                 processes[name] = Process(*field.commands[name])
             versions |= {process.version for process in processes.values()}
-            for round_ in range(rounds + 1):  # the first one doesn't count
+            for round_ in range(rounds + 1):  # the first one is short and doesn't count
                 for rows in batches:
+                    steps = max(4, DECODE // rows) if round_ else 1
                     for name in common.shuffled(field.contestants, f"{run} {round_} {rows}"):
                         own = field.contestants[name]
                         if name.partition(", ")[0] in PEERS and own.shared > rows:
                             continue  # the same as with fewer adapters
-                        answer = processes[own.command].ask(prompts[rows], DECODE, own.adapters(rows, round_))
+                        answer = processes[own.command].ask(prompts[rows], steps, own.adapters(rows, round_))
                         for part in ("prefill", "decode", "swap"):
                             if round_ and answer[part] is not None:
                                 times[name].setdefault(f"{part} {rows}", []).append(answer[part])
@@ -316,7 +318,7 @@ def pairs(names: Times, batches: Sequence[int]) -> Iterator[tuple[str, str]]:
 
 def spread(times: Sequence[float], reference: Sequence[float]) -> str:
     ratios = [a / b for a, b in zip(times, reference, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return f"{middle:.3f} ({low:.2f} to {high:.2f})"
 
 
