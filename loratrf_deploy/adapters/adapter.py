@@ -21,6 +21,7 @@ from ..errors import UserError, some
 from ..files import read_regular
 from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
+from .patterns import Matcher
 from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
 
 __all__ = ["EMBEDDINGS", "Adapter", "LayerAdapter", "matches_target", "read_adapter", "saved_owner"]
@@ -190,6 +191,7 @@ class _Parts:
     not_separable: str | None = None
 
     def __post_init__(self) -> None:
+        self._matcher = Matcher(self.file)
         self.not_separable = not_separable_reason(self.config)
         if self.config["peft_type"] in ADAPTED_TYPES:
             self.not_separable = self.not_separable or self._telltale()
@@ -265,7 +267,7 @@ class _Parts:
         if "tau" in parts and self.config["peft_type"] != "LORATRF":
             self._fail(name, f'it has a filter, but peft_type is "{self.config["peft_type"]}" instead of "LORATRF"')
 
-        rank, scale = rank_and_scale(self.config, name)
+        rank, scale = rank_and_scale(self.config, name, self._matcher)
         filter_rank = self.config.get("filter_rank", 0)
         # N and K are the layer's own: taken from one matrix each, they must hold for the others.
         outs = next(parts[part].shape for part in ("B", "tau") if part in parts)[:1]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import read_regular
+from .patterns import Matcher
 
 __all__ = ["ADAPTED_TYPES", "matches_target", "not_separable_reason", "rank_and_scale", "read_config"]
 
@@ -51,6 +51,19 @@ _NOT_SEPARABLE_FIELDS = {
     "megatron_config": "its layers are split between devices",
 }
 
+_MOST_NAMES = 50_000
+"""In a list. The layers of the largest models are as many; every one is held against every module."""
+
+# How PEFT puts a pattern of a field into the one that it matches; the others have to match the whole path as they are.
+_AT_END = r"(.*\.)?({})$"
+_FORMS = {
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": _AT_END,
+    "alpha_pattern": _AT_END,
+}
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The fields of the adapter_config.json at `path`, every field that this package reads checked for type and range.
@@ -78,6 +91,7 @@ class _Checker:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.config = config
+        self.matcher = Matcher(path)
 
     def checked(self) -> dict[str, Any]:
         kind = self.config.get("peft_type")
@@ -155,7 +169,9 @@ class _Checker:
             self.regex(field, value)
         elif not (value is None or (isinstance(value, list) and all(isinstance(name, str) and name for name in value))):
             self.fail(field, "null, a list of names" + (" or a regular expression" if text else ""))
-        elif value and not text:
+        elif value and len(value) > _MOST_NAMES:
+            self.fail(field, f"at most {_MOST_NAMES} names")
+        elif value and field in _FORMS:
             for name in value:
                 self.regex(field, name)
 
@@ -170,10 +186,8 @@ class _Checker:
             check(f"{field}[{json.dumps(name)}]", number)
 
     def regex(self, field: str, value: str) -> None:
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            self.fail(field, f"a valid regular expression ({error})", value)
+        if fault := self.matcher.fault(_embedded(field, value)):
+            self.fail(field, f"a valid regular expression ({fault})", value)
 
 
 def _is_index(value: Any) -> bool:
@@ -202,7 +216,13 @@ def not_separable_reason(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def matches_target(config: Mapping[str, Any], module: str, field: str = "target_modules") -> bool:
+def _embedded(field: str, pattern: str) -> str:
+    return _FORMS.get(field, "{}").replace("{}", pattern, 1)
+
+
+def matches_target(
+    config: Mapping[str, Any], module: str, field: str = "target_modules", matcher: Matcher | None = None
+) -> bool:
     """Whether PEFT would adapt `module` (its path in the base model) under this config.
 
     1. `exclude_modules` (regular expression, or names by suffix) and `modules_to_save` win over targets.
@@ -210,14 +230,17 @@ def matches_target(config: Mapping[str, Any], module: str, field: str = "target_
     3. A list names whole paths, or suffixes after a dot; suffixes are subject to layers_to_transform: the first number
        in the path (after layers_pattern, if given) must be listed.
     `field="filter_target_modules"` asks for the filter half: null there means the same modules as target_modules.
+    One `matcher` for many modules bounds the time of all of them. Raises UserError where it is spent.
     """
+    matcher = matcher or Matcher("The adapter's config")
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str):
-        if excluded and re.fullmatch(excluded, module):
+        if excluded and matcher.fullmatch(excluded, module):
             return False
     elif _has_suffix(module, excluded):
         return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.get("modules_to_save") or ()):
+    saved = config.get("modules_to_save") or ()
+    if any(matcher.match(_embedded("modules_to_save", name), module) for name in saved):
         return False
 
     targets = config.get(field)
@@ -226,42 +249,45 @@ def matches_target(config: Mapping[str, Any], module: str, field: str = "target_
     if targets is None:
         return False
     if isinstance(targets, str):
-        return targets.lower() == "all-linear" or re.fullmatch(targets, module) is not None
+        return targets.lower() == "all-linear" or matcher.fullmatch(targets, module) is not None
     if module in targets:
         return True
-    return _has_suffix(module, targets) and _layer_is_chosen(config, module)
+    return _has_suffix(module, targets) and _layer_is_chosen(config, module, matcher)
 
 
 def _has_suffix(module: str, names: Any) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
-def _layer_is_chosen(config: Mapping[str, Any], module: str) -> bool:
+def _layer_is_chosen(config: Mapping[str, Any], module: str, matcher: Matcher) -> bool:
     chosen = config.get("layers_to_transform")
     if chosen is None or chosen == []:
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        anchored = rf".*?\.{pattern}" if pattern == r"[^.]*" else rf"(?:^|.*?\.){pattern}"
-        if found := re.match(rf"{anchored}\.(?P<index>\d+)\.", module):
-            index = int(found["index"])
+    names = config.get("layers_pattern") or ()
+    names = [names] if isinstance(names, str) else names
+    for pattern in [_embedded("layers_pattern", name) for name in names] or [_ANY_LAYER]:
+        if found := matcher.match(pattern, module):
+            if found["idx"] is None:  # an alternative of the pattern that has no number behind it
+                return False
+            index = int(found["idx"])
             return index == chosen if isinstance(chosen, int) else index in chosen
     return False
 
 
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+def rank_and_scale(config: Mapping[str, Any], module: str, matcher: Matcher | None = None) -> tuple[int, float]:
     """(R, alpha/R), or (R, alpha/√R) with use_rslora, for one module, after rank_pattern and alpha_pattern.
 
-    A pattern is a regular expression over the end of the path, at a dot; the first one that fits wins.
+    A pattern is a regular expression over the end of the path, at a dot; the first one that fits wins. `matcher` as in
+    `matches_target`.
     """
-    rank: int = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha: float = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    matcher = matcher or Matcher("The adapter's config")
+    rank: int = _by_pattern(config, "rank_pattern", module, config["r"], matcher)
+    alpha: float = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"], matcher)
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, default: Any, matcher: Matcher) -> Any:
+    for pattern, value in (config.get(field) or {}).items():
+        if matcher.match(_embedded(field, pattern), module):
             return value
     return default

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..errors import UserError, some
 from .adapter import EMBEDDINGS, Adapter, saved_owner
 from .config import matches_target
+from .patterns import Matcher
 
 __all__ = ["check_fits", "contradictions"]
 
@@ -57,12 +58,12 @@ def contradictions(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ..
     What the config targets or saves must be in the file: PEFT leaves the rest as it was initialised. What the file
     holds the config must target: PEFT doesn't load the rest.
     """
-    problems = []
+    problems, matcher = [], Matcher(adapter.path)
     saved = adapter.config.get("modules_to_save") or ()
     for parameter, shape in base_parameters.items():
         module, _, kind = parameter.rpartition(".")
         if adapter.not_separable is None and kind == "weight" and len(shape) > 1:
-            problems += _half_missing(adapter, module)
+            problems += _half_missing(adapter, module, matcher)
         owner = saved_owner(parameter, saved)
         if owner and parameter[len(owner) + 1 :] not in adapter.modules_to_save.get(owner, {}):
             problems.append(f"modules_to_save covers {parameter}, but the file doesn't hold it")
@@ -72,12 +73,12 @@ def contradictions(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ..
         problems += [
             f"the file holds {what} weights for {module}, which {config_field} leaves out"
             for config_field, part, what in _HALVES
-            if getattr(layer, part) is not None and not _targets(adapter, module, config_field)
+            if getattr(layer, part) is not None and not _targets(adapter, module, config_field, matcher)
         ]
     return problems
 
 
-def _half_missing(adapter: Adapter, module: str) -> list[str]:
+def _half_missing(adapter: Adapter, module: str, matcher: Matcher) -> list[str]:
     """The halves that the config wants at the layer `module` of the base, and the file doesn't hold."""
     layer = adapter.layers.get(module)
     return [
@@ -86,7 +87,7 @@ def _half_missing(adapter: Adapter, module: str) -> list[str]:
         if (part == "A" or adapter.peft_type == "LORATRF")
         # What "all-linear" covers only the model knows: a name doesn't say that it is a linear layer's.
         and not _is_all_linear(adapter, config_field)
-        and _targets(adapter, module, config_field)
+        and _targets(adapter, module, config_field, matcher)
         and getattr(layer, part, None) is None
     ]
 
@@ -96,12 +97,12 @@ def _trains_bias(adapter: Adapter, module: str) -> bool:
     return adapter.not_separable is None and (bias == "all" or (bias == "lora_only" and module in adapter.layers))
 
 
-def _targets(adapter: Adapter, module: str, config_field: str) -> bool:
+def _targets(adapter: Adapter, module: str, config_field: str, matcher: Matcher) -> bool:
     """Whether PEFT would put that half at the layer `module`; of "all-linear" it leaves out the output head."""
     head = _is_all_linear(adapter, config_field) and (
         module.rpartition(".")[2] in EMBEDDINGS or (adapter.task_type == "SEQ_CLS" and module in _HEADS)
     )
-    return not head and matches_target(adapter.config, module, config_field)
+    return not head and matches_target(adapter.config, module, config_field, matcher)
 
 
 def _is_all_linear(adapter: Adapter, config_field: str) -> bool:

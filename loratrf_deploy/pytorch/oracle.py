@@ -15,6 +15,7 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError, some
 from ..ops.dtypes import DType
 from .base import BaseModel, Inputs, load_base
+from .bounded import bounded_patterns
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,9 @@ def apply_adapter(adapter: Adapter, model: Any) -> Any:
         config = peft.PeftConfig.from_pretrained(str(adapter.path))
         if adapter.invocation_tokens is not None:
             config.alora_invocation_tokens = None
-        applied = peft.PeftModel.from_pretrained(model, str(adapter.path), config=config)
-        wanted = set(peft.get_peft_model_state_dict(applied, save_embedding_layers=False))
+        with bounded_patterns(adapter.path):
+            applied = peft.PeftModel.from_pretrained(model, str(adapter.path), config=config)
+            wanted = set(peft.get_peft_model_state_dict(applied, save_embedding_layers=False))
     except Exception as error:
         raise UserError(f"PEFT {peft.__version__} can't load the adapter {adapter.path}: {error}") from error
     # What of the base is saved beside an adapter, such as embeddings of another size, goes by its own name.
