@@ -6,8 +6,8 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path, PurePath
-from typing import BinaryIO
 
 from .errors import UserError
 
@@ -45,7 +45,7 @@ def readable(path: str | Path, *, missing: bool = False) -> Iterator[None]:
         raise UserError(f"Can't read {path}: {error}.") from error
 
 
-def open_regular(path: str | Path, folder: Path | None = None) -> BinaryIO:
+def open_regular(path: str | Path, folder: Path | None = None) -> BufferedReader:
     """The regular file `path`, for reading; where it is of a stranger's `folder`, none that a link takes out of it.
 
     Raises UserError for anything else: a FIFO would keep us waiting, a device has no end.
@@ -64,10 +64,13 @@ def open_regular(path: str | Path, folder: Path | None = None) -> BinaryIO:
     return file
 
 
-def read_regular(path: str | Path, folder: Path | None = None) -> bytes:
-    """All bytes of the regular file `path`, opened as `open_regular` does. Raises UserError."""
+def read_regular(path: str | Path, folder: Path | None = None, longest: int = 1 << 26) -> bytes:
+    """All bytes of the regular file `path`, at most `longest`, opened as `open_regular` does. Raises UserError."""
     with open_regular(path, folder) as file, readable(path):
-        return file.read()
+        raw = file.read(longest + 1)
+    if len(raw) > longest:
+        raise UserError(f"{path} has more than {longest} bytes, which is more than is read. Is it the right file?")
+    return raw
 
 
 def check_regular(path: Path, folder: Path) -> None:

@@ -231,7 +231,7 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "header shape too large": (header_says(shape=[1 << 31, 1 << 31]), "not a valid safetensors file"),
     "header shape overflowing": (header_says(shape=[1 << 62, 1 << 62]), "not a valid safetensors file"),
     "header shape negative": (header_says(shape=[-2, -2]), "not a valid safetensors file"),
-    "header type unknown": (header_says(dtype="F7"), "not a valid safetensors file"),
+    "header type unknown": (header_says(dtype="F7"), "is stored as F7, expected float32"),
     "header length a lie": (text_is(WEIGHTS, b"\xff" * 64), "not a valid safetensors file"),
     "weights integers": (
         tensor_is(f"{KEY}.lora_A.weight", np.ones((R, K), np.int32)),

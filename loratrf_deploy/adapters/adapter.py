@@ -6,7 +6,6 @@ before anything uses them, and pickle files are never opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..files import read_regular
+from ..files import open_regular, readable
 from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
 from .patterns import Matcher
-from .weights_file import CONFIG_FILE, check_finite, decode, find_weights
+from .weights_file import CONFIG_FILE, WeightsFile, find_weights
 
 __all__ = ["EMBEDDINGS", "Adapter", "LayerAdapter", "matches_target", "read_adapter", "saved_owner"]
 
@@ -154,11 +153,12 @@ def read_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     weights = find_weights(path)
     config = read_config(path / CONFIG_FILE)
-    raw = read_regular(weights, path)
-    tensors, dtypes = decode(weights, raw)
-    check_finite(weights, tensors)
-
-    parts = _Parts(weights, config, tensors)
+    with open_regular(weights, path) as opened, readable(weights):
+        file = WeightsFile(weights, opened)
+        tensors, dtypes = file.unread(), file.dtypes
+        # By names and shapes alone: what is not the config's is refused before anything of it is in memory.
+        parts = _Parts(weights, config, tensors)
+        sha256 = file.read_into(tensors)
     return Adapter(
         path=path,
         config=config,
@@ -171,7 +171,7 @@ def read_adapter(path: str | Path) -> Adapter:
         modules_to_save=parts.modules_to_save,
         not_separable=parts.not_separable,
         base_model=config.get("base_model_name_or_path"),
-        sha256=hashlib.sha256(raw).hexdigest(),
+        sha256=sha256,
         # Files of several types are rare; float32 holds what they say.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
         tensors=frozenset(tensors),

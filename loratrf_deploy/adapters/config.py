@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_regular
+from .json_text import parse_json
 from .patterns import Matcher
 
 __all__ = ["ADAPTED_TYPES", "matches_target", "not_separable_reason", "rank_and_scale", "read_config"]
@@ -51,6 +52,8 @@ _NOT_SEPARABLE_FIELDS = {
     "megatron_config": "its layers are split between devices",
 }
 
+_LONGEST = 1 << 22
+"""Bytes: rank_pattern may name tens of thousands of layers."""
 _MOST_NAMES = 50_000
 """In a list. The layers of the largest models are as many; every one is held against every module."""
 
@@ -70,9 +73,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UserError naming the field, its value and what was expected.
     """
-    raw = read_regular(path, path.parent)
+    raw = read_regular(path, path.parent, _LONGEST)
     try:
-        config = json.loads(raw.decode())
+        config = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}). Expected the file that PEFT's save_pretrained writes; "

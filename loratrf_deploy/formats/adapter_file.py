@@ -10,17 +10,19 @@ The reader takes nothing of a file on trust and needs numpy alone; the writer is
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
+from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import open_regular, readable
 from ..ops.dtypes import RUN_TIME_DTYPES
@@ -33,6 +35,7 @@ SUFFIX = ".onnx_adapter"
 _MAGIC = b"LORATRF1"
 _END = struct.Struct("<QI8s")
 _FORMAT = 1
+_LONGEST_DESCRIPTION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -99,30 +102,29 @@ def write_values(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
         raise OSError("ONNX Runtime can't write it: the disk is full, or files may not be that large") from error
 
 
-def read_adapter_file(path: str | Path) -> AdapterFile:
-    """The adapter in the file `path`: every offset and size, the checksum and every value checked. Raises UserError."""
+def read_adapter_file(path: str | Path, check_size: Callable[[int], None] = lambda size: None) -> AdapterFile:
+    """The adapter in the file `path`: every offset and size, the checksum and every value checked. Raises UserError.
+
+    `check_size` is told how many bytes it has before they are read, and may raise one too.
+    """
     path = Path(path)
-    with open_regular(path) as content, readable(path):
-        block = np.fromfile(content, dtype=np.uint8)
-    block.flags.writeable = False
-    raw = block.data
     try:
-        length, checksum, magic = _END.unpack_from(raw, len(raw) - _END.size)
-        end = len(raw) - _END.size - length
-    except struct.error:
-        magic, checksum, end = b"", 0, -1
-    if magic != _MAGIC or end < 0:
-        foreign = bytes(raw[4:8]) == b"TORT"
-        raise UserError(
-            f"{path} "
-            + ("has no block at its end that says which model it fits" if foreign else "is not an adapter file")
-            + ": it was truncated, or loratrf-export didn't write it. Expected a file of loratrf-export --adapter PATH "
-            f"--onto model.onnx --out NAME{SUFFIX}."
-        )
+        with open_regular(path) as file, readable(path):
+            size = os.fstat(file.fileno()).st_size
+            length, checksum = _read_end(path, file, size)
+            check_size(size)
+            block = np.empty(size, np.uint8)
+            file.seek(0)
+            if file.readinto(block.data) != size:
+                raise UserError(f"{path} changed while it was read. Wait until it is written, and read it again.")
+    except MemoryError as error:
+        raise UserError(f"{path} has {size} bytes, more than there is memory for. Is it the right file?") from error
+    block.flags.writeable = False
+    raw, end = block.data, size - _END.size - length
     try:
         if zlib.crc32(raw[: -_END.size]) != checksum:
             raise ValueError("its checksum is wrong")
-        origin = decode(Origin, json.loads(bytes(raw[end : -_END.size])), "its description")
+        origin = decode(Origin, parse_json(bytes(raw[end : -_END.size])), "its description")
         if origin.format != _FORMAT:
             raise ValueError(f"its format is {origin.format}, this version of loratrf-deploy reads {_FORMAT}")
         values = _Reader(block[:end]).parameters()
@@ -130,7 +132,24 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
             raise ValueError(f"it holds NaN or infinite values in {some(broken)}")
     except (ValueError, RecursionError, struct.error) as error:
         raise UserError(f"{path} is damaged ({error}). Convert or copy the adapter again.") from error
-    return AdapterFile(path, values, origin, len(raw), checksum)
+    return AdapterFile(path, values, origin, size, checksum)
+
+
+def _read_end(path: Path, file: BinaryIO, size: int) -> tuple[int, int]:
+    """(length of the JSON, checksum). UserError where the file doesn't end as ours do, or has no room for that JSON."""
+    begin = file.read(8)
+    file.seek(max(size - _END.size, 0))
+    end = file.read(_END.size)
+    length, checksum, magic = _END.unpack(end) if len(end) == _END.size else (0, 0, b"")
+    if magic == _MAGIC and length <= min(size - _END.size, _LONGEST_DESCRIPTION):
+        return length, checksum
+    foreign = begin[4:] == b"TORT"
+    raise UserError(
+        f"{path} "
+        + ("has no block at its end that says which model it fits" if foreign else "is not an adapter file")
+        + ": it was truncated, or loratrf-export didn't write it. Expected a file of loratrf-export --adapter PATH "
+        f"--onto model.onnx --out NAME{SUFFIX}."
+    )
 
 
 def _is_finite(value: NDArray[Any]) -> bool:

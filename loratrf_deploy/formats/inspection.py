@@ -13,7 +13,7 @@ from ..genai.folder import CONFIG_FILE, libraries, read_config
 from ..ops.library import library_path
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
 from .manifest import MANIFEST, Manifest, check_files, file_sha256, read_manifest
-from .swappable import LAYER_PARTS
+from .swappable import LAYER_PARTS, largest_file
 
 __all__ = ["inspect_path"]
 
@@ -232,9 +232,16 @@ def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
         return None
     files: list[str] = []
     others: list[str] = []
+    largest = largest_file(manifest.swappable.weights)
+
+    def check_size(size: int) -> None:
+        if size > largest:
+            raise UserError(f"{size} bytes")
+
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
-            fits = read_adapter_file(path).origin.model_sha256 == manifest.model.sha256
+            file = read_adapter_file(path, check_size)
+            fits = file.origin.model_sha256 == manifest.model.sha256
         except UserError:
             fits = False
         (files if fits else others).append(path.name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
+from ..adapters.json_text import parse_json
 from ..errors import UserError
 from ..files import open_regular, read_regular, readable, realpath
 from ..ops.dtypes import DType
@@ -218,7 +219,7 @@ def read_manifest(path: Path) -> Manifest:
     """What an export wrote to the loratrf.json at `path`, every field checked. Raises UserError."""
     raw = read_regular(path)
     try:
-        content = json.loads(raw.decode())
+        content = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error}). Export the model again with loratrf-export.") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:

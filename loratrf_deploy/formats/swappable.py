@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from ..adapters.adapter import LayerAdapter
 from ..errors import UserError, some
 from ..ops.dtypes import NUMPY, RUN_TIME_DTYPES, DType
+from ..ops.schemas import MAX_RANK
 
-__all__ = ["LAYER_PARTS", "Default", "RuntimeWeight", "check_matches", "layer_weights", "zeros"]
+__all__ = ["LAYER_PARTS", "Default", "RuntimeWeight", "check_matches", "largest_file", "layer_weights", "zeros"]
 
 Default = Literal["base", "adapter"]
 """What a swappable model computes when no adapter is given."""
@@ -92,6 +93,12 @@ def layer_weights(layer: LayerAdapter, parts: Iterable[str], dtype: DType, defau
 def zeros(weight: RuntimeWeight) -> NDArray[Any]:
     """The weight of an adapted layer that changes nothing: every part zero, at rank 1."""
     return np.zeros([1 if isinstance(dim, str) else dim for dim in weight.shape], NUMPY[weight.dtype])
+
+
+def largest_file(weights: Sequence[RuntimeWeight]) -> int:
+    """Bytes that a file of `weights` has at most: at the highest rank, with room for names and tables."""
+    values = (math.prod(MAX_RANK if isinstance(dim, str) else dim for dim in weight.shape) for weight in weights)
+    return sum(4 * count for count in values) + sum(1000 + 4 * len(weight.name) for weight in weights) + (2 << 20)
 
 
 def check_matches(values: Mapping[str, NDArray[Any]], weights: Sequence[RuntimeWeight], file: object) -> None:

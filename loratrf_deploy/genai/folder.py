@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import check_kinds, read_regular, readable, stays_inside
 from ..onnx_file import check_external_data
@@ -48,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "a causal language model."
         ) from error
     try:
-        config = json.loads(raw.decode(), object_pairs_hook=_once)
+        config = parse_json(raw, strict=True)
         _check_shape(config)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Export the model again with loratrf-export.") from error
@@ -139,15 +140,6 @@ def _problems(config: dict[str, Any]) -> list[str]:
         if re.search("file|dir|path|library", name) and isinstance(value, str) and not stays_inside(value):
             problems.append(f"{name} {value!r}")
     return problems
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names occur once: of two, Python takes the last, and onnxruntime-genai both."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return values
 
 
 def _check_shape(config: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.fits import check_fits
+from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import check_entries, read_regular, readable, stays_inside
 
@@ -250,7 +250,7 @@ def _check_shards(folder: Path) -> None:
     """UserError where an index of the checkpoint in `folder` names weights elsewhere: those of another model here."""
     for index in folder.glob("*.index.json"):
         try:
-            names = {str(name) for name in json.loads(read_regular(index, folder))["weight_map"].values()}
+            names = {str(name) for name in parse_json(read_regular(index, folder))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # transformers says what is wrong with it
         if outside := [name for name in names if not stays_inside(name)]:

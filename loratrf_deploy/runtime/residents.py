@@ -17,7 +17,7 @@ from ..errors import UserError, some
 from ..formats.adapter_file import AdapterFile, Origin, read_adapter_file
 from ..formats.blend import Blend, blend
 from ..formats.manifest import Manifest, Swappable
-from ..formats.swappable import check_matches
+from ..formats.swappable import check_matches, largest_file
 from ..ops.schemas import Device
 
 __all__ = ["AdapterInfo", "Choice", "Residents", "check_scale"]
@@ -71,6 +71,7 @@ class Residents(Generic[P]):
     ):
         self._model, self._manifest, self._swappable, self._place = model, manifest, swappable, place
         self._max_bytes, self._placed_values, self._device = max_bytes, values, device
+        self._largest = largest_file(swappable.weights)
         self._lock = threading.Lock()
         self._entries: dict[str | Blend, _Entry[P]] = {}  # least recently used first
 
@@ -93,7 +94,6 @@ class Residents(Generic[P]):
         if not isinstance(name, str) or not name:
             raise UserError(f"The adapter's name is {name!r}, expected a text that isn't empty.")
         file = self._read(Path(path))
-        self._check_size(file.path, file.bytes)
         weights = self._place(file.values)
         entry = _Loaded(bytes=file.bytes, weights=weights, path=file.path, crc32=file.crc32, origin=file.origin)
         with self._lock:
@@ -189,6 +189,15 @@ class Residents(Generic[P]):
         for name in [name for name in self._entries if isinstance(name, Blend) and part in dict(name.parts)]:
             del self._entries[name]
 
+    def _check_room(self, path: Path, size: int) -> None:
+        """UserError where a file is larger than an adapter of this model can be, or than `max_bytes`."""
+        if size > self._largest:
+            raise UserError(
+                f"{path} has {size} bytes, and an adapter of {self._model} at most {self._largest}. Is it another "
+                "model's, or damaged? Convert the adapter again."
+            )
+        self._check_size(path, size)
+
     def _check_size(self, what: object, size: int) -> None:
         if self._max_bytes is not None and size > self._max_bytes:
             raise UserError(f"{what} takes {size} bytes, more than max_bytes, which is {self._max_bytes}.")
@@ -211,7 +220,7 @@ class Residents(Generic[P]):
                 entry.weights = None
 
     def _read(self, path: Path) -> AdapterFile:
-        file = read_adapter_file(path)
+        file = read_adapter_file(path, lambda size: self._check_room(path, size))
         origin, base, graph = file.origin, self._manifest.base.sha256, self._manifest.model.sha256
         convert = (
             f"Convert the adapter for this model: loratrf-export --adapter PATH --onto {self._model} --out {path.name}."
