@@ -7,45 +7,46 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import realpath
 from ..formats.manifest import file_sha256
+from .moving import check_foreign, make_aside, move, sweep
 
 __all__ = ["base_sha256", "check_writable", "written_aside"]
 
 
 @contextlib.contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside out's folder; on success its files move into out's folder, the model last.
+    """Yields an empty folder beside out's folder; on success its files move into out's folder, as `move` says.
 
-    On any exception, an interrupt included, what was written is removed and out's folder is as it was. A kill between
-    two moves leaves no model.onnx rather than one that doesn't fit its weights. Raises UserError where `out` can't be
-    written or the disk is full.
+    On any exception, an interrupt included, what was written is removed and out's folder is as it was; what a kill
+    leaves, the next export to this place removes. Raises UserError where `out` can't be written, the disk is full, or a
+    file would take the place of one that no export wrote.
     """
     check_writable(out, out.suffix)
     folder = realpath(out.parent)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    if out.suffix == ".onnx":  # minutes before `move` finds it: every export of a model writes this one
+        check_foreign(folder, {"config.json": None})
+    # One that was killed while it moved its files may have made the folder.
+    for place in {existing, folder.parent}:
+        sweep(place)
     try:
-        aside = Path(tempfile.mkdtemp(prefix=".loratrf-export-", dir=existing))
+        aside, remove = make_aside(existing)
     except OSError as error:
         raise UserError(_unwritable(out, error)) from error
     try:
         yield aside
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / out.name).unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == out.name):
-            os.replace(path, folder / path.name)
+        move(aside, folder / out.name)
     except Exception as error:
         if isinstance(error, UserError) or (refusal := _refusal(error)) is None:
             raise
         raise UserError(_unwritable(out, refusal)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove()
 
 
 def check_writable(out: Path, suffix: str = ".onnx") -> None:

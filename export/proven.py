@@ -32,6 +32,7 @@ from ..pytorch.base import BaseModel, sample_inputs, tokenizer_of
 from ..pytorch.quiet import quiet
 from ..version import __version__
 from .files import base_sha256, written_aside
+from .moving import companions
 from .options import ExportOptions
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def write_proven(
                     raise ParityFailed(report)
                 manifest = dataclasses.replace(manifest, parity=report.summary())
         clock("writing")
+        manifest = dataclasses.replace(manifest, companions=companions(aside, out.name))
         write_manifest(manifest, aside)
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     clock("done")

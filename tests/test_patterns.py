@@ -216,7 +216,7 @@ def test_a_kind_that_peft_alone_reads_is_refused_in_time(make_tiny: Callable, tm
     # Parity's oracle, and what an export merges.
     with pytest.raises(UserError, match=r"PEFT .* can't load the adapter .* takes too long"):
         load_reference(read_adapter(tmp_path / "loha"), base)
-    with pytest.raises(UserError, match=r"PEFT .* can't merge the adapter .* takes too long"):
+    with pytest.raises(UserError, match=r"PEFT .* can't (load|merge) the adapter .* takes too long"):
         export_adapter(tmp_path / "loha", tmp_path / "out" / "model.onnx", ExportOptions(base_model=base))
     assert peft.tuners.tuners_utils.re is peft.utils.other.re is re
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..export.grouped import export_grouped
+from ..export.moving import was_written
 from ..export.onto import Converted, convert_adapter
 from ..export.options import DEFAULTS, MODES, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
@@ -44,6 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # A terminated export cleans up as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _export(args)
+    except KeyboardInterrupt as interrupt:
+        done = f"{args.out} was written, and is complete" if was_written(args.out) else "nothing was written"
+        raise KeyboardInterrupt(done) from interrupt
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Exit codes as of `main`."""
     check, args.check = args.check, args.check is not False
     options = ExportOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ExportOptions)})
     if args.onto is not None:

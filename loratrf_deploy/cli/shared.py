@@ -47,8 +47,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return code
         except UserError as error:
             return _refused(error)
-        except KeyboardInterrupt:
-            print("interrupted; nothing was written", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print("; ".join(filter(None, ["interrupted", str(interrupt)])), file=sys.stderr)
             return 130
         except BrokenPipeError:
             # The reader (head, less) went away. Python would complain once more when it flushes at exit.

@@ -172,7 +172,8 @@ class Manifest:
     """The content of loratrf.json. `loratrf_deploy` is the version that wrote it, `versions` are other packages'.
 
     `library_sha256` is that of the custom-op library put into the folder: it tells a change, and is no ground to trust
-    the library, since whoever changes the one can change the other.
+    the library, since whoever changes the one can change the other. `companions` are the sha256 of the files that the
+    export wrote beside model and adapters, such as config.json: the next one may replace these. None in older files.
     """
 
     loratrf_deploy: str
@@ -190,6 +191,7 @@ class Manifest:
     device: Device = "cpu"
     swappable: Swappable | None = None
     library_sha256: str | None = None
+    companions: dict[str, str] | None = None
 
     @property
     def summary(self) -> str:

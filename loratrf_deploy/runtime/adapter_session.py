@@ -15,7 +15,7 @@ from ..formats.swappable import Default
 from ..ops.schemas import ADAPTER_IDS, Device
 from .bound import OnePerRun, Request
 from .residents import AdapterInfo, Choice, Residents, check_scale
-from .session import PROVIDERS, create_session
+from .session import PROVIDERS, OwnProcess, create_session
 from .slots import OnePerRow
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class AdapterSession:
     Opens a model of `loratrf-export --swappable` (one adapter per run) or `--adapters` (one per row), as
     `create_session` does, with the same `library`, `providers` and `options`; no adapter is loaded at first. The files
     are held against the hashes in loratrf.json first, weights by samples of their bytes. Every method may be called
-    from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
+    from any number of threads; a run that has begun keeps its adapters, whatever is unloaded or replaced meanwhile. A
+    session belongs to its process: in one that is forked from it every method raises RuntimeError.
     `max_bytes` limits the memory of resident adapters and blends: those that were used least recently are put aside,
     and read again from their files, or blended again, when a run names them. Raises UserError for a model that takes
     no adapters, or isn't as it was exported.
@@ -50,6 +51,7 @@ class AdapterSession:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: onnxruntime.SessionOptions | None = None,
     ):
+        self._process = OwnProcess(type(self).__name__)
         manifest, swappable = read_swappable(model)
         check_files(Path(model).parent, manifest)
         self._session = create_session(model, library=library, providers=providers, options=options)
@@ -71,6 +73,7 @@ class AdapterSession:
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
+        self._process.check()
         return self._residents.infos()
 
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
@@ -80,10 +83,12 @@ class AdapterSession:
         size of every weight. Raises UserError where it doesn't fit, is damaged, exceeds `max_bytes` alone, or where
         `name` is taken; with `replace` runs that begin from now on use the new adapter.
         """
+        self._process.check()
         self._residents.load(name, path, replace=replace)
 
     def unload(self, name: str) -> None:
         """Forgets the adapter `name`; its memory is freed when the last run that uses it ends. UserError if unknown."""
+        self._process.check()
         self._residents.unload(name)
 
     def run(
@@ -106,6 +111,7 @@ class AdapterSession:
         is the adapter's own at every scale. `outputs` None takes all. Raises UserError for an unknown adapter or input,
         a blend that can't be made (`formats.blend`) or exceeds `max_bytes` alone, or inputs that ONNX Runtime refuses.
         """
+        self._process.check()
         wrong = [name for name in self._inputs if name not in inputs] + [
             name for name in inputs if name not in self._inputs
         ]

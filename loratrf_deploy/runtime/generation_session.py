@@ -15,6 +15,7 @@ from ..formats.swappable import Default
 from ..genai.generate import CONFIG_FILE, decode_rows, load_model_and_tokenizer, read_config
 from .genai_adapters import GenaiAdapters, Placed
 from .residents import AdapterInfo, Choice, Residents, check_scale
+from .session import OwnProcess
 from .slots import SlotBank
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class GenerationSession:
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
+        self._process = OwnProcess(type(self).__name__)
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
         manifest = read_manifest(folder / MANIFEST) if os.path.isfile(folder / MANIFEST) else None
@@ -80,6 +82,7 @@ class GenerationSession:
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
+        self._process.check()
         return {} if self._swappable is None else self._residents.infos()
 
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
@@ -251,6 +254,7 @@ class GenerationSession:
         return list(adapters)
 
     def _check(self, prompts: Sequence[Sequence[int]], count: int) -> None:
+        self._process.check()
         if foreign := [token for row in prompts for token in row if not 0 <= token < self._vocabulary]:
             raise UserError(f"A prompt has token {foreign[0]}, the model knows 0 to {self._vocabulary - 1}.")
         if empty := [at for at, row in enumerate(prompts) if not len(row)]:
@@ -264,6 +268,7 @@ class GenerationSession:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a text, or of a chat through the tokenizer's template. Raises UserError for a bad chat."""
+        self._process.check()
         if not isinstance(prompt, str):
             try:
                 prompt = self._tokenizer.apply_chat_template(json.dumps(list(prompt)), add_generation_prompt=True)
@@ -279,6 +284,7 @@ class GenerationSession:
         return row[:end]
 
     def _loaded(self) -> Residents:
+        self._process.check()
         if self._swappable is None:
             raise UserError(
                 "This model has a fixed adapter, or none, and takes no others. Export it with --swappable base, or "

@@ -15,7 +15,7 @@ from ..ops.schemas import Device
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "check_providers", "create_session", "library_path", "with_options"]
+__all__ = ["PROVIDERS", "OwnProcess", "check_providers", "create_session", "library_path", "with_options"]
 
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by the device names of the command lines."""
@@ -66,6 +66,24 @@ def create_session(
 def with_options(providers: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """The execution providers as sessions here open them."""
     return [(provider, _OPTIONS.get(provider, {})) for provider in providers]
+
+
+class OwnProcess:
+    """The process in which a session is made. ONNX Runtime's threads, and threads that hold a lock, don't follow a
+    fork: what is run there may wait for them for ever."""
+
+    def __init__(self, what: str):
+        self._what, self._id = what, os.getpid()
+
+    def check(self) -> None:
+        """RuntimeError in any other process."""
+        if os.getpid() != self._id:
+            raise RuntimeError(
+                f"This {self._what} was made in process {self._id} and is used in {os.getpid()}, which was forked from "
+                "it: ONNX Runtime's threads stayed there, and a run could wait for them for ever. Make the session in "
+                "each process, after the fork, or start processes that begin anew: "
+                'multiprocessing.get_context("spawn").'
+            )
 
 
 def check_providers(providers: Sequence[str]) -> None:
