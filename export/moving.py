@@ -211,11 +211,11 @@ def _uninterrupted() -> Iterator[None]:
     came: list[int] = []
     own: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
             if callable(handler):
-                own[number] = handler
-                signal.signal(number, lambda number, frame: came.append(number))
+                own[signum] = handler
+                signal.signal(signum, lambda signum, frame: came.append(signum))
     try:
         yield
     finally:

@@ -332,7 +332,7 @@ def test_checks_of_a_manifest_are_flat(make_export, tmp_path) -> None:
     exported = make_export("bert", "text-classification", "loratrf", swappable="base")
     folder = Path(shutil.copytree(exported.model.parent, tmp_path / "copy"))
     deep: Any = []
-    for _ in range(400):
+    for _ in range(50):
         deep = [deep]
     parity = {"passed": True, "tolerance": 1.0, "inputs": 1, "checks": [{"variant": deep}]}
     edit_json(folder / "loratrf.json", parity=parity)
