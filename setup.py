@@ -47,8 +47,16 @@ class CMakeBuild(build_ext):
 class Wheel(bdist_wheel):
     """Puts a software bill of materials into the wheel (PEP 770): what others' code its libraries carry inside."""
 
+    libraries_inside = False
+
+    def run(self) -> None:
+        self.libraries_inside = True  # an editable install's wheel, which doesn't come this way, has none
+        super().run()
+
     def write_wheelfile(self, wheelfile_base: str, *args: str, **options: str) -> None:
         super().write_wheelfile(wheelfile_base, *args, **options)
+        if not self.libraries_inside:
+            return
         build = Path(self.get_finalized_command("build_ext").build_temp) / "cmake"
         inside = dict(line.split() for line in (build / "components.txt").read_text().splitlines())
         folder = Path(wheelfile_base) / "sboms"
