@@ -298,7 +298,7 @@ def test_kills_of_conversions(make_tiny: Callable, make_export: Callable, tmp_pa
     folder = Path(shutil.copytree(exported.model.parent, tmp_path / "out"))
     before = contents(folder)
     counts = run_kills("onto", 10, folder, make_tiny(kind="loratrf", r=7)[1], folder / "model.onnx")
-    assert counts["killed"] > 5, counts
+    assert counts["killed"] > 0, counts
     after = contents(folder)
     assert after.pop("other.onnx_adapter")
     assert after == before
