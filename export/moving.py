@@ -208,8 +208,8 @@ def _remove(folder: Path, held: int | None) -> None:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """SIGINT and SIGTERM that come within are acted upon at its end. Other threads than the main one get none."""
-    came: list[signal.Signals] = []
-    own: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
+    came: list[int] = []
+    own: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(signum)
