@@ -18,6 +18,7 @@ __all__ = [
 
 _TEMPLATES = "additional_chat_templates"
 """A folder of texts that transformers reads beside the tokenizer's own files."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -80,15 +81,14 @@ def check_regular(path: Path, folder: Path) -> None:
         _check_inside(path, _root(folder))
 
 
-def check_entries(folder: Path, *, weights: bool = True) -> None:
-    """UserError where `folder` holds what is neither file nor folder, or a link out of it: before others read there.
+def check_entries(folder: Path) -> None:
+    """UserError where a file of `folder` is none, or a link out of it: before others read it, and copy what is in it.
 
-    With `weights` False, a link of a weights file may lead anywhere: nothing of it is copied as text, and large files
-    are shared that way.
+    A link of base weights may lead anywhere: large files are shared that way, and nothing of them is copied as text.
     """
     root = _root(folder)
     for name in check_kinds(folder):
-        if weights or not name.endswith((".safetensors", ".bin", ".pt", ".gguf")):
+        if name == _TEMPLATES or not ((folder / name).is_dir() or name.endswith(_WEIGHTS)):
             _check_inside(folder / name, root)
     if (folder / _TEMPLATES).is_dir():
         for name in check_kinds(folder / _TEMPLATES):

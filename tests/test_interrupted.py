@@ -338,6 +338,26 @@ def test_a_session_is_of_one_process(make_export: Callable) -> None:
     assert own == "['own']"
 
 
+def test_a_session_of_a_language_model_is_of_one_process_too() -> None:
+    from loratrf_deploy.runtime.generation_session import GenerationSession
+    from loratrf_deploy.runtime.session import OwnProcess
+
+    session = object.__new__(GenerationSession)
+    session._process = OwnProcess("GenerationSession")
+    session._process._id = 0  # as if it were another one's
+    uses: list[Callable[[], object]] = [
+        lambda: session.adapters,
+        lambda: session.load("fr", "fr.onnx_adapter"),
+        lambda: session.unload("fr"),
+        lambda: session.generate(["text"], adapter=None),
+        lambda: session.generate_tokens([[1]], adapter=None),
+        lambda: next(session.stream("text", adapter=None)),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match=r"This GenerationSession was made in process 0 and is used in \d+"):
+            use()
+
+
 @pytest.mark.timeout(60)
 def test_a_session_made_after_the_fork_works(make_export: Callable) -> None:
     exported = make_export(swappable="base")

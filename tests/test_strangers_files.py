@@ -90,6 +90,16 @@ def test_links_inside_the_folder_are_followed(pair) -> None:
     assert read_adapter(adapter).layers
 
 
+def test_links_that_nobody_reads_and_shared_weights_are_no_matter(pair, tmp_path) -> None:
+    adapter, base = pair
+    (tmp_path / "logs").mkdir()
+    (adapter / "runs").symlink_to(tmp_path / "logs")
+    (base / "dangling.txt").symlink_to("nowhere")
+    shutil.move(base / "model.safetensors", tmp_path / "shared.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "shared.safetensors")
+    assert load_base(read_adapter(adapter), base).task == "text-classification"
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs of the model", "blobs of the cache"])
 def test_a_hub_s_cache_is_links_and_works(shared, pair, tmp_path) -> None:
     """snapshots/REVISION/FILE -> ../../blobs/HASH, of the adapter and of the base; HASH may be a link once more."""

@@ -33,7 +33,7 @@ _INTEGERS: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U8": np.uint8, "
 # A mixture of experts with 72,000 adapter tensors has a header of 12 MB.
 _LONGEST_HEADER = 1 << 25
 _LONGEST_NAME, _MOST_STEPS, _MOST_DIMENSIONS = 500, 50, 8
-_PIECE = 1 << 22
+_PIECE, _HUGE = 1 << 22, 1 << 30
 
 
 def find_weights(path: Path) -> Path:
@@ -122,6 +122,7 @@ class WeightsFile:
 
     def read_into(self, tensors: Mapping[str, NDArray]) -> str:
         """Fills what `unread` gave; returns the file's sha256. Raises UserError for NaN and infinite values."""
+        self._check_stored()
         digest = hashlib.sha256(self._header)
         room = np.empty(_PIECE, np.uint8)
         broken = [name for name, entry in self.stored.items() if not self._read(entry, tensors[name], digest, room)]
@@ -149,6 +150,16 @@ class WeightsFile:
                     part[...] = raw.view(entry.dtype)
             finite = finite and (part.dtype.kind != "f" or bool(np.isfinite(part).all()))
         return finite
+
+    def _check_stored(self) -> None:
+        """UserError for gigabytes of which next to nothing is on the disk: weights are no zeros."""
+        status = os.fstat(self._file.fileno())
+        stored = 512 * getattr(status, "st_blocks", 0)  # 0 where a file system doesn't say
+        if status.st_size > _HUGE and 0 < stored < status.st_size // 8:
+            raise UserError(
+                f"{self._path} has {status.st_size} bytes, of which {stored} are on the disk: the rest was never "
+                "written. Fetch or save the adapter again."
+            )
 
     def _changed(self) -> UserError:
         return UserError(f"{self._path} changed while it was read. Wait until it is written, and read it again.")

@@ -98,9 +98,9 @@ def load_base(
             f"The adapter {adapter.path} doesn't say which base model it was trained on (base_model_name_or_path is "
             "empty). Pass it: --base-model PATH."
         )
-    check_entries(adapter.path, weights=False)  # its tokenizer is read later
+    check_entries(adapter.path)  # its tokenizer is read later
     if os.path.isdir(name):
-        check_entries(Path(name), weights=False)
+        check_entries(Path(name))
         _check_shards(Path(name))
     elif os.path.exists(name) or (base_model is not None and name.startswith(("/", ".", "~"))):
         raise UserError(f"The base model {name} is not a folder: expected one with config.json and model.safetensors.")
@@ -295,7 +295,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any 
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     if os.path.isdir(path):
-        check_entries(Path(path), weights=False)
+        check_entries(Path(path))
         with readable(path):
             if not any(_TOKENIZER_FILE.match(name) for name in os.listdir(path)):
                 return None
