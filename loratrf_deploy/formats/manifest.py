@@ -33,6 +33,7 @@ __all__ = [
     "Swappable",
     "check_described",
     "check_files",
+    "check_graph",
     "file_sha256",
     "read_manifest",
     "read_swappable",
@@ -250,12 +251,17 @@ def read_swappable(model: str | Path) -> tuple[Manifest, Swappable]:
     manifest = read_manifest(path)
     if manifest.swappable is None:
         raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
+    check_graph(model, manifest)
+    return manifest, manifest.swappable
+
+
+def check_graph(model: Path, manifest: Manifest) -> None:
+    """UserError where the file `model` is not the graph that the `manifest` beside it describes."""
     if manifest.model.sha256 != file_sha256(model):
         raise UserError(
-            f"{model} is not the file that {path.name} describes: it was changed or replaced after the export. Export "
+            f"{model} is not the file that {MANIFEST} describes: it was changed or replaced after the export. Export "
             "it again."
         )
-    return manifest, manifest.swappable
 
 
 def check_files(folder: Path, manifest: Manifest, *, whole: bool = False) -> None:
