@@ -309,17 +309,14 @@ def sampled_sha256(path: Path) -> str:
     where it meets a piece: it tells a file that was cut off, or another export's, and nothing that somebody hid. Raises
     UserError where the file can't be read.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            digest = hashlib.sha256(size.to_bytes(8, "little"))
-            last = max(size - _SAMPLE, 0)
-            # A set: the pieces of a small file overlap, and are its whole content.
-            for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+    with open_regular(path) as file, readable(path):
+        size = file.raw.seek(0, 2)
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        last = max(size - _SAMPLE, 0)
+        # A set: the pieces of a small file overlap, and are its whole content.
+        for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+            file.raw.seek(start)
+            digest.update(file.raw.read(_SAMPLE) or b"")
     return digest.hexdigest()
 
 

@@ -35,9 +35,9 @@ class GenerationSession:
     from any number of threads; a call that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
     `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
     again from their files when a call names them. The folder is held against the hashes in loratrf.json first, weights
-    by samples of their bytes. A custom-op library that the folder brings is native code of whoever made it: unless it is
-    ours byte by byte, ours takes its place; `trust_library` loads the folder's own. Raises UserError where the folder is
-    no exported language model, or not as it was exported.
+    by samples of their bytes. A custom-op library that the folder brings is native code of whoever made it: unless it
+    is ours byte by byte, ours takes its place; `trust_library` loads the folder's own. Raises UserError where the
+    folder is no exported language model, or not as it was exported.
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
