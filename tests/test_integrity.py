@@ -240,6 +240,15 @@ def test_other_weights_of_a_language_model(exported: Callable, tmp_path: Path, m
         GenerationSession(model.parent)
 
 
+def test_another_graph_of_a_language_model(exported: Callable, tmp_path: Path) -> None:
+    for mode in ({"swappable": "base"}, {"mode": "separate"}):
+        model = copy_of(exported("loratrf", **mode), tmp_path / next(iter(mode)))
+        with model.open("ab") as file:
+            file.write(b"\x5a\x00")  # an unknown field, which nobody who reads the model minds
+        with pytest.raises(UserError, match=r"model\.onnx is not the file that loratrf\.json describes"):
+            GenerationSession(model.parent)
+
+
 def test_an_older_manifest_knows_no_hashes(
     make_export: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

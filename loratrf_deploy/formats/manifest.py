@@ -33,6 +33,7 @@ __all__ = [
     "Swappable",
     "check_described",
     "check_files",
+    "check_graph",
     "file_sha256",
     "read_manifest",
     "read_swappable",
@@ -250,12 +251,17 @@ def read_swappable(model: str | Path) -> tuple[Manifest, Swappable]:
     manifest = read_manifest(path)
     if manifest.swappable is None:
         raise UserError(f"{model} takes no adapters at run time. Export it with --swappable base (or adapter).")
+    check_graph(model, manifest)
+    return manifest, manifest.swappable
+
+
+def check_graph(model: Path, manifest: Manifest) -> None:
+    """UserError where the file `model` is not the graph that the `manifest` beside it describes."""
     if manifest.model.sha256 != file_sha256(model):
         raise UserError(
-            f"{model} is not the file that {path.name} describes: it was changed or replaced after the export. Export "
+            f"{model} is not the file that {MANIFEST} describes: it was changed or replaced after the export. Export "
             "it again."
         )
-    return manifest, manifest.swappable
 
 
 def check_files(folder: Path, manifest: Manifest, *, whole: bool = False) -> None:
@@ -303,17 +309,14 @@ def sampled_sha256(path: Path) -> str:
     where it meets a piece: it tells a file that was cut off, or another export's, and nothing that somebody hid. Raises
     UserError where the file can't be read.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            digest = hashlib.sha256(size.to_bytes(8, "little"))
-            last = max(size - _SAMPLE, 0)
-            # A set: the pieces of a small file overlap, and are its whole content.
-            for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
-    except OSError as error:
-        raise UserError(f"Can't read {path}: {error.strerror or error}.") from error
+    with open_regular(path) as file, readable(path):
+        size = file.raw.seek(0, 2)
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        last = max(size - _SAMPLE, 0)
+        # A set: the pieces of a small file overlap, and are its whole content.
+        for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+            file.raw.seek(start)
+            digest.update(file.raw.read(_SAMPLE) or b"")
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UserError
-from ..formats.manifest import MANIFEST, Swappable, check_files, read_manifest, read_swappable
+from ..formats.manifest import MANIFEST, Swappable, check_files, check_graph, read_manifest, read_swappable
 from ..formats.swappable import Default
 from ..genai.generate import CONFIG_FILE, decode_rows, load_model_and_tokenizer, read_config
 from .genai_adapters import GenaiAdapters, Placed
@@ -34,10 +34,10 @@ class GenerationSession:
     row); one with a fixed adapter too, which takes no others. No adapter is loaded at first. Every method may be called
     from any number of threads; a call that has begun keeps its adapters, whatever is unloaded or replaced meanwhile.
     `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
-    again from their files when a call names them. Its weights are held against samples of their bytes in loratrf.json
-    first. A custom-op library that the folder brings is native code of whoever made it: unless it is ours byte by byte,
-    ours takes its place; `trust_library` loads the folder's own. Raises UserError where the folder is no exported
-    language model, or not as it was exported.
+    again from their files when a call names them. The folder is held against the hashes in loratrf.json first, weights
+    by samples of their bytes. A custom-op library that the folder brings is native code of whoever made it: unless it
+    is ours byte by byte, ours takes its place; `trust_library` loads the folder's own. Raises UserError where the
+    folder is no exported language model, or not as it was exported.
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
@@ -68,6 +68,8 @@ class GenerationSession:
             self._slots = SlotBank(self._swappable, self._adapters.place) if self._swappable.slots else None
             place: Any = self._slots.place if self._slots else self._adapters.place
             self._residents: Residents[Any] = Residents(graph, manifest, self._swappable, place, max_bytes)
+        elif manifest is not None:
+            check_graph(graph, manifest)
 
     @property
     def default(self) -> Default:
