@@ -315,7 +315,7 @@ def sampled_sha256(path: Path) -> str:
         last = max(size - _SAMPLE, 0)
         # A set: the pieces of a small file overlap, and are its whole content.
         for start in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
-            file.raw.seek(start)
+            file.raw.seek(start, 0)
             digest.update(file.raw.read(_SAMPLE) or b"")
     return digest.hexdigest()
 
