@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["PASSES", "finish", "trace"]
+__all__ = ["PASSES", "finish", "modules_of", "trace"]
 
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
@@ -154,6 +154,14 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
     return node
 
 
+def _state_shapes(model: ir.Model, opset: int) -> None:
+    """Initializers have the shapes that are said: fusions call a scale (1) a scalar, where shape inference stops."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+            value.type = ir.TensorType(value.const_value.dtype)
+
+
 def _name_initializers(model: ir.Model, opset: int) -> None:
     """Initializers are named after modules. Requires `_keep_modules_only`.
 
@@ -174,14 +182,23 @@ def _name_initializers(model: ir.Model, opset: int) -> None:
 
 def _packed_module(matmul: ir.Node) -> str:
     """ "a.b.query_key_value" for a MatMul that the exporter packed out of a.b.query, a.b.key and a.b.value."""
-    splits = [node for node in matmul.outputs[0].consumers() if node.op_type == "Split"]
-    users = [next(iter(output.consumers()), None) for split in splits for output in split.outputs]
-    paths = [_module(user).removesuffix(".base_layer") for user in users if user is not None and _module(user)]
-    if not paths or len(paths) != len(users):
-        return ""
+    paths = modules_of(matmul)
     if len({path.rpartition(".")[0] for path in paths}) != 1:
         return ""
     return f"{paths[0].rpartition('.')[0]}.{'_'.join(path.rpartition('.')[2] for path in paths)}"
+
+
+def modules_of(product: ir.Node) -> list[str]:
+    """The torch modules whose outputs `product` computes, side by side where the exporter packed several into one.
+
+    Empty where the graph doesn't tell. Requires `_keep_modules_only`.
+    """
+    if name := _module(product):
+        return [name.removesuffix(".base_layer")]
+    splits = [node for node in product.outputs[0].consumers() if node.op_type == "Split"]
+    users = [next(iter(output.consumers()), None) for split in splits for output in split.outputs]
+    paths = [_module(user).removesuffix(".base_layer") for user in users if user is not None and _module(user)]
+    return paths if len(paths) == len(users) else []
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
@@ -219,6 +236,7 @@ PASSES: tuple[Callable[[ir.Model, int], None], ...] = (
     _name_axes,
     _keep_modules_only,
     _float32_at_the_ends,
+    _state_shapes,
     _name_initializers,
     _name_nodes,
     _sign,

@@ -24,7 +24,7 @@ from ..parity.grouped import check_grouped_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..runtime.slots import Slots
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_generates, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -188,8 +188,9 @@ def _write_encoder(
     import torch
 
     from .graph import finish, trace
+    from .quantise import quantise
 
-    check_generates(options, base.task)
+    check_encodes(options, base.task)
     opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
     _attach(base, contents.layers, contents.weights, contents.filter_input)
     base.model.to(getattr(torch, dtype))
@@ -200,6 +201,8 @@ def _write_encoder(
         _add_adapter_ids(program.graph)
         finish(program, opset)
     _slots_to_inputs(program.graph, contents)
+    if options.quantize != "none":
+        quantise(program)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, contents.first, out.parent)

@@ -22,7 +22,7 @@ __all__ = [
     "OPSETS",
     "QUANTIZATIONS",
     "ExportOptions",
-    "check_generates",
+    "check_encodes",
     "check_ranks",
 ]
 
@@ -43,8 +43,9 @@ class ExportOptions:
     operator beside its frozen layer; None is "separate" for a swappable model, else "merged". `swappable` "base" or
     "adapter" makes the adapter's weights inputs of the graph, which have the values of the one or the other when nobody
     feeds them, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes the fusions of ONNX Runtime's
-    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` and `bundle_library` (a copy of the
-    custom-op library in the folder) are for causal language models, whose folder ONNX Runtime GenAI loads. `check`
+    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights,
+    int4 for causal language models alone; `bundle_library` (a copy of the custom-op library in the folder) is for these
+    too, whose folder ONNX Runtime GenAI loads. `check`
     proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
     are proven on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is
     otherwise refused.
@@ -103,10 +104,23 @@ def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
         raise UserError(f"{option} is {value!r}, expected one of: {', '.join(str(entry) for entry in known if entry)}.")
 
 
-def check_generates(options: ExportOptions, task: str) -> None:
-    """UserError for options that only causal language models have, given for a model of another `task`."""
-    if flag := options.given(("quantize", "bundle_library")):
-        raise UserError(f"{flag} is for causal language models, and this adapter's task is {task}. Leave {flag} out.")
+def check_encodes(options: ExportOptions, task: str) -> None:
+    """UserError for options that an encoder, of `task`, isn't exported with."""
+    if options.bundle_library:
+        raise UserError(
+            f"--bundle-library is for causal language models, and this adapter's task is {task}. Leave it out."
+        )
+    if options.quantize == "int4":
+        raise UserError(
+            f"--quantize is int4, and this adapter's task is {task}. int4 weights are for causal language models: "
+            "encoders lose more answers to them than to int8, and are slower. Take --quantize int8."
+        )
+    if options.quantize == "int8" and (options.dtype, options.device) != ("float32", "cpu"):
+        raise UserError(
+            f"--quantize int8 of an encoder (this adapter's task is {task}) is for --device cpu with --dtype float32, "
+            f"got {options.device} and {options.dtype}: ONNX Runtime has no int8 products elsewhere. On a GPU, "
+            "--dtype float16 halves the weights."
+        )
 
 
 def check_ranks(adapter: Adapter, *, merges: bool, device: Device, remedy: str) -> None:

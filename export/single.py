@@ -20,7 +20,7 @@ from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_generates, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -131,11 +131,12 @@ def _write_encoder(
     import torch
 
     from .graph import finish, trace
+    from .quantise import quantise
     from .swappable import Swap
 
     check_always_active(adapter)
     opset = options.opset or DEFAULT_OPSET
-    check_generates(options, base.task)
+    check_encodes(options, base.task)
     if options.check:
         check_providers([PROVIDERS[options.device]])
     clock("adapting")
@@ -146,6 +147,8 @@ def _write_encoder(
         program = trace(base.model, traced_inputs(base, options.dtype), opset, options.device)
         finish(program, opset)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
+    if options.quantize != "none":
+        quantise(program, adapter.modules_to_save)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, adapter, out.parent)

@@ -195,6 +195,14 @@ def test_a_merged_lora_leaves_operators_of_onnx_and_onnx_runtime_alone(make_expo
     assert not model.functions
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_shapes_that_are_said_are_those_that_are_inferred(make_export: Callable, family: str) -> None:
+    """ONNX Runtime's quantisers and other converters begin with this, and stop where it does."""
+    exported = make_export(family, CLASSIFICATION[family], "loratrf")
+    onnx.shape_inference.infer_shapes(onnx.load(exported.model), check_type=True, strict_mode=True, data_prop=True)
+
+
+
 def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:
     from transformers import AutoTokenizer
 

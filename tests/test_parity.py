@@ -309,7 +309,7 @@ def test_batches_share_one_scale():
     """One undecided row, its scores near 0, must not inflate the error of an export that is right elsewhere."""
     expected = [{"logits": np.array([[0.01, 0.02]])}, {"logits": np.array([[1.0, 2.0]])}]
     run = [{"logits": batch["logits"] + 1e-3} for batch in expected]
-    figures = checks._over_batches(run, expected, "logits", [None, None], 0.0)
+    figures = checks.over_batches(run, expected, "logits", [None, None], 0.0)
     assert figures.relative == pytest.approx(1e-3 / 2)
 
 

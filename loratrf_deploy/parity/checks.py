@@ -15,7 +15,7 @@ from .onnx_runs import NotComparable, OnnxRuns, Run
 from .result import BASE_OFF, LIBRARY, NO_ADAPTER, Check, Status, Variant
 from .torch_runs import TorchOutputs
 
-__all__ = ["EFFECT", "effect_checks", "judge", "parity_checks", "worst_batch"]
+__all__ = ["EFFECT", "Masks", "effect_checks", "judge", "over_batches", "parity_checks", "worst_batch"]
 
 EFFECT = 10.0
 """The adapter has an effect where it changes an output by more than this many tolerances."""
@@ -52,7 +52,7 @@ def parity_checks(
         return [Check(variant, name, status, str(run)) for name in outputs]
     checks = []
     for name in outputs:
-        figures = _over_batches(run, expected, name, masks, tolerance)
+        figures = over_batches(run, expected, name, masks, tolerance)
         if any(got[name].shape != right[name].shape for got, right in zip(run, expected, strict=True)):
             reason = f"shape {run[0][name].shape}, PyTorch gives {expected[0][name].shape}"
         elif np.isnan(figures.relative):
@@ -80,8 +80,8 @@ def effect_checks(
     """Whether the export differs from PyTorch with the adapter's layers off by clearly more than the tolerance."""
     checks = []
     for name in outputs:
-        exported = _over_batches(run, base_off, name, masks, tolerance)
-        true = _over_batches(expected, base_off, name, masks, tolerance).relative
+        exported = over_batches(run, base_off, name, masks, tolerance)
+        true = over_batches(expected, base_off, name, masks, tolerance).relative
         status: Status = "passed"
         reason = ""
         if not exported.relative > EFFECT * tolerance:
@@ -101,7 +101,7 @@ def effect_checks(
     return checks
 
 
-def _over_batches(
+def over_batches(
     run: Sequence[Outputs],
     expected: Sequence[Outputs],
     name: str,

@@ -27,6 +27,7 @@ from .inputs import default_inputs, padding_mask
 from .onnx_runs import Run, run_batches
 from .quantised import dequantise_reference, exact_arithmetic
 from .result import LIBRARY, WITH_LIBRARY, Check, ParityReport, Step, Variant, versions
+from .rounding import rounding_checks
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -101,6 +102,9 @@ def check_grouped_parity(
     plans = _plans(case, expected.batches)
     runs = _run_onnx(case, expected.batches, plans, step)
     checks = _judge(case, expected, plans, runs)
+    if case.quantised:
+        step("rounding to int8")
+        checks += _rounding(case, expected, plans[-1], library=isinstance(runs[WITH_LIBRARY][0], list))
     if case.genai_config is not None:
         step("generating")
         rows = dict(zip([*case.adapters, "id -1"], expected.greedy, strict=True))
@@ -241,6 +245,18 @@ def _judge(
         assert isinstance(run, list)
         add(effect_checks(run, case.outputs, on, off, masks, case.tolerance), name)
     return [*checks, *expected.weight_checks]
+
+
+def _rounding(case: _Case, expected: _TorchOutputs, mixed: _Plan, *, library: bool) -> list[Check]:
+    """The file's own int8 products, on mixed rows."""
+    fed = [batch | {ADAPTER_IDS: ids} for batch, ids in zip(expected.batches, mixed.ids, strict=True)]
+    exact = _pick(expected.on, mixed.ids, case.outputs)
+    masks = [padding_mask(batch) for batch in expected.batches]
+    found = rounding_checks(case.model, fed, case.outputs, exact, masks, None, library=library)
+    return [
+        check if check.output == "products" else dataclasses.replace(check, output=f"{check.output} ({mixed.name})")
+        for check in found
+    ]
 
 
 def _pick(

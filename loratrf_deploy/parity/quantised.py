@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from .result import QUANTISED, Check, Status
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from ..adapters.adapter import Adapter
     from ..pytorch.base import BaseModel
 
-__all__ = ["dequantise_reference", "exact_arithmetic"]
+__all__ = ["WEIGHTS_OF", "Product", "dequantise_reference", "exact_arithmetic", "products"]
+
+WEIGHTS_OF = "weights_of"
+"""The metadata of a node by which an encoder's graph says whose 8-bit weights are in its output: modules, by commas."""
 
 _STEPS = 1.01
 """A quantised weight is at most a step from its own value: half a step by rounding, a whole one at the range's end."""
@@ -31,14 +37,72 @@ _MERGED = 0.25
 def exact_arithmetic(graph: ir.Model) -> bool:
     """Makes quantised products compute in float32 instead of int8, in place; False where nothing is quantised.
 
-    The shipped graph rounds activations to int8 too (accuracy_level 4), which would hide an error of the adapter.
+    The shipped graph rounds activations to int8 too (accuracy_level 4 of a language model), which would hide an error
+    of the adapter.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    nodes = [node for node in graph.graph if node.op_type == "MatMulNBits"]
-    for node in nodes:
+    blocked = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+    for node in blocked:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-    return bool(nodes)
+    whole = products(graph)
+    for product in whole:
+        _multiply_exactly(graph.graph, product)
+    if whole:
+        RemoveUnusedNodesPass()(graph)
+    return bool(blocked or whole)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An encoder's linear layer in int8: y = s·w·(round(x/s) Q), Q `values` (K,N) and w `scales` (N).
+
+    `last` is the node of y, or of y + bias where the graph adds one, and bears the metadata.
+    """
+
+    x: ir.Value
+    values: ir.Value
+    scales: ir.Value
+    y: ir.Value
+    last: ir.Node
+
+
+def products(graph: ir.Model) -> list[Product]:
+    """Every linear layer in int8 that an export wrote; what only looks like one is left out."""
+    found = []
+    for last in (node for node in graph.graph if WEIGHTS_OF in node.metadata_props):
+        y = last.outputs[0] if last.op_type == "Mul" else _input(last, 0)
+        by_output = _maker(y)
+        integers = _maker(_input(_maker(_input(_maker(_input(by_output, 0)), 0)), 0))
+        x = _input(_maker(_input(_maker(_input(integers, 0)), 0)), 0)
+        values, scales = _input(integers, 1), _input(by_output, 1)
+        if integers is not None and integers.op_type == "MatMulInteger" and x and values and scales and y:
+            found.append(Product(x, values, scales, y, last))
+    return found
+
+
+def _multiply_exactly(graph: ir.Graph, product: Product) -> None:
+    """x·(w·Q) in the place of a product in int8, whose nodes lose their reader."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    tape = Tape()
+    # Not DequantizeLinear, of which ONNX Runtime makes a MatMulNBits that rounds activations again.
+    weight = tape.op("Mul", [tape.op("Cast", [product.values], {"to": ir.DataType.FLOAT}), product.scales])
+    exact = tape.op("MatMul", [product.x, weight])
+    tape.nodes[-1].metadata_props.update(product.last.metadata_props)
+    graph.insert_before(product.last, tape.nodes)
+    product.y.name, exact.name = exact.name, product.y.name
+    product.y.replace_all_uses_with(exact, replace_graph_outputs=True)
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def _input(node: ir.Node | None, index: int) -> ir.Value | None:
+    return node.inputs[index] if node is not None and index < len(node.inputs) else None
 
 
 def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, merged: bool) -> Check:
@@ -52,13 +116,11 @@ def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, 
 
     if merged:
         merge_adapter(base.model)
-    weights = _Dequantised(graph)
+    modules = _base_modules(base)
+    weights = _Dequantised(graph, {path: len(module.weight) for path, module in modules.items()})
     sums = _WeightSums()
-    for name, module in base.model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or any(part in name for part in _NOT_BASE):
-            continue
-        path = plain_name(name).removesuffix(".base_layer").removesuffix(".token_adapter")
-        if found := weights.of(path, module.out_features):
+    for path, module in modules.items():
+        if found := weights.of(path, len(module.weight)):
             layer = adapter.layers.get(path)
             delta = layer.scaled_B() @ layer.A if merged and layer is not None and layer.A is not None else None
             sums.add(path, *found, module.weight.detach().numpy(), delta)
@@ -75,20 +137,46 @@ def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, 
     return sums.check()
 
 
+def _base_modules(base: BaseModel) -> dict[str, torch.nn.Linear | torch.nn.Embedding]:
+    """The base's own layers and tables by their paths in it, whatever PEFT wrapped around them."""
+    import torch
+
+    return {
+        plain_name(name).removesuffix(".base_layer").removesuffix(".token_adapter"): module
+        for name, module in base.model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not any(part in name for part in _NOT_BASE)
+    }
+
+
 _NOT_BASE = (".original_module", ".lora_", ".trf_")
 
 
 class _Dequantised:
-    """The float32 weights (N,K) of a graph's MatMulNBits nodes, and their steps, by torch module."""
+    """The float32 weights (N,K) of a graph's quantised layers, and their steps, by torch module.
 
-    def __init__(self, graph: ir.Model):
+    Of a language model's MatMulNBits nodes, and of the products that `exact_arithmetic` made of an encoder's.
+    """
+
+    def __init__(self, graph: ir.Model, rows: Mapping[str, int]):
+        """`rows` are the N of the torch model's layers, by path."""
         self._nodes = {name: node for name, (node, _) in linear_nodes(graph.graph).items()}
+        self._whole: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        for node in graph.graph:
+            names = node.metadata_props.get(WEIGHTS_OF, "").split(",")
+            counts = [rows.get(name, 0) for name in names]
+            if (found := _dequantise_whole(node)) and sum(counts) == len(found[0]):
+                ends = np.cumsum(counts)[:-1]
+                parts = zip(*(np.split(values, ends) for values in found), strict=True)
+                self._whole |= {name: (value, step) for name, (value, step) in zip(names, parts, strict=True)}
 
     def of(self, path: str, rows: int | None) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """(weights, steps), both (N,K), of the module at `path` with N = `rows`; None where it isn't quantised.
 
-        The builder stacks q, k and v into one, and cuts Phi-3's gate_up_proj in two.
+        The builder stacks q, k and v into one, and cuts Phi-3's gate_up_proj in two; an encoder's exporter stacks what
+        has the same input.
         """
+        if found := self._whole.get(path):
+            return found
         name = genai_name(path) or ""
         group, _, last = name.rpartition("/")
         if name in self._nodes:
@@ -135,6 +223,26 @@ def _dequantise(node: ir.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]
     value -= zero
     value *= step
     return value, np.abs(step)
+
+
+def _dequantise_whole(node: ir.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """w·Q (N,K) of the encoder's layer or table that ends at `node`, and its steps; None where it is neither.
+
+    A layer's weights lie there transposed, (K,N), with a scale for each column; a table's, with one for each row.
+    """
+    if WEIGHTS_OF not in node.metadata_props or node.op_type not in ("MatMul", "Mul"):
+        return None
+    linear = node.op_type == "MatMul"
+    maker = _maker(node.inputs[1])
+    if linear:
+        values, scales = _input(_maker(_input(maker, 0)), 0), _input(maker, 1)
+    else:
+        values, scales = _input(_maker(_input(_maker(node.inputs[0]), 0)), 0), _input(maker, 0)
+    if values is None or values.const_value is None or scales is None or scales.const_value is None:
+        return None
+    steps = np.broadcast_to(scales.const_value.numpy(), values.const_value.shape.numpy())
+    exact = values.const_value.numpy().astype(np.float32) * steps
+    return (np.ascontiguousarray(exact.T), steps.T) if linear else (exact, steps)
 
 
 class _WeightSums:

@@ -51,8 +51,9 @@ class Check:
 
     "with library" and "without library" hold ONNX Runtime against PyTorch with the adapter. "base-off" holds the export
     against PyTorch without the adapter's layers, where a large error is what passes. "quantised" holds a quantised
-    base's weights against its own, in steps of the quantisation. "no adapter" holds a swappable export that is given no
-    adapter against what its default is: PyTorch's base or the adapter.
+    base's weights against its own, in steps of the quantisation, and an encoder's answers in int8 against PyTorch's.
+    "no adapter" holds a swappable export that is given no adapter against what its default is: PyTorch's base or the
+    adapter.
     """
 
     variant: Variant

@@ -20,7 +20,8 @@ from .checks import judge
 from .greedy import check_greedy
 from .layers import trace_layers
 from .onnx_runs import run_onnx
-from .result import ParityReport, Step, versions
+from .result import LIBRARY, ParityReport, Step, versions
+from .rounding import rounding_checks
 from .torch_runs import run_pytorch
 
 __all__ = ["check_parity"]
@@ -63,6 +64,12 @@ def check_parity(
     expected = run_pytorch(case, step)
     runs = run_onnx(case, step)
     checks = judge(case, expected, runs)
+    if case.quantised:
+        step("rounding to int8")
+        library = LIBRARY[runs.worked]
+        checks += rounding_checks(
+            case.model, case.batches, case.outputs, expected.on, case.masks, case.weights, library=library
+        )
     if case.genai_config is not None:
         step("generating")
         checks += check_greedy(case)

@@ -1,0 +1,145 @@
+"""Encoders in 8 bits: linear layers and embedding tables of a finished graph; adapters and heads stay as they are.
+
+ONNX Runtime's own quantiser is not used: it makes constants of every Gemm's weights first, and so drops the inputs of a
+swappable model's head; and it takes one scale for all activations of a batch, by which rows disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.tape import Tape
+
+from ..errors import UserError
+from ..parity.quantised import WEIGHTS_OF
+from .graph import modules_of
+
+__all__ = ["quantise"]
+
+_NARROWEST = 16
+"""Rows and columns of a weight that is worth it: what is narrower (a head, token types) is no part of size or time."""
+
+_TOKENS, _LINEAR = 127, 64
+"""Largest magnitudes of tokens and of linear layers' weights.
+
+The latter have 7 bits, so that no CPU's sum of two products of 8 by 8 bits is cut at 16 bits: AVX2 has no other
+instruction.
+"""
+
+
+def quantise(model: ir.Model, kept: Collection[str] = ()) -> None:
+    """y ≈ s·w·(round(x/s) Qᵀ): linear layers and embedding tables in int8, in place; modules in `kept` stay.
+
+    Q (N,K) int8 and w (N) float32 are fixed, w = max|W|/64 of each output; s = max|x|/127 is each token's own, taken as
+    the model runs, so that an answer doesn't depend on the batch that it is in. Rows of an embedding have a scale each,
+    max|row|/127. All of it is standard ONNX. Requires a graph from `finish`; weights that are inputs of it stay. Raises
+    UserError where nothing is left to quantise.
+    """
+    graph = model.graph
+    chosen = [node for node in graph if _is_worth_it(node, kept)]
+    if not chosen:
+        raise UserError(
+            "--quantize int8 finds nothing to quantise: the model has no linear layer or embedding table in float32 of "
+            f"{_NARROWEST} x {_NARROWEST} or more that the adapter leaves alone. Leave --quantize out."
+        )
+    maker = _Maker(graph)
+    for node in chosen:
+        make = maker.gathered if node.op_type == "Gather" else maker.multiplied
+        nodes = make(node)
+        for number, new in enumerate(nodes):
+            new.name = f"{node.name}/int8_{number}"
+            new.metadata_props.update(node.metadata_props)
+        last = nodes[-1]
+        last.name = f"{node.name}/int8"
+        last.metadata_props[WEIGHTS_OF] = ",".join(modules_of(node))
+        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [last.outputs[0]])
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
+        del graph.initializers[name]
+
+
+def _is_worth_it(node: ir.Node, kept: Collection[str]) -> bool:
+    """Whether `node` is a linear layer or an embedding with a constant weight, and of known modules, none kept."""
+    if node.domain or node.op_type not in ("MatMul", "Gemm", "Gather"):
+        return False
+    weight = node.inputs[0 if node.op_type == "Gather" else 1]
+    constant = weight.const_value if weight is not None and not weight.is_graph_input() else None
+    if constant is None or len(constant.shape) != 2 or constant.dtype != ir.DataType.FLOAT:
+        return False
+    if min(constant.shape.numpy()) < _NARROWEST:
+        return False
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "axis": 0}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items() if name != "transB"}
+    modules = modules_of(node)
+    saved = any(f"{module}.".startswith(f"{path}.") for module in modules for path in kept)
+    return bool(modules) and not saved and all(plain.get(name) == value for name, value in attributes.items())
+
+
+class _Maker:
+    """Makes the nodes that stand for one; what several share, weights or a layer's quantised input, is made once."""
+
+    def __init__(self, graph: ir.Graph):
+        self._graph = graph
+        self._tokens: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._last = self._constant("int8.last_axis", np.array([-1]))
+        self._one = self._constant("int8.one", np.float32(1))
+        self._step = self._constant("int8.step", np.float32(1 / _TOKENS))
+        self._tiny = self._constant("int8.tiny", np.float32(_TOKENS) * np.finfo(np.float32).tiny)
+        self._middle = self._constant("int8.middle", np.uint8(128))
+
+    def gathered(self, node: ir.Node) -> list[ir.Node]:
+        """row = w[id]·Q[id]."""
+        table, ids = node.inputs
+        assert table is not None
+        values, scales = self._quantised(table, 1, _TOKENS, transposed=False)
+        tape = Tape()
+        rows = tape.op("Cast", [tape.op("Gather", [values, ids])], {"to": ir.DataType.FLOAT})
+        tape.op("Mul", [rows, tape.op("Gather", [scales, ids])])
+        return list(tape.nodes)
+
+    def multiplied(self, node: ir.Node) -> list[ir.Node]:
+        """y = s·w·(q Q) + bias, Q (K,N)."""
+        x, weight, *bias = node.inputs
+        assert x is not None
+        assert weight is not None
+        transposed = node.attributes.get_int("transB", 0) == 1
+        values, scales = self._quantised(weight, 0, _LINEAR, transposed=transposed)
+        tape = Tape()
+        if x not in self._tokens:
+            self._tokens[x] = self._quantise_tokens(tape, x)
+        tokens, sizes = self._tokens[x]
+        product = tape.op("Cast", [tape.op("MatMulInteger", [tokens, values, self._middle])], {"to": ir.DataType.FLOAT})
+        y = tape.op("Mul", [tape.op("Mul", [product, sizes]), scales])
+        if bias:
+            tape.op("Add", [y, bias[0]])
+        return list(tape.nodes)
+
+    def _quantise_tokens(self, tape: Tape, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """q = round(x/s) + 128, uint8, and s = max|x|/127 of each token."""
+        high, low = tape.op("ReduceMax", [x, self._last]), tape.op("ReduceMin", [x, self._last])
+        largest = tape.op("Max", [high, tape.op("Neg", [low]), self._tiny])
+        sizes = tape.op("Mul", [largest, self._step])
+        return tape.op("QuantizeLinear", [tape.op("Div", [x, sizes]), self._one, self._middle]), sizes
+
+    def _quantised(self, weight: ir.Value, axis: int, largest: int, *, transposed: bool) -> tuple[ir.Value, ir.Value]:
+        """The initializers of a weight's int8 values and of their scales, one for all along `axis`."""
+        name = f"{weight.name}.int8"
+        if name not in self._graph.initializers:
+            assert weight.const_value is not None
+            exact = weight.const_value.numpy()
+            exact = exact.T if transposed else exact
+            scales = np.abs(exact).max(axis, keepdims=axis == 1) / np.float32(largest)
+            scales[scales == 0] = 1
+            rounded = np.round(exact / (scales if axis else scales[None]))
+            self._constant(name, rounded.astype(np.int8))
+            self._constant(f"{name}_scale", scales)
+        return self._graph.initializers[name], self._graph.initializers[f"{name}_scale"]
+
+    def _constant(self, name: str, value: NDArray | np.generic) -> ir.Value:
+        tensor = ir.Tensor(np.ascontiguousarray(value) if value.ndim else np.asarray(value), name=name)
+        made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.register_initializer(made)
+        return made
