@@ -202,7 +202,6 @@ def test_shapes_that_are_said_are_those_that_are_inferred(make_export: Callable,
     onnx.shape_inference.infer_shapes(onnx.load(exported.model), check_type=True, strict_mode=True, data_prop=True)
 
 
-
 def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:
     from transformers import AutoTokenizer
 
