@@ -30,6 +30,7 @@ from ..ops.library import library_path
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from ..pytorch.base import tokenizer_of
 from .adapted import fold, layer_rows, op_of
+from .builder_config import in_builders_words
 from .options import ExportOptions
 from .swappable import weights_to_inputs
 
@@ -169,7 +170,8 @@ def _builder_options(
     q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
     """
     names = {path.rpartition(".")[2] for path in adapted}
-    extra = {"hf_remote": str(trust_remote_code).lower()}
+    # A cache as wide as the window takes only rows of one length, and only runs that outgrow it.
+    extra = {"hf_remote": str(trust_remote_code).lower(), "windowed_kv_cache": "false"}
     if names & _PACKED:
         extra["fuse_qkv"] = "false"
     if "gate_up_proj" in names:
@@ -195,6 +197,7 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
     pairs = [f"{name}={value}" for name, value in {**options, "filename": out.name}.items()]
     try:
         extra = parse_extra_options("", str(stage), str(out.parent), precision, device, cache, pairs)
+        in_builders_words(extra["hf_details"]["hf_config"])
         create_model("", str(stage), str(out.parent), precision, device, cache, **extra)
     except Exception as error:  # the builder raises plain exceptions of many classes
         architecture = json.loads((stage / "config.json").read_text())["architectures"][0]

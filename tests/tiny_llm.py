@@ -12,7 +12,15 @@ from tiny import SENTENCES, randomise, save_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 ATTENTION = {"phi3": ["qkv_proj", "o_proj"]}
-MLP = {"phi3": ["gate_up_proj", "down_proj"]}
+MLP: dict[str, list[str]] = {"phi3": ["gate_up_proj", "down_proj"], "gpt_oss": []}
+WINDOW: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "phi3": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+"""Families with a sliding window, and what each needs beside `sliding_window`: all layers' or every other one's."""
 VOCABULARY = 288
 
 

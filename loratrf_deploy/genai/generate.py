@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_FILE",
+    "GenerationFailed",
     "decode_rows",
     "decoder_config",
     "generate_tokens",
@@ -30,6 +31,10 @@ __all__ = [
 _QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
 """What goes wrong is an exception; ONNX Runtime's log would print a stranger's names raw."""
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
+class GenerationFailed(UserError):
+    """onnxruntime-genai holds the model and doesn't run it, or not any further."""
 
 
 def load_model(folder: str | Path, *, trust_library: bool = False) -> og.Model:
@@ -116,7 +121,7 @@ def decode_rows(
     in `pad`. `active` is an adapter that onnxruntime-genai holds, by its name there; `adapter_ids` (rows) are a grouped
     model's. `prefix` are tokens before a single row that run without `active`. `search` are onnxruntime-genai's
     search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy, whatever the folder's own
-    defaults are. Raises UserError where onnxruntime-genai refuses, such as more tokens than the context holds.
+    defaults are. Raises GenerationFailed where onnxruntime-genai refuses, such as more tokens than the context holds.
     """
     import onnxruntime_genai as og
 
@@ -139,10 +144,20 @@ def decode_rows(
             generator.set_active_adapter(*active)
         generator.append_tokens(tokens)
     except Exception as error:  # plain RuntimeErrors
-        raise UserError(f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}") from error
+        raise GenerationFailed(
+            f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}"
+        ) from error
     try:
+        made = 0
         while not generator.is_done():
-            generator.generate_next_token()
+            try:
+                generator.generate_next_token()
+            except Exception as error:  # a plain RuntimeError
+                raise GenerationFailed(
+                    f"onnxruntime-genai fails after {longest} tokens of prompt and {made} more: {error} Export the "
+                    "model again with loratrf-export, which proves that it generates."
+                ) from error
+            made += 1
             yield generator.get_next_tokens()
     finally:
         # Before whoever holds the adapter: what a generator uses, onnxruntime-genai doesn't unload.

@@ -1,0 +1,88 @@
+"""Bases that onnxruntime-genai's builder reads otherwise than transformers: held against PEFT all the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_llm
+from loratrf_deploy import GenerationSession, read_adapter
+from loratrf_deploy.cli.generate import main
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
+from loratrf_deploy.genai.generate import CONFIG_FILE
+from loratrf_deploy.parity import check_parity
+from loratrf_deploy.pytorch.oracle import load_reference
+from shared import read_json
+
+Make = Callable[..., tuple[Path, Path]]
+
+TOKENS = 64
+ROWS = [list(range(20, 60)), [5, 6, 7, 8, 9], list(range(100, 120))]
+"""Prompts of several lengths: one far beyond a window of 16, one well within it."""
+
+
+def torch_rows(base: Path, adapter: Path) -> list[list[int]]:
+    """What transformers' own generate() makes of ROWS, each by itself, through PEFT's model."""
+    model = load_reference(read_adapter(adapter), base).model
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    return [model.generate(input_ids=torch.tensor([row]), **options)[0, len(row) :].tolist() for row in ROWS]
+
+
+def session_rows(folder: Path, **how: Any) -> list[list[int]]:
+    """The same through a GenerationSession, all rows in one batch."""
+    return GenerationSession(folder).generate_tokens(ROWS, max_new_tokens=TOKENS, min_length=104, **how)
+
+
+def prove(base: Path, adapter: Path, out: Path, limit: float = 1e-5, **options: Any) -> None:
+    """Exports with the parity check; every comparison must pass, logits within `limit` of PEFT's."""
+    report = export_adapter(adapter, out, ExportOptions(base_model=base, **options)).parity
+    assert report is not None
+    assert {check.status for check in report.checks} == {"passed"}
+    for check in report.checks:
+        if check.output == "logits" and check.variant in ("with library", "without library"):
+            assert check.figures is not None
+            assert check.figures.relative < limit, check
+
+
+# Sliding windows.
+
+
+@pytest.mark.parametrize("family", tiny_llm.WINDOW)
+def test_a_sliding_window_far_beyond_it(family: str, make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm(family, "loratrf", {"sliding_window": 16} | tiny_llm.WINDOW[family])
+    prove(base, adapter, tmp_path / "model.onnx", mode="separate")
+    assert session_rows(tmp_path) == torch_rows(base, adapter)
+
+
+def test_rows_of_a_mixed_model_with_a_window(make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm("mistral", "loratrf", {"sliding_window": 16})
+    other = make_llm("mistral", "lora", {"sliding_window": 16}, seed=7)[1]
+    report = export_grouped({"a": adapter, "b": other}, tmp_path / "model.onnx", ExportOptions(base_model=base)).parity
+    assert report is not None
+    assert {check.status for check in report.checks} == {"passed"}
+
+
+def test_a_model_that_fails_on_the_way_is_a_paragraph_and_no_proof(
+    make_llm: Make, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """onnxruntime-genai, told of a window and of no layers, makes the cache too short for what comes after it."""
+    base, adapter = make_llm("mistral", "lora", {"sliding_window": 16})
+    model = tmp_path / "model.onnx"
+    export_adapter(adapter, model, ExportOptions(base_model=base, mode="separate", check=False))
+    config = read_json(tmp_path / CONFIG_FILE)
+    window = {"window_size": 16, "slide_key_value_cache": False, "slide_inputs": False, "layers": [], "cache_slack": 0}
+    config["model"]["decoder"]["sliding_window"] = window
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    greedy = [check for check in check_parity(model, adapter, base).checks if "greedy" in check.output]
+    assert [check.status for check in greedy] == ["failed", "failed"]
+    (tmp_path / "loratrf.json").unlink()  # which knows another genai_config.json
+    capfd.readouterr()
+    assert main(["--model", str(tmp_path), "--prompt", "Tom has", "--max-new-tokens", "64"]) == 2
+    message = capfd.readouterr().err
+    assert "onnxruntime-genai fails after" in message
+    assert "Traceback" not in message
