@@ -1,4 +1,4 @@
-"""A transformers configuration as onnxruntime-genai's builder reads it: what it misreads or misses is put in its words.
+"""What onnxruntime-genai's builder misreads in a transformers model, put in its words or mended in its graph.
 
 The builder looks for attributes of older transformers and takes silence for a default, so a model comes out wrong
 without a word: Mistral's sliding window lies in one field, and the builder asks for a kind by layer.
@@ -6,15 +6,80 @@ without a word: Mistral's sliding window lies in one field, and the builder asks
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["in_builders_words"]
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Rotation", "in_builders_words", "rotations", "write_rotations"]
+
+Rotation = tuple[NDArray[np.float32], float]
+"""Frequencies (half the rotated width), and the factor on cosine and sine."""
+
+_CACHE_OF_LAYERS = {"full_attention": "_global", "sliding_attention": "_local"}
+"""Of a model whose kinds of layers rotate differently: what the builder appends to the names of its tables."""
 
 
 def in_builders_words(config: Any) -> None:
     """Changes `config`, which the builder alone reads, in place: same model, other words. The rules:
 
     1. A sliding window is one of layers: Mistral's and Phi-3's, which have no kinds of layers, is one of all.
+    2. Positions are rotated as in the plainest model of the same theta, whose tables `write_rotations` replaces; but
+       GPT-OSS's stay YaRN, which the builder insists on, and Phi-3's long and short tables come from its LongRoPE.
+    3. Gemma 3's two kinds of layers each have their theta in a field of its own.
     """
     if getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type.startswith("gemma3") and "full_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_parameters = {"rope_type": "default", "rope_theta": rope["full_attention"]["rope_theta"]}
+    elif rope.get("rope_type") == "longrope":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1]
+        config.rope_parameters = rope | {"type": "longrope", "short_mscale": factor, "long_mscale": factor}
+    elif rope.get("rope_type", "default") != "default" and config.model_type != "gpt_oss":
+        kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+        config.rope_parameters = kept | {"rope_type": "default"}
+
+
+def rotations(model: torch.nn.Module) -> dict[str, Rotation]:
+    """How `model` rotates positions, where not in the plainest way: ending of the builder's table -> Rotation."""
+    found: dict[str, Rotation] = {}
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        if not name.endswith("rotary_emb") or kinds is None:
+            continue
+        for kind, how in kinds.items() if isinstance(kinds, dict) else [("", kinds)]:
+            if how not in ("default", "longrope"):
+                prefix = f"{kind}_" if kind else ""
+                frequencies = getattr(module, f"{prefix}inv_freq").detach().float().cpu().numpy()
+                scale = float(getattr(module, f"{prefix}attention_scaling"))
+                found[_CACHE_OF_LAYERS.get(kind, "")] = frequencies, scale
+    return found
+
+
+def write_rotations(graph: ir.Graph, folder: Path, wanted: Mapping[str, Rotation]) -> None:
+    """Gives the tables of cosines and sines (positions, half the rotated width) what `wanted` says, in their files."""
+    for ending, (frequencies, scale) in wanted.items():
+        for name, function in (("cos_cache", np.cos), ("sin_cache", np.sin)):
+            value = graph.initializers[f"{name}{ending}"]
+            tensor = value.const_value
+            assert tensor is not None
+            positions = np.arange(tensor.shape[0], dtype=np.float32)
+            table = function(np.outer(positions, frequencies)) * np.float32(scale)
+            table = table.astype(tensor.dtype.numpy())
+            assert table.shape == tuple(tensor.shape.numpy())
+            if isinstance(tensor, ir.ExternalTensor):
+                with (folder / tensor.location).open("r+b") as file:
+                    file.seek(tensor.offset or 0)
+                    file.write(table.tobytes())
+            else:
+                value.const_value = ir.tensor(table, name=value.name)

@@ -30,7 +30,7 @@ from ..ops.library import library_path
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from ..pytorch.base import tokenizer_of
 from .adapted import fold, layer_rows, op_of
-from .builder_config import in_builders_words
+from .builder_config import in_builders_words, rotations, write_rotations
 from .options import ExportOptions
 from .swappable import weights_to_inputs
 
@@ -118,6 +118,7 @@ def build_graph(
     with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
         stage = Path(name)
         _stage_checkpoint(adapter, base, stage, changed)
+        rotated = rotations(base.model)
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
@@ -126,6 +127,7 @@ def build_graph(
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
+    write_rotations(model.graph, out.parent, rotated)
     _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
     return model

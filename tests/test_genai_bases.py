@@ -59,6 +59,39 @@ def test_a_sliding_window_far_beyond_it(family: str, make_llm: Make, tmp_path: P
     assert session_rows(tmp_path) == torch_rows(base, adapter)
 
 
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "YaRN": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    "LongRoPE": (
+        "phi3",
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 64,
+            "short_factor": [1 + 0.05 * place for place in range(8)],
+            "long_factor": [1 + 0.5 * place for place in range(8)],
+        },
+    ),
+    "linear": ("llama", {"rope_type": "linear", "factor": 4.0}),
+    "LLaMA 3": (
+        "qwen3",
+        {
+            **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ROTATIONS)
+def test_positions_rotated_for_long_contexts(how: str, make_llm: Make, tmp_path: Path) -> None:
+    """Up to twice the original length: LongRoPE changes its table between a prompt and what follows."""
+    family, rope = ROTATIONS[how]
+    sizes: dict[str, Any] = {"rope_parameters": {"rope_theta": 10000.0} | rope}
+    if "original_max_position_embeddings" in rope:
+        sizes["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    base, adapter = make_llm(family, "lora", sizes)
+    prove(base, adapter, tmp_path / "model.onnx", mode="merged")
+
+
 def test_rows_of_a_mixed_model_with_a_window(make_llm: Make, tmp_path: Path) -> None:
     base, adapter = make_llm("mistral", "loratrf", {"sliding_window": 16})
     other = make_llm("mistral", "lora", {"sliding_window": 16}, seed=7)[1]

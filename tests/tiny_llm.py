@@ -17,6 +17,15 @@ WINDOW: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {},
     "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
 }
