@@ -73,10 +73,10 @@ def write_rotations(graph: ir.Graph, folder: Path, wanted: Mapping[str, Rotation
             value = graph.initializers[f"{name}{ending}"]
             tensor = value.const_value
             assert tensor is not None
-            positions = np.arange(tensor.shape[0], dtype=np.float32)
-            table = function(np.outer(positions, frequencies)) * np.float32(scale)
-            table = table.astype(tensor.dtype.numpy())
-            assert table.shape == tuple(tensor.shape.numpy())
+            positions, width = tensor.shape.numpy()
+            assert width == len(frequencies)
+            angles = np.outer(np.arange(positions, dtype=np.float32), frequencies)
+            table = (function(angles) * np.float32(scale)).astype(tensor.dtype.numpy())
             if isinstance(tensor, ir.ExternalTensor):
                 with (folder / tensor.location).open("r+b") as file:
                     file.seek(tensor.offset or 0)

@@ -100,6 +100,24 @@ def test_rows_of_a_mixed_model_with_a_window(make_llm: Make, tmp_path: Path) -> 
     assert {check.status for check in report.checks} == {"passed"}
 
 
+CACHES: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "hunyuan_v1_dense": {},
+}
+
+
+@pytest.mark.parametrize("family", CACHES)
+def test_caches_of_convolutions_and_positions_as_an_input(family: str, make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm(family, "loratrf", CACHES[family])
+    prove(base, adapter, tmp_path / "one" / "model.onnx", mode="separate")
+    assert session_rows(tmp_path / "one") == torch_rows(base, adapter)
+    other = make_llm(family, "lora", CACHES[family], seed=7)[1]
+    out = tmp_path / "mixed" / "model.onnx"
+    report = export_grouped({"a": adapter, "b": other}, out, ExportOptions(base_model=base)).parity
+    assert report is not None
+    assert {check.status for check in report.checks} == {"passed"}
+
+
 def test_a_model_that_fails_on_the_way_is_a_paragraph_and_no_proof(
     make_llm: Make, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

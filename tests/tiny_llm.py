@@ -11,8 +11,8 @@ import torch
 from tiny import SENTENCES, randomise, save_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
-ATTENTION = {"phi3": ["qkv_proj", "o_proj"]}
-MLP: dict[str, list[str]] = {"phi3": ["gate_up_proj", "down_proj"], "gpt_oss": []}
+ATTENTION = {"phi3": ["qkv_proj", "o_proj"], "lfm2": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj"]}
+MLP = {"phi3": ["gate_up_proj", "down_proj"], "gpt_oss": list[str](), "lfm2": ["w1", "w2", "w3"]}
 WINDOW: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {},

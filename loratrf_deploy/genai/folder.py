@@ -18,7 +18,7 @@ from ..files import check_kinds, read_regular, readable, stays_inside
 from ..onnx_file import check_external_data
 from ..ops.library import library_path
 
-__all__ = ["CONFIG_FILE", "decoder_config", "libraries", "read_config", "safe_folder"]
+__all__ = ["CONFIG_FILE", "decoder_config", "libraries", "read_config", "safe_folder", "takes_uneven_rows"]
 
 CONFIG_FILE = "genai_config.json"
 
@@ -62,6 +62,11 @@ def decoder_config(model: Path) -> dict[str, Any] | None:
         return None
     config = read_config(model.parent)
     return config if config["model"]["decoder"].get("filename") == model.name else None
+
+
+def takes_uneven_rows(config: Any) -> bool:
+    """Whether rows of several lengths run in one batch: the cache of a convolution (LFM2) would hold their padding."""
+    return not _values(config, "past_conv_names")
 
 
 def libraries(config: Any) -> list[str]:

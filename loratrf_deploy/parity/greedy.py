@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, write_values
+from ..genai.folder import takes_uneven_rows
 from ..genai.generate import CONFIG_FILE, GenerationFailed, decode_rows, load_model
 from ..pytorch.oracle import layers_off
 from ..runtime.session import library_path
@@ -85,14 +86,16 @@ class Greedy:
 def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
     """What PyTorch's `model` continues a random prompt with, through its own cache; no end-of-sequence token among it.
 
-    `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12.
+    `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12;
+    12 all of them where rows must be of one length.
     """
     import torch
 
     facts, rng = config["model"], np.random.default_rng(row)
     length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
-    size, vocabulary = max(length - count - 3 * (row % 4), 1), model.config.vocab_size
+    shorter = 3 * (row % 4) if takes_uneven_rows(config) else 0
+    size, vocabulary = max(length - count - shorter, 1), model.config.vocab_size
     prompt = rng.integers(0, vocabulary, size)
     # Where one stands at the end of a row, onnxruntime-genai takes it for padding.
     prompt = np.where(prompt == _pad(config), (prompt + 1) % vocabulary, prompt)
