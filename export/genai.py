@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def write_genai(
     The folder gets what `build_graph` and `save` say. `base` is used up. Raises UserError for what GenAI can't take.
     """
     step("adapting")
+    biases = _biases_without_place(adapter, base)
     if adapter.not_separable is None:
         rest = fold(base.model, adapter, merge=options.merges)
         rows = layer_rows(adapter, rest)
@@ -88,11 +90,20 @@ def write_genai(
         changed = bool(options.merges or adapter.modules_to_save or adapter.biases or biased)
     else:
         rest, rows, changed = {}, merge_with_peft(), True
-    model = build_graph(adapter, base, out, options, rest, changed=changed, step=step)
-    insert(model, rest, adapter.filter_input, options.dtype)
+    model = build_graph(adapter, base, out, options, {*rest, *biases}, changed=changed, step=step)
+    insert(model, rest, adapter.filter_input, options.dtype, biases)
     weights = _swap(model.graph, adapter, rest, options)
     save(model, out, options)
     return rows, weights
+
+
+def _biases_without_place(adapter: Adapter, base: BaseModel) -> dict[str, NDArray[np.float32]]:
+    """What the adapter adds to outputs of layers that have no bias (lora_bias): none is in the builder's model."""
+    return {
+        path: (layer.lora_bias * layer.scale).astype(np.float32)
+        for path, layer in adapter.layers.items()
+        if layer.lora_bias is not None and base.model.get_submodule(path).bias is None
+    }
 
 
 def build_graph(
@@ -215,7 +226,11 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
 
 
 def insert(
-    model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str
+    model: ir.Model,
+    rest: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    filter_input: str,
+    dtype: str,
+    biases: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
 ) -> None:
     """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from `build_graph`. The rules:
 
@@ -225,10 +240,12 @@ def insert(
        with slots, (S, ...), make a grouped operator, which is left without its last input, adapter_ids.
     3. Every module must be found; otherwise an error names all that aren't, and nothing was changed.
     4. Each operator that occurs gets its definition in standard ops as a model-local function.
+    5. `biases` (N) are of layers without one: an Add each, which the operator of the layer then stands behind.
     """
     nodes = linear_nodes(model.graph)
-    places = {path: nodes.get(genai_name(path) or "") for path in rest}
-    lost = [path for path, place in places.items() if place is None or not _agrees(place[0], rest[path])]
+    places = {path: nodes.get(genai_name(path) or "") for path in {**rest, **biases}}
+    wanted: dict[str, Mapping[str, NDArray[Any]]] = {path: {"tau": bias} for path, bias in biases.items()} | {**rest}
+    lost = [path for path, place in places.items() if place is None or not _agrees(place[0], wanted[path])]
     if lost:
         raise UserError(
             f"onnxruntime-genai's builder leaves no linear layer of its own for {', '.join(lost[:5])}"
@@ -236,10 +253,13 @@ def insert(
             "something else, so no operator can stand behind them. Export merged (--mode merged), which needs none "
             "for plain LoRA, choose another --dtype, or train the adapter without these modules."
         )
-    for path, weights in rest.items():
-        place = places[path]
+    for path, place in places.items():
         assert place is not None
-        _insert_one(model.graph, path, weights, place, filter_input, dtype)
+        matmul, last = place
+        if path in biases:
+            last = _add_bias(model.graph, path, biases[path], matmul, dtype)
+        if path in rest:
+            _insert_one(model.graph, path, rest[path], (matmul, last), filter_input, dtype)
     opset = model.opset_imports[""]
     for op in sorted({op_of(weights) for weights in rest.values()}):
         function = function_body(op, opset, filter_input)
@@ -259,6 +279,16 @@ def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
     return all(weights[name].shape[axis] == size for name, (axis, size) in sizes.items() if name in weights)
 
 
+def _add_bias(graph: ir.Graph, path: str, bias: NDArray[np.float32], matmul: ir.Node, dtype: str) -> ir.Node:
+    """The Add behind the `matmul` of a layer that had no bias, named as the builder's own are."""
+    value = _constant(graph, f"{path}.bias", bias, dtype)
+    node = ir.node("Add", [matmul.outputs[0], value], name=f"{(matmul.name or '').rpartition('/')[0]}/Add")
+    node.metadata_props.update(matmul.metadata_props)
+    matmul.metadata_props.pop("module", None)
+    _put_behind(graph, matmul, node, f"{path}.matmul.output", f"{path}.base_layer.bias.output")
+    return node
+
+
 def _insert_one(
     graph: ir.Graph,
     path: str,
@@ -269,13 +299,9 @@ def _insert_one(
 ) -> None:
     matmul, last = place
     hidden, op = last.outputs[0], op_of(weights)
-    readers = tuple(hidden.uses())
     values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
     for name, array in weights.items():
-        tensor = ir.tensor(np.ascontiguousarray(array, dtype=NUMPY[dtype]), name=f"{path}.{LAYER_PARTS[name]}")
-        values[name] = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        values[name].const_value = tensor
-        graph.register_initializer(values[name])
+        values[name] = _constant(graph, f"{path}.{LAYER_PARTS[name]}", array, dtype)
     node = ir.node(
         op,
         [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],
@@ -285,14 +311,29 @@ def _insert_one(
         name=f"{path}/{op}",
     )
     node.metadata_props["module"] = path
-    output = node.outputs[0]
-    output.name, output.shape, output.type = f"{path}.output", hidden.shape, hidden.type
+    _put_behind(graph, last, node, f"{path}.base_layer.output", f"{path}.output")
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.float32], dtype: str) -> ir.Value:
+    tensor = ir.tensor(np.ascontiguousarray(array, dtype=NUMPY[dtype]), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
+
+
+def _put_behind(graph: ir.Graph, last: ir.Node, node: ir.Node, inner: str, outer: str) -> None:
+    """Whoever read the output of `last` reads that of `node`, named `outer`. A graph output keeps its name: that of
+    `last` is `inner` then."""
+    hidden, output = last.outputs[0], node.outputs[0]
+    readers = [(reader, index) for reader, index in hidden.uses() if reader is not node]
+    output.name, output.shape, output.type = outer, hidden.shape, hidden.type
     for reader, index in readers:
         reader.replace_input_with(index, output)
     graph.insert_after(last, node)
     for index, value in enumerate(graph.outputs):
         if value is hidden:
-            hidden.name, output.name = f"{path}.base_layer.output", hidden.name
+            hidden.name, output.name = inner, hidden.name
             graph.outputs[index] = output
 
 

@@ -137,3 +137,24 @@ def test_a_model_that_fails_on_the_way_is_a_paragraph_and_no_proof(
     message = capfd.readouterr().err
     assert "onnxruntime-genai fails after" in message
     assert "Traceback" not in message
+
+
+# Biases that only the adapter has.
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+@pytest.mark.parametrize(
+    ("family", "mode", "quantize", "modules"),
+    [
+        ("llama", "separate", "none", ["q_proj", "down_proj", "lm_head"]),
+        ("llama", "merged", "none", ["q_proj", "down_proj", "lm_head"]),
+        ("llama", "merged", "int4", ["v_proj", "up_proj"]),
+        ("phi3", "merged", "none", ["qkv_proj", "gate_up_proj"]),
+        ("qwen2", "separate", "int8", ["q_proj", "o_proj"]),  # of which q_proj has a bias of its own
+    ],
+)
+def test_lora_bias_where_the_base_has_none(
+    family: str, mode: str, quantize: str, modules: list[str], make_llm: Make, tmp_path: Path
+) -> None:
+    base, adapter = make_llm(family, "lora", lora_bias=True, target_modules=modules)
+    prove(base, adapter, tmp_path / "model.onnx", mode=mode, quantize=quantize)
