@@ -17,7 +17,7 @@ from ..ops.dtypes import NUMPY
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from .adapted import op_of
 
-__all__ = ["insert"]
+__all__ = ["insert", "put_behind"]
 
 
 def insert(
@@ -76,11 +76,11 @@ def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
 
 def _add_bias(graph: ir.Graph, path: str, bias: NDArray[np.float32], matmul: ir.Node, dtype: str) -> ir.Node:
     """The Add behind the `matmul` of a layer that had no bias, named as the builder's own are."""
-    value = _constant(graph, f"{path}.bias", bias, dtype)
+    value = _constant(graph, f"{path}.bias", np.ascontiguousarray(bias, dtype=NUMPY[dtype]))
     node = ir.node("Add", [matmul.outputs[0], value], name=f"{(matmul.name or '').rpartition('/')[0]}/Add")
     node.metadata_props.update(matmul.metadata_props)
     matmul.metadata_props.pop("module", None)
-    _put_behind(graph, matmul, node, f"{path}.matmul.output", f"{path}.base_layer.bias.output")
+    put_behind(graph, matmul, node, f"{path}.matmul.output", f"{path}.base_layer.bias.output")
     return node
 
 
@@ -96,7 +96,8 @@ def _insert_one(
     hidden, op = last.outputs[0], op_of(weights)
     values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
     for name, array in weights.items():
-        values[name] = _constant(graph, f"{path}.{LAYER_PARTS[name]}", array, dtype)
+        own = np.ascontiguousarray(array, dtype=NUMPY[dtype])
+        values[name] = _constant(graph, f"{path}.{LAYER_PARTS[name]}", own)
     node = ir.node(
         op,
         [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],
@@ -106,18 +107,18 @@ def _insert_one(
         name=f"{path}/{op}",
     )
     node.metadata_props["module"] = path
-    _put_behind(graph, last, node, f"{path}.base_layer.output", f"{path}.output")
+    put_behind(graph, last, node, f"{path}.base_layer.output", f"{path}.output")
 
 
-def _constant(graph: ir.Graph, name: str, array: NDArray[np.float32], dtype: str) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array, dtype=NUMPY[dtype]), name=name)
+def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     value.const_value = tensor
     graph.register_initializer(value)
     return value
 
 
-def _put_behind(graph: ir.Graph, last: ir.Node, node: ir.Node, inner: str, outer: str) -> None:
+def put_behind(graph: ir.Graph, last: ir.Node, node: ir.Node, inner: str, outer: str) -> None:
     """Whoever read the output of `last` reads that of `node`, named `outer`. A graph output keeps its name: that of
     `last` is `inner` then."""
     hidden, output = last.outputs[0], node.outputs[0]

@@ -14,10 +14,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..genai.names import linear_nodes
+from .behind import put_behind
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rotation", "in_builders_words", "rotations", "write_rotations"]
+__all__ = ["Rotation", "in_builders_words", "mend", "rotations", "write_rotations"]
+
+_OLMO_EPSILON = 1e-5
+"""In transformers' code, not in the configuration."""
 
 Rotation = tuple[NDArray[np.float32], float]
 """Frequencies (half the rotated width), and the factor on cosine and sine."""
@@ -33,6 +39,7 @@ def in_builders_words(config: Any) -> None:
     2. Positions are rotated as in the plainest model of the same theta, whose tables `write_rotations` replaces; but
        GPT-OSS's stay YaRN, which the builder insists on, and Phi-3's long and short tables come from its LongRoPE.
     3. Gemma 3's two kinds of layers each have their theta in a field of its own.
+    4. Norms that are no RMS norms have an epsilon too, which the builder seeks under the name of theirs, else 1e-6.
     """
     if getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
@@ -48,6 +55,51 @@ def in_builders_words(config: Any) -> None:
     elif rope.get("rope_type", "default") != "default" and config.model_type != "gpt_oss":
         kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
         config.rope_parameters = kept | {"rope_type": "default"}
+    if not hasattr(config, "rms_norm_eps"):
+        default = _OLMO_EPSILON if config.model_type == "olmo" else 1e-6
+        config.rms_norm_eps = getattr(config, "layer_norm_eps", getattr(config, "norm_eps", default))
+
+
+def mend(graph: ir.Graph, config: Any) -> None:
+    """Makes the builder's graph that of the torch model with `config`, in place, where no words would help. The rules:
+
+    1. Gemma's embeddings are scaled by √width; the builder rounds it to two decimals.
+    2. OLMo's norms subtract the mean; the builder's are RMS norms.
+    3. OLMo clips queries, keys and values to ± clip_qkv; the builder doesn't.
+    """
+    if config.model_type in ("gemma", "gemma2", "gemma3_text"):
+        scaled = graph.node("/model/embed_tokens/Mul")
+        scaled.replace_input_with(1, _scalar(graph, scaled, config.hidden_size**0.5))
+    if config.model_type == "olmo":
+        for node in graph:
+            node.op_type = _WITH_MEAN.get(node.op_type, node.op_type)
+        if config.clip_qkv is not None:
+            _clip(graph, config.clip_qkv)
+
+
+_WITH_MEAN = {
+    "SimplifiedLayerNormalization": "LayerNormalization",
+    "SkipSimplifiedLayerNormalization": "SkipLayerNormalization",
+}
+
+
+def _clip(graph: ir.Graph, limit: float) -> None:
+    for prefix, (_, last) in linear_nodes(graph).items():
+        if prefix.rpartition("/")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+            limits = [_scalar(graph, last, value) for value in (-limit, limit)]
+            node = ir.node("Clip", [last.outputs[0], *limits], name=f"{prefix}/Clip")
+            put_behind(graph, last, node, f"{prefix}/output", f"{prefix}/Clip/output_0")
+
+
+def _scalar(graph: ir.Graph, near: ir.Node, value: float) -> ir.Value:
+    """A constant of the type of `near`'s output, before it; few and small, they stay in the file of the graph."""
+    dtype = near.outputs[0].dtype
+    assert dtype is not None
+    name = f"{near.name}/{value}"
+    node = ir.node("Constant", [], {"value": ir.tensor(value, dtype=dtype)}, name=name)
+    graph.insert_before(near, node)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, dtype, ir.Shape([])
+    return node.outputs[0]
 
 
 def rotations(model: torch.nn.Module) -> dict[str, Rotation]:

@@ -29,7 +29,7 @@ from ..ops.library import library_path
 from ..pytorch.base import tokenizer_of
 from .adapted import fold, layer_rows
 from .behind import insert
-from .builder_config import in_builders_words, rotations, write_rotations
+from .builder_config import in_builders_words, mend, rotations, write_rotations
 from .options import ExportOptions
 from .swappable import weights_to_inputs
 
@@ -156,6 +156,7 @@ def build_graph(
     step("inserting operators")
     model = ir.load(out)
     write_rotations(model.graph, out.parent, rotated)
+    mend(model.graph, base.model.config)
     _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
     return model

@@ -139,6 +139,26 @@ def test_a_model_that_fails_on_the_way_is_a_paragraph_and_no_proof(
     assert "Traceback" not in message
 
 
+# What the builder computes otherwise.
+
+MENDED: dict[str, dict[str, Any]] = {
+    "phi": {},  # the epsilon of LayerNorm: 1e-5, not 1e-6
+    "nemotron": {},
+    "gemma": {"hidden_size": 72},  # its root is no number of two decimals
+    "gemma2": {"hidden_size": 72} | tiny_llm.WINDOW["gemma2"],
+    "olmo": {"clip_qkv": 0.5},  # with a mean, and clipped
+}
+
+
+@pytest.mark.parametrize("family", MENDED)
+@pytest.mark.parametrize(("mode", "quantize"), [("separate", "none"), ("merged", "int4")])
+def test_what_the_builder_computes_otherwise(
+    family: str, mode: str, quantize: str, make_llm: Make, tmp_path: Path
+) -> None:
+    base, adapter = make_llm(family, "loratrf" if mode == "separate" else "lora", MENDED[family])
+    prove(base, adapter, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+
+
 # Biases that only the adapter has.
 
 

@@ -11,8 +11,18 @@ import torch
 from tiny import SENTENCES, randomise, save_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
-ATTENTION = {"phi3": ["qkv_proj", "o_proj"], "lfm2": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj"]}
-MLP = {"phi3": ["gate_up_proj", "down_proj"], "gpt_oss": list[str](), "lfm2": ["w1", "w2", "w3"]}
+ATTENTION = {
+    "phi3": ["qkv_proj", "o_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense"],
+    "lfm2": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj"],
+}
+MLP = {
+    "phi3": ["gate_up_proj", "down_proj"],
+    "phi": ["fc1", "fc2"],
+    "nemotron": ["up_proj", "down_proj"],
+    "gpt_oss": list[str](),
+    "lfm2": ["w1", "w2", "w3"],
+}
 WINDOW: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {},
@@ -68,6 +78,11 @@ def make_base(path: str | Path, family: str = "llama", seed: int = 0, **sizes: A
     if family == "phi3":
         values["original_max_position_embeddings"] = 256
         del values["head_dim"]
+    if family == "phi":  # rotates half of a head: onnxruntime takes multiples of 16 values
+        values |= {"hidden_size": 128, "partial_rotary_factor": 0.5}
+        del values["head_dim"]
+    if family == "nemotron":
+        values |= {"hidden_size": 128, "head_dim": 32, "partial_rotary_factor": 0.5}
     if family == "gemma":  # always tied
         values["tie_word_embeddings"] = True
     config = transformers.CONFIG_MAPPING[family](**(values | sizes))
