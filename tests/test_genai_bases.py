@@ -13,7 +13,7 @@ import torch
 import tiny_llm
 from loratrf_deploy import GenerationSession, read_adapter
 from loratrf_deploy.cli.generate import main
-from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped, genai
 from loratrf_deploy.genai.generate import CONFIG_FILE
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.pytorch.oracle import load_reference
@@ -33,9 +33,9 @@ def torch_rows(base: Path, adapter: Path) -> list[list[int]]:
     return [model.generate(input_ids=torch.tensor([row]), **options)[0, len(row) :].tolist() for row in ROWS]
 
 
-def session_rows(folder: Path, **how: Any) -> list[list[int]]:
-    """The same through a GenerationSession, all rows in one batch."""
-    return GenerationSession(folder).generate_tokens(ROWS, max_new_tokens=TOKENS, min_length=104, **how)
+def session_rows(folder: Path) -> list[list[int]]:
+    """The same through a GenerationSession, all rows in one call."""
+    return GenerationSession(folder).generate_tokens(ROWS, max_new_tokens=TOKENS)
 
 
 def prove(base: Path, adapter: Path, out: Path, limit: float = 1e-5, **options: Any) -> None:
@@ -57,6 +57,22 @@ def test_a_sliding_window_far_beyond_it(family: str, make_llm: Make, tmp_path: P
     base, adapter = make_llm(family, "loratrf", {"sliding_window": 16} | tiny_llm.WINDOW[family])
     prove(base, adapter, tmp_path / "model.onnx", mode="separate")
     assert session_rows(tmp_path) == torch_rows(base, adapter)
+
+
+def test_a_folder_whose_cache_is_as_wide_as_its_window(
+    make_llm: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the builder makes it by itself: it takes rows of one length alone, and no shorter cache."""
+    real = genai._builder_options
+    monkeypatch.setattr(
+        genai, "_builder_options", lambda *given, **more: real(*given, **more) | {"windowed_kv_cache": "true"}
+    )
+    base, adapter = make_llm("mistral", "lora", {"sliding_window": 100})
+    export_adapter(adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, mode="separate", check=False))
+    assert read_json(tmp_path / CONFIG_FILE)["model"]["decoder"]["sliding_window"]["window_size"] == 100
+    expected = torch_rows(base, adapter)
+    assert session_rows(tmp_path) == expected
+    assert GenerationSession(tmp_path).generate_tokens(ROWS[1:2], max_new_tokens=4) == [expected[1][:4]]
 
 
 ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -113,15 +113,17 @@ def decode_rows(
     active: tuple[og.Adapters, str] | None = None,
     adapter_ids: Sequence[int] | None = None,
     prefix: Sequence[int] = (),
+    least: int = 0,
     search: Mapping[str, Any],
 ) -> Iterator[NDArray[np.int32]]:
     """Yields the next token of every row, up to `count` times; what comes for a row that has ended means nothing.
 
     Rows are padded with `pad` on the right, where onnxruntime-genai looks for padding; so of several rows none may end
     in `pad`. `active` is an adapter that onnxruntime-genai holds, by its name there; `adapter_ids` (rows) are a grouped
-    model's. `prefix` are tokens before a single row that run without `active`. `search` are onnxruntime-genai's
-    search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy, whatever the folder's own
-    defaults are. Raises GenerationFailed where onnxruntime-genai refuses, such as more tokens than the context holds.
+    model's. `prefix` are tokens before a single row that run without `active`. The cache holds `least` tokens at least
+    (`cache_window`). `search` are onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...);
+    without any it is greedy, whatever the folder's own defaults are. Raises GenerationFailed where
+    onnxruntime-genai refuses, such as more tokens than the context holds.
     """
     import onnxruntime_genai as og
 
@@ -133,7 +135,7 @@ def decode_rows(
     ids = None if adapter_ids is None else np.array(adapter_ids, np.int64)  # read in place: must outlive the generator
     params = og.GeneratorParams(model)
     try:
-        limits = {"max_length": length, "min_length": 0 if stop else length, "batch_size": len(rows)}
+        limits = {"max_length": max(length, least), "min_length": 0 if stop else length, "batch_size": len(rows)}
         params.set_search_options(**{**_GREEDY, **search, **limits})
         generator = og.Generator(model, params)
         if ids is not None:
@@ -148,8 +150,9 @@ def decode_rows(
             f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}"
         ) from error
     try:
-        made = 0
-        while not generator.is_done():
+        for made in range(count):
+            if generator.is_done():
+                return
             try:
                 generator.generate_next_token()
             except Exception as error:  # a plain RuntimeError
@@ -157,7 +160,6 @@ def decode_rows(
                     f"onnxruntime-genai fails after {longest} tokens of prompt and {made} more: {error} Export the "
                     "model again with loratrf-export, which proves that it generates."
                 ) from error
-            made += 1
             yield generator.get_next_tokens()
     finally:
         # Before whoever holds the adapter: what a generator uses, onnxruntime-genai doesn't unload.
