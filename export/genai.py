@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,9 @@ PRECISIONS = {
 }
 """(--device, --quantize, --dtype) -> the builder's name for it; what is missing here, GenAI has no kernels for."""
 
+_MISREAD = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
+"""What the builder dies of where a configuration holds other fields, or values, than it takes for granted."""
+
 _PACKED = {"q_proj", "k_proj", "v_proj"}
 
 
@@ -81,8 +85,9 @@ def write_genai(
     """
     _check_known(adapter, base, out, options)
     step("adapting")
-    biases = _biases_without_place(adapter, base)
+    biases = {}
     if adapter.not_separable is None:
+        biases = _biases_without_place(adapter, base)
         rest = fold(base.model, adapter, merge=options.merges)
         rows = layer_rows(adapter, rest)
         biased = any(layer.lora_bias is not None for layer in adapter.layers.values())
@@ -244,6 +249,13 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
                 "builds, such as LLaMA, Mistral, Qwen, Gemma or Phi."
             ) from error
         detail = str(error).replace(str(stage), "the base model") or type(error).__name__
+        if isinstance(error, _MISREAD):  # such as KeyError, whose text is 'type' and no more
+            release = metadata.version("onnxruntime-genai")
+            detail = (
+                f"{type(error).__name__}: {detail}. Release {release} stumbles over the base model's config.json or "
+                "weights, whatever the adapter. No option of loratrf-export gets around that; another release of "
+                "onnxruntime-genai may."
+            )
         raise UserError(
             f"onnxruntime-genai's builder can't build {architecture} for {precision} on {device}: {detail}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped,
 from loratrf_deploy.genai.generate import CONFIG_FILE
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.pytorch.oracle import load_reference
-from shared import read_json
+from shared import edit_json, read_json
 
 Make = Callable[..., tuple[Path, Path]]
 
@@ -173,6 +174,18 @@ def test_what_the_builder_computes_otherwise(
 ) -> None:
     base, adapter = make_llm(family, "loratrf" if mode == "separate" else "lora", MENDED[family])
     prove(base, adapter, tmp_path / "model.onnx", mode=mode, quantize=quantize)
+
+
+def test_a_base_that_the_builder_stumbles_over(make_llm: Make, refused: Callable[..., str], tmp_path: Path) -> None:
+    """The builder's own words are a name of its own, and no more."""
+    original, adapter = make_llm("gpt_oss", "lora", {"sliding_window": 16} | tiny_llm.WINDOW["gpt_oss"])
+    base = Path(shutil.copytree(original, tmp_path / "base"))
+    rope = {"rope_type": "default", "rope_theta": 10000.0}  # YaRN in every GPT-OSS, the builder thinks
+    edit_json(base / "config.json", rope_parameters=rope)
+    out = tmp_path / "out" / "model.onnx"
+    message = refused(out, "--adapter", adapter, "--base-model", base)
+    assert "KeyError: 'rescale_inv_freq'" in message
+    assert "another release of onnxruntime-genai" in message
 
 
 # Biases that only the adapter has.
