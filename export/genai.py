@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,21 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.fit import fit
 from ..formats.manifest import LayerRow
-from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights, zeros
+from ..formats.swappable import RuntimeWeight, layer_weights, zeros
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
-from ..ops.dtypes import NUMPY
 from ..ops.library import library_path
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
 from ..pytorch.base import tokenizer_of
-from .adapted import fold, layer_rows, op_of
+from .adapted import fold, layer_rows
+from .behind import insert
+from .builder_config import in_builders_words, mend, rotations, write_rotations
 from .options import ExportOptions
 from .swappable import weights_to_inputs
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["PRECISIONS", "build", "build_graph", "check_precision", "insert", "save", "write_genai"]
+__all__ = ["PRECISIONS", "build", "build_graph", "check_precision", "save", "write_genai"]
 
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
@@ -50,6 +51,9 @@ PRECISIONS = {
     ("cuda", "int8", "float16"): "int8",
 }
 """(--device, --quantize, --dtype) -> the builder's name for it; what is missing here, GenAI has no kernels for."""
+
+_MISREAD = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
+"""What the builder dies of where a configuration holds other fields, or values, than it takes for granted."""
 
 _PACKED = {"q_proj", "k_proj", "v_proj"}
 
@@ -79,19 +83,49 @@ def write_genai(
 
     The folder gets what `build_graph` and `save` say. `base` is used up. Raises UserError for what GenAI can't take.
     """
+    _check_known(adapter, base, out, options)
     step("adapting")
+    biases = {}
     if adapter.not_separable is None:
+        biases = _biases_without_place(adapter, base)
         rest = fold(base.model, adapter, merge=options.merges)
         rows = layer_rows(adapter, rest)
         biased = any(layer.lora_bias is not None for layer in adapter.layers.values())
         changed = bool(options.merges or adapter.modules_to_save or adapter.biases or biased)
     else:
         rest, rows, changed = {}, merge_with_peft(), True
-    model = build_graph(adapter, base, out, options, rest, changed=changed, step=step)
-    insert(model, rest, adapter.filter_input, options.dtype)
+    model = build_graph(adapter, base, out, options, {*rest, *biases}, changed=changed, step=step)
+    insert(model, rest, adapter.filter_input, options.dtype, biases)
     weights = _swap(model.graph, adapter, rest, options)
     save(model, out, options)
     return rows, weights
+
+
+def _check_known(adapter: Adapter, base: BaseModel, out: Path, options: ExportOptions) -> None:
+    """UserError for a model that the builder doesn't know, before anything is merged or written.
+
+    The builder has no list to ask, so it is given a checkpoint without weights: what it doesn't know it refuses before
+    it looks for them, with NotImplementedError. Whatever else it says means that it went on.
+    """
+    precision = check_precision(options.device, options.quantize, options.dtype)
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
+        stage = Path(name)
+        _stage_config(adapter, base, stage)
+        extra = _builder_options((), options, trust_remote_code=base.trust_remote_code)
+        try:
+            build(stage, stage / "built" / out.name, precision, options.device, extra)
+        except UserError as error:
+            if isinstance(error.__cause__, NotImplementedError):
+                raise
+
+
+def _biases_without_place(adapter: Adapter, base: BaseModel) -> dict[str, NDArray[np.float32]]:
+    """What the adapter adds to outputs of layers that have no bias (lora_bias): none is in the builder's model."""
+    return {
+        path: (layer.lora_bias * layer.scale).astype(np.float32)
+        for path, layer in adapter.layers.items()
+        if layer.lora_bias is not None and base.model.get_submodule(path).bias is None
+    }
 
 
 def build_graph(
@@ -117,6 +151,7 @@ def build_graph(
     with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
         stage = Path(name)
         _stage_checkpoint(adapter, base, stage, changed)
+        rotated = rotations(base.model)
         base.model.to("meta")
         gc.collect()
         step("building the graph with onnxruntime-genai")
@@ -125,6 +160,8 @@ def build_graph(
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
+    write_rotations(model.graph, out.parent, rotated)
+    mend(model.graph, base.model.config)
     _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
     return model
@@ -132,33 +169,39 @@ def build_graph(
 
 def _stage_checkpoint(adapter: Adapter, base: BaseModel, stage: Path, changed: bool) -> None:
     """A folder for the builder to read: the base (links to its files where nothing changed) and the tokenizer."""
+    model, folder = base.model, Path(base.path)
+    if folder.is_dir() and not changed:
+        for file in folder.iterdir():
+            if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name == "generation_config.json":
+                (stage / file.name).symlink_to(file.resolve())
+    else:
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = tied
+        model.float()
+        # Shards bound how much is in memory twice while it is written.
+        model.save_pretrained(stage, max_shard_size="500MB")
+    tokens, source = _stage_config(adapter, base, stage)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise UserError(
+            f"The tokenizer in {source} has {tokens} tokens, but the base model {base.path} embeds {rows}: the adapter "
+            "was trained on another vocabulary. Pass the base that it was trained on (--base-model), saved after "
+            "resize_token_embeddings."
+        )
+
+
+def _stage_config(adapter: Adapter, base: BaseModel, stage: Path) -> tuple[int, Path | str]:
+    """What the builder reads before weights: the configuration and the tokenizer. Its tokens, and where it was."""
     tokenizer, source = tokenizer_of(adapter, base)
     if tokenizer is None:
         raise UserError(
             f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
         )
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"The tokenizer in {source} has {len(tokenizer)} tokens, but the base model {base.path} embeds {rows}: the "
-            "adapter was trained on another vocabulary. Pass the base that it was trained on (--base-model), saved "
-            "after resize_token_embeddings."
-        )
-    model, folder = base.model, Path(base.path)
-    model.config.architectures = [type(model).__name__]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if folder.is_dir() and not changed:
-        model.config.save_pretrained(stage)
-        for file in folder.iterdir():
-            if file.name.endswith((".safetensors", ".safetensors.index.json")) or file.name == "generation_config.json":
-                (stage / file.name).symlink_to(file.resolve())
-    else:
-        model.config.tie_word_embeddings = tied
-        model.float()
-        # Shards bound how much is in memory twice while it is written.
-        model.save_pretrained(stage, max_shard_size="500MB")
+    base.model.config.architectures = [type(base.model).__name__]
+    base.model.config.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
+    return len(tokenizer), source
 
 
 def _builder_options(
@@ -169,7 +212,8 @@ def _builder_options(
     q, k and v apart where one of them does; Phi-3's gate_up_proj, which the builder would cut in two, whole.
     """
     names = {path.rpartition(".")[2] for path in adapted}
-    extra = {"hf_remote": str(trust_remote_code).lower()}
+    # A cache as wide as the window takes only rows of one length, and only runs that outgrow it.
+    extra = {"hf_remote": str(trust_remote_code).lower(), "windowed_kv_cache": "false"}
     if names & _PACKED:
         extra["fuse_qkv"] = "false"
     if "gate_up_proj" in names:
@@ -195,6 +239,7 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
     pairs = [f"{name}={value}" for name, value in {**options, "filename": out.name}.items()]
     try:
         extra = parse_extra_options("", str(stage), str(out.parent), precision, device, cache, pairs)
+        in_builders_words(extra["hf_details"]["hf_config"])
         create_model("", str(stage), str(out.parent), precision, device, cache, **extra)
     except Exception as error:  # the builder raises plain exceptions of many classes
         architecture = json.loads((stage / "config.json").read_text())["architectures"][0]
@@ -204,91 +249,16 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
                 "builds, such as LLaMA, Mistral, Qwen, Gemma or Phi."
             ) from error
         detail = str(error).replace(str(stage), "the base model") or type(error).__name__
+        if isinstance(error, _MISREAD):  # such as KeyError, whose text is 'type' and no more
+            release = metadata.version("onnxruntime-genai")
+            detail = (
+                f"{type(error).__name__}: {detail}. Release {release} stumbles over the base model's config.json or "
+                "weights, whatever the adapter. No option of loratrf-export gets around that; another release of "
+                "onnxruntime-genai may."
+            )
         raise UserError(
             f"onnxruntime-genai's builder can't build {architecture} for {precision} on {device}: {detail}"
         ) from error
-
-
-def insert(
-    model: ir.Model, rest: Mapping[str, Mapping[str, NDArray[np.float32]]], filter_input: str, dtype: str
-) -> None:
-    """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from `build_graph`. The rules:
-
-    1. A module is found by the builder's name for it; its output is that of its bias's Add, else of its MatMul
-       (MatMulNBits where quantised). Whatever read that output, graph outputs included, reads the operator's.
-    2. Weights (K,N) there and A (R,K), B (N,R), tau (N) here must agree: a packed or cut projection doesn't. Weights
-       with slots, (S, ...), make a grouped operator, which is left without its last input, adapter_ids.
-    3. Every module must be found; otherwise an error names all that aren't, and nothing was changed.
-    4. Each operator that occurs gets its definition in standard ops as a model-local function.
-    """
-    nodes = linear_nodes(model.graph)
-    places = {path: nodes.get(genai_name(path) or "") for path in rest}
-    lost = [path for path, place in places.items() if place is None or not _agrees(place[0], rest[path])]
-    if lost:
-        raise UserError(
-            f"onnxruntime-genai's builder leaves no linear layer of its own for {', '.join(lost[:5])}"
-            f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: it fuses them with others or builds them as "
-            "something else, so no operator can stand behind them. Export merged (--mode merged), which needs none "
-            "for plain LoRA, choose another --dtype, or train the adapter without these modules."
-        )
-    for path, weights in rest.items():
-        place = places[path]
-        assert place is not None
-        _insert_one(model.graph, path, weights, place, filter_input, dtype)
-    opset = model.opset_imports[""]
-    for op in sorted({op_of(weights) for weights in rest.values()}):
-        function = function_body(op, opset, filter_input)
-        model.functions[function.identifier()] = function
-        model.opset_imports[DOMAIN] = VERSION
-
-
-def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
-    if matmul.op_type == "MatMulNBits":
-        ins, outs = (matmul.attributes[name].as_int() for name in ("K", "N"))
-    else:
-        shape = matmul.inputs[1].shape if matmul.inputs[1] is not None else None
-        if shape is None:
-            return False
-        ins, outs = shape.numpy()
-    sizes = {"A": (-1, ins), "B": (-2, outs), "tau": (-1, outs)}
-    return all(weights[name].shape[axis] == size for name, (axis, size) in sizes.items() if name in weights)
-
-
-def _insert_one(
-    graph: ir.Graph,
-    path: str,
-    weights: Mapping[str, NDArray[np.float32]],
-    place: tuple[ir.Node, ir.Node],
-    filter_input: str,
-    dtype: str,
-) -> None:
-    matmul, last = place
-    hidden, op = last.outputs[0], op_of(weights)
-    readers = tuple(hidden.uses())
-    values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
-    for name, array in weights.items():
-        tensor = ir.tensor(np.ascontiguousarray(array, dtype=NUMPY[dtype]), name=f"{path}.{LAYER_PARTS[name]}")
-        values[name] = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-        values[name].const_value = tensor
-        graph.register_initializer(values[name])
-    node = ir.node(
-        op,
-        [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],
-        attributes={"filter_input": filter_input} if OPS[op].attributes else {},
-        domain=DOMAIN,
-        version=VERSION,
-        name=f"{path}/{op}",
-    )
-    node.metadata_props["module"] = path
-    output = node.outputs[0]
-    output.name, output.shape, output.type = f"{path}.output", hidden.shape, hidden.type
-    for reader, index in readers:
-        reader.replace_input_with(index, output)
-    graph.insert_after(last, node)
-    for index, value in enumerate(graph.outputs):
-        if value is hidden:
-            hidden.name, output.name = f"{path}.base_layer.output", hidden.name
-            graph.outputs[index] = output
 
 
 def _swap(graph: ir.Graph, adapter: Adapter, rest: Mapping[str, Any], options: ExportOptions) -> list[RuntimeWeight]:

@@ -213,7 +213,8 @@ def _write_generating(
     contents: _Contents, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
 ) -> tuple[int, dict[str, str]]:
     """Builds a causal language model; returns the opset, and the version of what built it."""
-    from .genai import build_graph, insert, save
+    from .behind import insert
+    from .genai import build_graph, save
 
     model = build_graph(contents.first, base, out, options, contents.layers, changed=False, step=clock)
     parts = {

@@ -11,8 +11,35 @@ import torch
 from tiny import SENTENCES, randomise, save_adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
-ATTENTION = {"phi3": ["qkv_proj", "o_proj"]}
-MLP = {"phi3": ["gate_up_proj", "down_proj"]}
+ATTENTION = {
+    "phi3": ["qkv_proj", "o_proj"],
+    "phi": ["q_proj", "k_proj", "v_proj", "dense"],
+    "lfm2": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj"],
+}
+MLP = {
+    "phi3": ["gate_up_proj", "down_proj"],
+    "phi": ["fc1", "fc2"],
+    "nemotron": ["up_proj", "down_proj"],
+    "gpt_oss": list[str](),
+    "lfm2": ["w1", "w2", "w3"],
+}
+WINDOW: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "phi3": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+"""Families with a sliding window, and what each needs beside `sliding_window`: all layers' or every other one's."""
 VOCABULARY = 288
 
 
@@ -51,6 +78,11 @@ def make_base(path: str | Path, family: str = "llama", seed: int = 0, **sizes: A
     if family == "phi3":
         values["original_max_position_embeddings"] = 256
         del values["head_dim"]
+    if family == "phi":  # rotates half of a head: onnxruntime takes multiples of 16 values
+        values |= {"hidden_size": 128, "partial_rotary_factor": 0.5}
+        del values["head_dim"]
+    if family == "nemotron":
+        values |= {"hidden_size": 128, "head_dim": 32, "partial_rotary_factor": 0.5}
     if family == "gemma":  # always tied
         values["tie_word_embeddings"] = True
     config = transformers.CONFIG_MAPPING[family](**(values | sizes))

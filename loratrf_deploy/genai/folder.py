@@ -18,7 +18,15 @@ from ..files import check_kinds, read_regular, readable, stays_inside
 from ..onnx_file import check_external_data
 from ..ops.library import library_path
 
-__all__ = ["CONFIG_FILE", "decoder_config", "libraries", "read_config", "safe_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "cache_window",
+    "decoder_config",
+    "libraries",
+    "read_config",
+    "safe_folder",
+    "takes_uneven_rows",
+]
 
 CONFIG_FILE = "genai_config.json"
 
@@ -62,6 +70,20 @@ def decoder_config(model: Path) -> dict[str, Any] | None:
         return None
     config = read_config(model.parent)
     return config if config["model"]["decoder"].get("filename") == model.name else None
+
+
+def takes_uneven_rows(config: Any) -> bool:
+    """Whether rows of several lengths run in one batch.
+
+    The cache of a convolution (LFM2) would hold their padding, and one as wide as a sliding window refuses them.
+    """
+    return not _values(config, "past_conv_names") and not cache_window(config)
+
+
+def cache_window(config: Any) -> int:
+    """How long a cache must be at least: that of a sliding window, which other exporters' caches are as wide as."""
+    windows = [own.get("window_size") for own in _values(config, "sliding_window") if isinstance(own, dict)]
+    return max([window for window in windows if type(window) is int and 0 < window < 2**31], default=0)
 
 
 def libraries(config: Any) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_FILE",
+    "GenerationFailed",
     "decode_rows",
     "decoder_config",
     "generate_tokens",
@@ -30,6 +31,10 @@ __all__ = [
 _QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
 """What goes wrong is an exception; ONNX Runtime's log would print a stranger's names raw."""
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
+class GenerationFailed(UserError):
+    """onnxruntime-genai holds the model and doesn't run it, or not any further."""
 
 
 def load_model(folder: str | Path, *, trust_library: bool = False) -> og.Model:
@@ -108,15 +113,17 @@ def decode_rows(
     active: tuple[og.Adapters, str] | None = None,
     adapter_ids: Sequence[int] | None = None,
     prefix: Sequence[int] = (),
+    least: int = 0,
     search: Mapping[str, Any],
 ) -> Iterator[NDArray[np.int32]]:
     """Yields the next token of every row, up to `count` times; what comes for a row that has ended means nothing.
 
     Rows are padded with `pad` on the right, where onnxruntime-genai looks for padding; so of several rows none may end
     in `pad`. `active` is an adapter that onnxruntime-genai holds, by its name there; `adapter_ids` (rows) are a grouped
-    model's. `prefix` are tokens before a single row that run without `active`. `search` are onnxruntime-genai's
-    search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy, whatever the folder's own
-    defaults are. Raises UserError where onnxruntime-genai refuses, such as more tokens than the context holds.
+    model's. `prefix` are tokens before a single row that run without `active`. The cache holds `least` tokens at least
+    (`cache_window`). `search` are onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...);
+    without any it is greedy, whatever the folder's own defaults are. Raises GenerationFailed where
+    onnxruntime-genai refuses, such as more tokens than the context holds.
     """
     import onnxruntime_genai as og
 
@@ -128,7 +135,7 @@ def decode_rows(
     ids = None if adapter_ids is None else np.array(adapter_ids, np.int64)  # read in place: must outlive the generator
     params = og.GeneratorParams(model)
     try:
-        limits = {"max_length": length, "min_length": 0 if stop else length, "batch_size": len(rows)}
+        limits = {"max_length": max(length, least), "min_length": 0 if stop else length, "batch_size": len(rows)}
         params.set_search_options(**{**_GREEDY, **search, **limits})
         generator = og.Generator(model, params)
         if ids is not None:
@@ -139,10 +146,20 @@ def decode_rows(
             generator.set_active_adapter(*active)
         generator.append_tokens(tokens)
     except Exception as error:  # plain RuntimeErrors
-        raise UserError(f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}") from error
+        raise GenerationFailed(
+            f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}"
+        ) from error
     try:
-        while not generator.is_done():
-            generator.generate_next_token()
+        for made in range(count):
+            if generator.is_done():
+                return
+            try:
+                generator.generate_next_token()
+            except Exception as error:  # a plain RuntimeError
+                raise GenerationFailed(
+                    f"onnxruntime-genai fails after {longest} tokens of prompt and {made} more: {error} Export the "
+                    "model again with loratrf-export, which proves that it generates."
+                ) from error
             yield generator.get_next_tokens()
     finally:
         # Before whoever holds the adapter: what a generator uses, onnxruntime-genai doesn't unload.

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["genai_name", "is_cache", "linear_nodes"]
+__all__ = ["POSITION_IDS", "genai_name", "is_cache", "linear_nodes"]
 
-_ALIASES = {"dense": "o_proj", "out_proj": "o_proj"}
+POSITION_IDS = "position_ids"
+"""An input of graphs that rotate outside of attention; PyTorch counts by itself."""
+
+_ALIASES = {
+    "attn": {"dense": "o_proj", "out_proj": "o_proj"},
+    "mlp": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+}
 
 
 def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
@@ -33,11 +39,11 @@ def genai_name(path: str) -> str | None:
         return "/lm_head"
     if match := re.search(r"layers\.(\d+)\.(\w+)\.(\w+)$", path):
         layer, group, name = match.groups()
-        group = "attn" if "attn" in group or "attention" in group else group
-        return f"/model/layers.{layer}/{group}/{_ALIASES.get(name, name)}"
+        group = "attn" if "attn" in group or "attention" in group else "mlp" if group == "feed_forward" else group
+        return f"/model/layers.{layer}/{group}/{_ALIASES.get(group, {}).get(name, name)}"
     return None
 
 
 def is_cache(name: str) -> bool:
-    """Whether a graph's input or output `name` is a key/value cache, which PyTorch's model keeps to itself."""
-    return name.startswith(("past_key_values.", "present."))
+    """Whether a graph's input or output `name` is a cache of keys, values or convolutions, PyTorch's own affair."""
+    return name.startswith(("past_key_values.", "past.", "present."))

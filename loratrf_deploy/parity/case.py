@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..formats.fit import fit
 from ..formats.manifest import Manifest, check_described, read_swappable
 from ..genai.generate import decoder_config
-from ..genai.names import is_cache
+from ..genai.names import POSITION_IDS, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
@@ -194,7 +194,7 @@ def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: B
 def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
     """UserError where the graph takes what the base doesn't: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
-    if foreign := sorted({name for name in names if not is_cache(name)} - {*batches[0], ADAPTER_IDS}):
+    if foreign := sorted({name for name in names if not is_cache(name)} - {*batches[0], ADAPTER_IDS, POSITION_IDS}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."

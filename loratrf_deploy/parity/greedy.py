@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, write_values
-from ..genai.generate import CONFIG_FILE, decode_rows, load_model
+from ..genai.folder import takes_uneven_rows
+from ..genai.generate import CONFIG_FILE, GenerationFailed, decode_rows, load_model
 from ..pytorch.oracle import layers_off
 from ..runtime.session import library_path
 from .case import Case
@@ -85,14 +86,16 @@ class Greedy:
 def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
     """What PyTorch's `model` continues a random prompt with, through its own cache; no end-of-sequence token among it.
 
-    `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12.
+    `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12;
+    12 all of them where rows must be of one length.
     """
     import torch
 
     facts, rng = config["model"], np.random.default_rng(row)
     length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
-    size, vocabulary = max(length - count - 3 * (row % 4), 1), model.config.vocab_size
+    shorter = 3 * (row % 4) if takes_uneven_rows(config) else 0
+    size, vocabulary = max(length - count - shorter, 1), model.config.vocab_size
     prompt = rng.integers(0, vocabulary, size)
     # Where one stands at the end of a row, onnxruntime-genai takes it for padding.
     prompt = np.where(prompt == _pad(config), (prompt + 1) % vocabulary, prompt)
@@ -133,8 +136,8 @@ def check_greedy(case: Case) -> list[Check]:
     for variant, library in variants.items():
         try:
             got = _generate(case, expected[variant], library=library, adapter_on=variant != NO_ADAPTER)
-        except UserError as error:
-            checks.append(Check(variant, right.what, "skipped", _without_folder(error)))
+        except (UserError, RuntimeError) as error:  # GenAI's own errors are plain RuntimeErrors
+            checks.append(Check(variant, right.what, _status(error), _without_folder(error)))
             continue
         checks.append(_compare_tokens(variant, right.what, got, expected[variant], case.tolerance))
     return checks
@@ -171,9 +174,8 @@ def check_greedy_rows(
             with linked_folder(model, graph, config, library=library) as folder:
                 got = _generate_rows(folder, list(rows.values()), _pad(config))
         except (UserError, RuntimeError) as error:  # GenAI's own errors are plain RuntimeErrors
-            status: Status = "skipped" if isinstance(error, UserError) else "failed"
             reason = _without_folder(error)
-            checks += [Check(variant, f"{right.what} ({name})", status, reason) for name, right in rows.items()]
+            checks += [Check(variant, f"{right.what} ({name})", _status(error), reason) for name, right in rows.items()]
             continue
         checks += [
             _compare_tokens(variant, f"{right.what} ({name})", own, right, tolerance)
@@ -193,6 +195,11 @@ def _generate_rows(folder: Path, rows: Sequence[Greedy], pad: int) -> list[list[
 
 def _pad(config: dict[str, Any]) -> int:
     return config["model"].get("pad_token_id", 0)
+
+
+def _status(error: Exception) -> Status:
+    """Of a check that gave no tokens: what can't be tried here is skipped, what doesn't run is wrong."""
+    return "skipped" if isinstance(error, UserError) and not isinstance(error, GenerationFailed) else "failed"
 
 
 def _without_folder(error: Exception) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..genai.names import is_cache
+from ..genai.names import POSITION_IDS, is_cache
 from ..ops.schemas import ADAPTER_IDS, Device
 from ..pytorch.base import Inputs, Outputs
 from ..runtime.session import PROVIDERS, create_session, library_path, with_options
@@ -129,13 +129,16 @@ def run_session(
     """Outputs by name, those named or all of the session's; floats are cast to the type that the graph takes.
 
     `weights` are fed as they are: those of an adapter, to a swappable model; where rows name slots and `batch` doesn't,
-    all take the first. A key/value cache starts empty.
+    all take the first. A cache starts empty, of convolutions with zeros; positions count from 0.
     """
     rows = len(next(iter(batch.values())))
     feeds = dict(weights or {})
     for value in session.get_inputs():
-        if is_cache(value.name):  # (batch, heads, past, head width)
-            array = np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+        if is_cache(value.name):  # (batch, heads, past, head width), or (batch, channels, width - 1) of convolutions
+            array = np.zeros([rows, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
+        elif value.name == POSITION_IDS and POSITION_IDS not in batch:
+            ids = batch["input_ids"]
+            array = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         elif value.name == ADAPTER_IDS:
             array = batch.get(ADAPTER_IDS, np.zeros(rows, np.int64))
         else:

@@ -127,9 +127,21 @@ def bare_reference(
 
 
 def merge_adapter(model: Any) -> None:
-    """PEFT's merge_adapter, but what is tied to an adapted layer keeps its own values."""
+    """PEFT's merge_adapter, but what is tied to an adapted layer keeps its own values, and a bias finds a place."""
     untie_adapted(model)
+    _give_biases_places(model)
     model.merge_adapter()
+
+
+def _give_biases_places(model: Any) -> None:
+    """A zero bias for each layer without one whose adapter brings one (lora_bias), which PEFT refuses to merge."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        if any(getattr(layer, "lora_bias", {}).values()) and isinstance(base, torch.nn.Linear) and base.bias is None:
+            base.bias = torch.nn.Parameter(base.weight.new_zeros(base.out_features), requires_grad=False)
 
 
 def untie_adapted(model: Any) -> None:

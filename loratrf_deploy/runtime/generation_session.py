@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..errors import UserError
 from ..formats.manifest import MANIFEST, Swappable, check_files, check_graph, read_manifest, read_swappable
 from ..formats.swappable import Default
+from ..genai.folder import cache_window, takes_uneven_rows
 from ..genai.generate import CONFIG_FILE, decode_rows, load_model_and_tokenizer, read_config
 from .genai_adapters import GenaiAdapters, Placed
 from .residents import AdapterInfo, Choice, Residents, check_scale
@@ -49,6 +50,7 @@ class GenerationSession:
             check_files(folder, manifest)
         self._model, self._tokenizer = load_model_and_tokenizer(folder, trust_library=trust_library)
         config = read_config(folder)["model"]
+        self._uneven, self._least = takes_uneven_rows(config), cache_window(config)
         try:
             self._pad, self._context, self._vocabulary = (
                 int(config[name]) for name in ("pad_token_id", "context_length", "vocab_size")
@@ -143,8 +145,11 @@ class GenerationSession:
         alone = [
             at for at, row in enumerate(prompts) if row[-1] == self._pad or self._invocation(choices[at]) is not None
         ]
-        together = [at for at in range(len(prompts)) if at not in alone]
-        for batch in ([together] if together else []) + [[at] for at in alone]:
+        together: dict[int, list[int]] = {}
+        for at in range(len(prompts)):
+            if at not in alone:
+                together.setdefault(0 if self._uneven else len(prompts[at]), []).append(at)
+        for batch in [*together.values(), *([at] for at in alone)]:
             own = [choices[at] for at in batch]
             rows = [prompts[at] for at in batch]
             for tokens in self._decode(rows, own, scale, max_new_tokens, search):
@@ -218,6 +223,7 @@ class GenerationSession:
             active=None if placed is None else placed.active,
             adapter_ids=ids,
             prefix=prefix,
+            least=min(self._least, self._context),
             search=search,
         )
 
