@@ -202,7 +202,7 @@ def _write_encoder(
         finish(program, opset)
     _slots_to_inputs(program.graph, contents)
     if options.quantize != "none":
-        quantise(program)
+        quantise(program, patterns=options.keep_float)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, contents.first, out.parent)

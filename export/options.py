@@ -23,6 +23,7 @@ __all__ = [
     "QUANTIZATIONS",
     "ExportOptions",
     "check_encodes",
+    "check_generates",
     "check_ranks",
 ]
 
@@ -43,12 +44,12 @@ class ExportOptions:
     operator beside its frozen layer; None is "separate" for a swappable model, else "merged". `swappable` "base" or
     "adapter" makes the adapter's weights inputs of the graph, which have the values of the one or the other when nobody
     feeds them, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes the fusions of ONNX Runtime's
-    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights,
-    int4 for causal language models alone; `bundle_library` (a copy of the custom-op library in the folder) is for these
-    too, whose folder ONNX Runtime GenAI loads. `check`
-    proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
-    are proven on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is
-    otherwise refused.
+    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights, int4 for
+    causal language models alone; modules of an encoder that match a pattern of `keep_float` ("*.pooler.*") stay as they
+    are. `bundle_library` (a copy of the custom-op library in the folder) is for causal language models, whose folder
+    ONNX Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved into place, on `device` but
+    for causal language models, which are proven on the CPU. `trust_remote_code` runs Python that the base model and the
+    tokenizer bring, which is otherwise refused.
     """
 
     base_model: str | Path | None = None
@@ -58,6 +59,7 @@ class ExportOptions:
     device: Device = "cpu"
     opset: int | None = None
     quantize: Quantization = "none"
+    keep_float: tuple[str, ...] = ()
     bundle_library: bool = False
     check: bool = True
     trust_remote_code: bool = False
@@ -74,6 +76,11 @@ class ExportOptions:
             raise UserError(
                 f"--swappable is {self.swappable!r} with --mode merged, expected --mode separate: an adapter that is "
                 "folded into the weights can't be swapped."
+            )
+        if self.keep_float and self.quantize != "int8":
+            raise UserError(
+                f"--keep-float {' '.join(self.keep_float)} says which layers stay float32 beside --quantize int8, got "
+                f"--quantize {self.quantize}. Take int8, or leave --keep-float out."
             )
         if self.dtype == "bfloat16" and self.device == "cpu":
             raise UserError(
@@ -102,6 +109,15 @@ class ExportOptions:
 def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
     if value not in known:
         raise UserError(f"{option} is {value!r}, expected one of: {', '.join(str(entry) for entry in known if entry)}.")
+
+
+def check_generates(options: ExportOptions) -> None:
+    """UserError for options that a causal language model isn't exported with."""
+    if options.keep_float:
+        raise UserError(
+            "--keep-float is for encoders, and this is a causal language model, whose builder quantises all linear "
+            "layers. Leave it out."
+        )
 
 
 def check_encodes(options: ExportOptions, task: str) -> None:

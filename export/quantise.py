@@ -6,14 +6,15 @@ swappable model's head; and it takes one scale for all activations of a batch, b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from ..errors import UserError
+from ..errors import UserError, some
 from ..parity.quantised import WEIGHTS_OF
 from .graph import modules_of
 
@@ -30,20 +31,34 @@ instruction.
 """
 
 
-def quantise(model: ir.Model, kept: Collection[str] = ()) -> None:
-    """y ≈ s·w·(round(x/s) Qᵀ): linear layers and embedding tables in int8, in place; modules in `kept` stay.
+def quantise(model: ir.Model, saved: Collection[str] = (), patterns: Sequence[str] = ()) -> None:
+    """y ≈ s·w·(round(x/s) Qᵀ): linear layers and embedding tables in int8, in place.
+
+    Modules in `saved` stay, and so do those that match one of `patterns` ("*.layer.0.*", as file names do).
 
     Q (N,K) int8 and w (N) float32 are fixed, w = max|W|/64 of each output; s = max|x|/127 is each token's own, taken as
     the model runs, so that an answer doesn't depend on the batch that it is in. Rows of an embedding have a scale each,
     max|row|/127. All of it is standard ONNX. Requires a graph from `finish`; weights that are inputs of it stay. Raises
-    UserError where nothing is left to quantise.
+    UserError where nothing is left to quantise, or a pattern matches nothing that would be.
     """
     graph = model.graph
-    chosen = [node for node in graph if _is_worth_it(node, kept)]
+    worth = {node: names for node in graph if (names := _worth_it(node, saved))}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for names in worth.values() for name in names):
+            known = some([name for names in worth.values() for name in names])
+            raise UserError(
+                f"--keep-float {pattern} matches no layer that --quantize int8 quantises. Expected a pattern such as "
+                f"'*.layer.0.*', with * for any characters. The layers: {known}."
+            )
+    chosen = [
+        node
+        for node, names in worth.items()
+        if not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    ]
     if not chosen:
         raise UserError(
             "--quantize int8 finds nothing to quantise: the model has no linear layer or embedding table in float32 of "
-            f"{_NARROWEST} x {_NARROWEST} or more that the adapter leaves alone. Leave --quantize out."
+            f"{_NARROWEST} x {_NARROWEST} or more that adapter and --keep-float leave alone. Leave --quantize out."
         )
     maker = _Maker(graph)
     for node in chosen:
@@ -54,28 +69,29 @@ def quantise(model: ir.Model, kept: Collection[str] = ()) -> None:
             new.metadata_props.update(node.metadata_props)
         last = nodes[-1]
         last.name = f"{node.name}/int8"
-        last.metadata_props[WEIGHTS_OF] = ",".join(modules_of(node))
+        last.metadata_props[WEIGHTS_OF] = ",".join(worth[node])
         last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [last.outputs[0]])
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
         del graph.initializers[name]
 
 
-def _is_worth_it(node: ir.Node, kept: Collection[str]) -> bool:
-    """Whether `node` is a linear layer or an embedding with a constant weight, and of known modules, none kept."""
+def _worth_it(node: ir.Node, saved: Collection[str]) -> list[str]:
+    """The modules of a linear layer or embedding of constant weight; none of other nodes, or where one is saved."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Gather"):
-        return False
+        return []
     weight = node.inputs[0 if node.op_type == "Gather" else 1]
     constant = weight.const_value if weight is not None and not weight.is_graph_input() else None
     if constant is None or len(constant.shape) != 2 or constant.dtype != ir.DataType.FLOAT:
-        return False
+        return []
     if min(constant.shape.numpy()) < _NARROWEST:
-        return False
+        return []
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "axis": 0}
     attributes = {name: attribute.value for name, attribute in node.attributes.items() if name != "transB"}
+    if any(plain.get(name) != value for name, value in attributes.items()):
+        return []
     modules = modules_of(node)
-    saved = any(f"{module}.".startswith(f"{path}.") for module in modules for path in kept)
-    return bool(modules) and not saved and all(plain.get(name) == value for name, value in attributes.items())
+    return [] if any(f"{module}.".startswith(f"{path}.") for module in modules for path in saved) else modules
 
 
 class _Maker:

@@ -20,7 +20,7 @@ from ..pytorch.base import GENERATION, BaseModel, load_base
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -99,6 +99,7 @@ def _write_generating(
 
     from .genai import write_genai
 
+    check_generates(options)
     if options.swappable is not None and adapter.modules_to_save:
         raise UserError(
             f"The adapter {adapter.path} saves {some(adapter.modules_to_save)} whole, which becomes part of a language "
@@ -148,7 +149,7 @@ def _write_encoder(
         finish(program, opset)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
     if options.quantize != "none":
-        quantise(program, adapter.modules_to_save)
+        quantise(program, saved=adapter.modules_to_save, patterns=options.keep_float)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, adapter, out.parent)

@@ -115,20 +115,22 @@ def test_what_two_layers_read_is_quantised_once_and_every_byte_of_a_weight_is_on
     assert np.abs(stored["first.int8"]).max() == 64  # two products of them and of tokens fit 16 bits
 
 
-@pytest.mark.parametrize("what", ["input", "kept", "narrow", "other layer's head"])
+@pytest.mark.parametrize("what", ["input", "saved", "pattern", "narrow", "other layer's head"])
 def test_what_stays_float(what: str) -> None:
     model, _ = small_model()
-    kept = []
+    kept, patterns = [], []
     if what == "input":
         model.graph.inputs.append(model.graph.initializers["second"])
-    elif what == "kept":
+    elif what == "saved":
         kept = ["second"]
+    elif what == "pattern":
+        patterns = ["*con*"]
     elif what == "narrow":
         narrow = np.ones((N, 15), np.float32)
         model.graph.initializers["second"].const_value = ir.Tensor(narrow, name="second")
     else:
         kept = ["sec"]  # a module's whole name, not the beginning of one
-    quantise(model, kept)
+    quantise(model, kept, patterns)
     left = "Gemm" in [node.op_type for node in model.graph]
     assert left == (what != "other layer's head")
     assert ("second" in model.graph.initializers) == left
@@ -138,6 +140,13 @@ def test_nothing_to_quantise() -> None:
     model, _ = small_model()
     with pytest.raises(UserError, match=r"finds nothing to quantise.*16 x 16"):
         quantise(model, list(MODULES.values()))
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    model, _ = small_model()
+    found = r"--keep-float \*\.third matches no layer.*The layers: embedding, first, second"
+    with pytest.raises(UserError, match=found):
+        quantise(model, [], ["*.third"])
 
 
 # Whole exports.
@@ -241,7 +250,7 @@ def test_rows_with_adapters_of_their_own(make_tiny: Callable, tmp_path: Path) ->
     ("what", "found"),
     [
         ("weights", r"quantised weights are within [\d.]+ steps of their own values, expected 1 \(worst: bert\.enc"),
-        ("zero point", r"int8 products are within .* of their formula \(worst: bert"),
+        ("zero point", r"int8 products are within .* of their formula, expected 1e-05 \(worst: bert"),
         ("adapter", r"relative error"),
     ],
 )
@@ -288,21 +297,38 @@ def test_a_manifest_is_enough_for_loratrf_parity(make_tiny: Callable, tmp_path: 
         ({"quantize": "int4"}, r"--quantize is int4.*text-classification.*Take --quantize int8"),
         ({"quantize": "int8", "dtype": "float16"}, r"with --dtype float32, got cpu and float16"),
         ({"quantize": "int8", "device": "cuda", "check": False}, r"with --dtype float32, got cuda and float32"),
+        ({"keep_float": ("*",)}, r"--keep-float \* says .* beside --quantize int8, got --quantize none"),
+        ({"quantize": "int8", "keep_float": ("x",)}, r"--keep-float x matches no layer.*bert\.embeddings\.word_emb"),
     ],
 )
 def test_what_encoders_are_not_exported_with(options: dict, found: str, make_tiny: Callable, tmp_path: Path) -> None:
     base, adapter = make_tiny("bert")
+    out = tmp_path / "out" / "model.onnx"
     with pytest.raises(UserError, match=found):
-        export_adapter(adapter, tmp_path / "out" / "model.onnx", ExportOptions(base_model=base, **options))
+        export_adapter(adapter, out, ExportOptions(base_model=base, **options))
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_says_what_it_made(make_tiny: Callable, tmp_path: Path, capsys) -> None:
+def test_the_command_says_what_it_made_and_which_layers_lose_most(make_tiny: Callable, tmp_path: Path, capsys) -> None:
     base, adapter = make_tiny("bert")
     capsys.readouterr()
-    arguments = ["--adapter", str(adapter), "--base-model", str(base), "--quantize", "int8", "--no-check"]
+    arguments = ["--adapter", str(adapter), "--base-model", str(base), "--quantize", "int8"]
     assert export_main([*arguments, "--out", str(tmp_path / "model.onnx")]) == 0
-    assert "merged, int8 weights, float32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "merged, int8 weights, float32" in said
+    most = re.search(r"rounding their tokens costs most in (\S+) \(", said)
+    assert most is not None
+    assert export_main([*arguments, "--keep-float", most[1], "*.layer.1.*", "--out", str(tmp_path / "b.onnx")]) == 0
+    names = set(ir.load(tmp_path / "b.onnx").graph.initializers)
+    assert not [name for name in names if name.endswith(".int8") and (".layer.1." in name or most[1] in name)]
+    assert [name for name in names if name.endswith(".int8")]
+
+
+def test_language_models_keep_none(make_llm: Callable, tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "lora")
+    options = ExportOptions(base_model=base, quantize="int8", keep_float=("*",))
+    with pytest.raises(UserError, match="--keep-float is for encoders"):
+        export_adapter(adapter, tmp_path / "model.onnx", options)
 
 
 def test_options_are_one_value(make_tiny: Callable) -> None:

@@ -159,10 +159,21 @@ def _parser() -> Parser:
         "cpu); bfloat16 is for cuda",
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
-    generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
-    generating.add_argument(
-        "--quantize", choices=QUANTIZATIONS, default="none", help="of the base weights; adapters stay in full precision"
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="of the base weights; adapters stay in full precision. int4 is for causal language models",
     )
+    parser.add_argument(
+        "--keep-float",
+        nargs="+",
+        metavar="PATTERN",
+        default=(),
+        help="with --quantize int8 of an encoder: layers that stay float32, such as '*.layer.0.*' (the proof names "
+        "those that lose most)",
+    )
+    generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
     generating.add_argument(
         "--bundle-library",
         action="store_true",
