@@ -52,6 +52,15 @@ class AdaptedLinear(nn.Module):
             version=VERSION,
         )
 
+    @property
+    def weight(self) -> Any:
+        """The frozen layer's, as PEFT's layers give it: WavLM's attention reads it, and never calls the layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
     def _input(self, name: str, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if name in ("base", "z"):
             return hidden

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -12,6 +14,7 @@ import onnx_ir as ir
 from ..errors import UserError
 from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
 from ..pytorch.base import max_sequence
+from ..pytorch.shapes import wave_length
 from .options import DEFAULT_OPSET
 
 if TYPE_CHECKING:
@@ -24,23 +27,30 @@ IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
 
 _AXES = {"pixel_values": ("batch", "channels", "height", "width")}
-_TEXT_AXES = ("batch", "sequence")
+_TEXT_AXES, _WAVE_AXES = ("batch", "sequence"), ("batch", "samples")
 
 
 def trace(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], opset: int = DEFAULT_OPSET, device: str = "cpu"
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    opset: int = DEFAULT_OPSET,
+    device: str = "cpu",
+    outputs: Collection[str] = (),
 ) -> ir.Model:
     """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for `device` in; batch and sequence are dynamic.
 
-    Raises UserError where torch can't trace or ONNX can't express the model.
+    Of what `model` gives only `outputs` stay, where it gives one of them. Raises UserError where torch can't trace or
+    ONNX can't express the model.
     """
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     batch = torch.export.Dim("batch", min=1)
-    sequence = torch.export.Dim("sequence", min=1, max=max_sequence(model.config))
-    shared = {name: {0: batch} if name in _AXES else {0: batch, 1: sequence} for name in inputs}
+    waves = "input_values" in inputs
+    shortest = wave_length(model.config, 1) if waves and inputs["input_values"].ndim == 2 else 1
+    sequence = torch.export.Dim("sequence", min=shortest, max=None if waves else max_sequence(model.config))
+    shared = {name: {0: batch} if value.ndim > 2 else {0: batch, 1: sequence} for name, value in inputs.items()}
     attempts: list[dict[str, Any]] = [
         {"dynamic_shapes": shared, "prefer_deferred_runtime_asserts_over_guards": True},
         # Models with control flow on shapes (DeBERTa-v2) don't prove shared, bounded symbols; free ones they trace.
@@ -50,13 +60,31 @@ def trace(
     for options in attempts:
         config = OnnxConfig(ort_fusions=device, opset_version=opset, **options)  # type: ignore[arg-type]
         try:
-            return OnnxExporter().export(model, dict(inputs), config=config).program
+            with _giving(model, outputs):
+                return OnnxExporter().export(model, dict(inputs), config=config).program
         except Exception as error:  # torch.export raises many classes
             failure = failure or error
     raise UserError(
         f"{type(model).__name__} can't be traced to ONNX: {str(failure).strip().splitlines()[0]} "
         "It may need a newer transformers or torch; families proven with this version are in the README."
     ) from failure
+
+
+@contextlib.contextmanager
+def _giving(model: PreTrainedModel, outputs: Collection[str]) -> Iterator[None]:
+    """Inside, `model` gives nothing but `outputs`: what else it gives is no part of what is traced then."""
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **options: Any) -> Any:
+        given = whole(*args, **options)
+        return {name: given[name] for name in outputs if name in given} or given
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def finish(model: ir.Model, opset: int = DEFAULT_OPSET) -> None:
@@ -86,10 +114,11 @@ def _add_functions(model: ir.Model, opset: int) -> None:
 
 
 def _name_axes(model: ir.Model, opset: int) -> None:
-    """Dynamic axes are named batch and sequence; torch calls them s18, s41."""
+    """Dynamic axes are named batch and sequence, or samples; torch calls them s18, s41."""
     graph, names = model.graph, dict[str, str]()
+    rows = _WAVE_AXES if any(value.name == "input_values" for value in graph.inputs) else _TEXT_AXES
     for value in graph.inputs:
-        for axis, dim in zip(_AXES.get(value.name or "", _TEXT_AXES), value.shape or (), strict=False):
+        for axis, dim in zip(_AXES.get(value.name or "", rows), value.shape or (), strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 names.setdefault(dim.value, axis)
 

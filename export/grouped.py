@@ -197,7 +197,7 @@ def _write_encoder(
     inputs = traced_inputs(base, dtype)
     clock("tracing")
     with collector_off():
-        program = trace(base.model, inputs, opset)
+        program = trace(base.model, inputs, opset, outputs=base.outputs)
         _add_adapter_ids(program.graph)
         finish(program, opset)
     _slots_to_inputs(program.graph, contents)

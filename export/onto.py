@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Converted", "convert_adapter"]
 
+_UNNAMED = ("image-classification", "audio-classification")
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -99,7 +101,8 @@ def _check_whole(adapter: Adapter, swappable: Swappable) -> None:
 def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_model: str | Path | None) -> str:
     """Whether task and base are the model's; how the base was told. Raises UserError where they aren't."""
     task = TASKS.get(adapter.task_type or "")
-    if task is not None and task != manifest.task and manifest.task != "image-classification":
+    # PEFT has no task type of its own for images and sound.
+    if task is not None and task != manifest.task and manifest.task not in _UNNAMED:
         raise UserError(
             f"The adapter {adapter.path} was trained for {task}, the model {model} was exported for "
             f"{manifest.task}. Export a model for its task."

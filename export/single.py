@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
+from ..adapters.fits import check_exportable
 from ..errors import UserError, some
 from ..files import realpath
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["export_adapter"]
 
-_LOST_STARTS = ("lora_ga", "corda")
-"""Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter."""
-
 Values = dict[str, NDArray]
 
 
@@ -57,6 +55,7 @@ def export_adapter(
     out = Path(out)
     check_writable(out)
     loaded = read_adapter(adapter)
+    check_exportable(loaded)
     if not options.merges and loaded.not_separable:
         raise UserError(
             f"The adapter {adapter} can't be kept separate: {loaded.not_separable}. Export it merged: --mode merged."
@@ -65,7 +64,9 @@ def export_adapter(
         check_swappable(loaded)
     else:
         check_always_active(loaded)
-    remedy = "" if options.merges else "Export it merged: --mode merged."
+    # An aLoRA can't be merged.
+    only = options.merges or loaded.invocation_tokens is not None
+    remedy = "Train it with a lower rank." if only else "Export it merged: --mode merged."
     check_ranks(loaded, merges=options.merges, device=options.device, remedy=remedy)
 
     def write(model: Path, clock: Clock) -> Manifest:
@@ -145,7 +146,7 @@ def _write_encoder(
     layers = _attach(swap.placeholders if swap else adapter, base, options.merges, getattr(torch, options.dtype))
     clock("tracing")
     with collector_off():
-        program = trace(base.model, traced_inputs(base, options.dtype), opset, options.device)
+        program = trace(base.model, traced_inputs(base, options.dtype), opset, options.device, base.outputs)
         finish(program, opset)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
     if options.quantize != "none":
@@ -171,13 +172,6 @@ def _merge_with_peft(adapter: Adapter, base: BaseModel) -> list[LayerRow]:
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    start = str(adapter.config.get("init_lora_weights")).lower()
-    if start in _LOST_STARTS:
-        raise UserError(
-            f'The adapter {adapter.path} was trained with init_lora_weights="{start}" from changed base weights that '
-            "its file doesn't record, so nobody can restore them. Save it again from the training run, converted to "
-            "plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        )
     base.model.float()
     model = apply_adapter(adapter, base.model)
     try:

@@ -17,7 +17,10 @@ from ..files import read_regular
 from .json_text import parse_json
 from .patterns import Matcher
 
-__all__ = ["ADAPTED_TYPES", "matches_target", "not_separable_reason", "rank_and_scale", "read_config"]
+__all__ = [
+    *("ADAPTED_TYPES", "matches_target", "not_exportable_reason", "not_separable_reason", "rank_and_scale"),
+    "read_config",
+]
 
 ADAPTED_TYPES = ("LORATRF", "LORA")
 """Kinds whose layers this package keeps apart from the base model."""
@@ -51,6 +54,18 @@ _NOT_SEPARABLE_FIELDS = {
     "target_parameters": "it adapts bare parameters instead of linear layers",
     "megatron_config": "its layers are split between devices",
 }
+
+# Kinds that never fold into weights. A SHADOW adapter names a model that PEFT loads without asking who wrote it, XLORA
+# names other adapters, prompt kinds a tokenizer or a pickle file.
+# fmt: off
+_NEVER_FOLDS = frozenset((
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "SHADOW", "XLORA",
+))
+# fmt: on
+_RETRAIN = "Train LoRA, LoRATRF or another kind that folds"
+# Initialisations that change the base by gradients or data: PEFT can't redo them when it loads the adapter.
+_LOST_STARTS = ("lora_ga", "corda")
 
 _LONGEST = 1 << 22
 """Bytes: rank_pattern may name tens of thousands of layers."""
@@ -216,6 +231,36 @@ def not_separable_reason(config: Mapping[str, Any]) -> str | None:
     if isinstance(initialisation, str) and initialisation.lower() not in _PLAIN_INITIALISATIONS:
         # Saved with path_initial_model_for_weight_conversion, such an adapter states true here and is plain LoRA.
         return f'init_lora_weights="{initialisation}": training started from changed base weights'
+    return None
+
+
+def not_exportable_reason(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why an adapter can neither be kept beside the base model nor be folded into it, and what to do; None elsewhere.
+
+    PEFT needs to know more than config and weights for these, or has no merge for them.
+    """
+    start = config.get("init_lora_weights")
+    if config["peft_type"] in _NEVER_FOLDS:
+        return f"peft_type {config['peft_type']} has nothing that folds into the base model's weights", _RETRAIN
+    if config.get("megatron_config"):  # names a module that is imported
+        return "megatron_config says that its layers are split between devices", _RETRAIN
+    if config.get("layer_replication"):
+        return (
+            "layer_replication makes copies of the base model's layers, so that the model is no longer the base's",
+            "Save the model with its copied layers as a base of its own, and train an adapter on that",
+        )
+    if isinstance(start, str) and start.lower() in _LOST_STARTS:
+        return (
+            f'init_lora_weights="{start}" trained it from changed base weights that its file doesn\'t record, so '
+            "nobody can restore them",
+            "Save it again from the training run, converted to plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)",
+        )
+    if config.get("alora_invocation_tokens") and (why := not_separable_reason(config)):
+        return (
+            f"it is active only after its invocation tokens, which separate layers alone can be, and has {why}",
+            "Train it without that, or without alora_invocation_tokens",
+        )
     return None
 
 

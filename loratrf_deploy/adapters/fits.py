@@ -8,14 +8,21 @@ from numpy.typing import NDArray
 
 from ..errors import UserError, some
 from .adapter import EMBEDDINGS, Adapter, saved_owner
-from .config import matches_target
+from .config import matches_target, not_exportable_reason
 from .patterns import Matcher
 
-__all__ = ["check_fits", "contradictions"]
+__all__ = ["check_exportable", "check_fits", "contradictions"]
 
 _HALVES = (("target_modules", "A", "low-rank"), ("filter_target_modules", "tau", "filter"))
 # What PEFT takes for the head of a model for sequence classification.
 _HEADS = ("classifier", "score")
+
+
+def check_exportable(adapter: Adapter) -> None:
+    """UserError for an adapter that can be exported in no mode at all, so that nobody is sent from one to the other."""
+    if found := not_exportable_reason(adapter.config):
+        why, remedy = found
+        raise UserError(f"The adapter {adapter.path} can't be exported: {why}. {remedy}.")
 
 
 def check_fits(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
+from ..adapters.fits import check_exportable
 from ..errors import UserError, some
 from ..ops.dtypes import NUMPY
 from .swappable import RuntimeWeight, zeros
@@ -18,6 +19,7 @@ __all__ = ["check_always_active", "check_swappable", "fit"]
 
 def check_swappable(adapter: Adapter) -> None:
     """UserError where `adapter` has what can't be a run-time weight: biases, or no separable form at all."""
+    check_exportable(adapter)
     problem = adapter.not_separable
     if adapter.biases:
         problem = f"it trains biases of the base model ({some(adapter.biases)})"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..pytorch.base import GENERATION, Inputs, load_tokenizer, max_sequence, sample_inputs
+from ..pytorch.shapes import wave_length
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -45,8 +46,8 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
 
     texts, {"text": ...}, {"sentence": ...}, {"sentence1": ..., "sentence2": ...} or {"question": ..., "context": ...},
     tokenised with the tokenizer in `folder` (else the base model's), eight neighbouring rows to a batch; or arrays by
-    input name, {"input_ids": [...], ...} or {"pixel_values": [...]}, one row of a batch or a whole batch. Other keys
-    (labels, ids) are ignored. Raises UserError with the line number.
+    input name, {"input_ids": [...], ...}, {"pixel_values": [...]} or {"input_values": [...]}, one row of a batch or a
+    whole batch. Other keys (labels, ids) are ignored. Raises UserError with the line number.
     """
     path = Path(path)
     # Tokenizers of language models pad on either side, or have no padding token at all.
@@ -90,22 +91,14 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
 
     A missing attention_mask is all ones and missing token_type_ids are zeros, as in transformers. Raises UserError.
     """
-    config = base.model.config
-    main = "pixel_values" if "pixel_values" in base.input_names else "input_ids"
+    config, main = base.model.config, base.main_input
     if main not in batch:
         raise UserError(f"{main} is missing. The model takes {', '.join(base.input_names)}.")
     value = batch[main]
-    if main == "pixel_values":
-        value = value[None] if value.ndim == 3 else value
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        wanted = (config.num_channels, height, width)
-        if value.ndim != 4 or value.shape[1:] != wanted or value.dtype.kind not in "fiu" or not value.size:
-            raise UserError(
-                f"pixel_values has shape {batch[main].shape} of {value.dtype}, expected numbers of shape {wanted} or "
-                f"(batch, {', '.join(map(str, wanted))})."
-            )
-        return {main: value.astype(np.float32)}
+    if base.row_shape:
+        return {main: _fixed_rows(main, value, base.row_shape)}
+    if main == "input_values":
+        return _waves(batch, base)
     values = dict(batch)
     values.setdefault("attention_mask", np.ones_like(value))
     values.setdefault("token_type_ids", np.zeros_like(value))
@@ -130,6 +123,38 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
             raise UserError(f"{name} has values from {array.min()} to {array.max()}, the model takes 0 to {limit - 1}.")
         completed[name] = array.astype(np.int64)
     _check_length(completed[main].shape[1], base)
+    return completed
+
+
+def _fixed_rows(name: str, value: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.float32]:
+    rows = value[None] if value.ndim == len(wanted) else value
+    if rows.ndim != len(wanted) + 1 or rows.shape[1:] != wanted or rows.dtype.kind not in "fiu" or not rows.size:
+        raise UserError(
+            f"{name} has shape {value.shape} of {value.dtype}, expected numbers of shape {wanted} or (batch, "
+            f"{', '.join(map(str, wanted))})."
+        )
+    return rows.astype(np.float32)
+
+
+def _waves(batch: Inputs, base: BaseModel) -> Inputs:
+    shortest = wave_length(base.model.config, 1)
+    waves = batch["input_values"]
+    waves = waves[None] if waves.ndim == 1 else waves
+    if waves.ndim != 2 or not waves.size or waves.dtype.kind not in "fiu" or waves.shape[1] < shortest:
+        raise UserError(
+            f"input_values has shape {waves.shape} of {waves.dtype}, expected numbers: a list of at least {shortest} "
+            "samples, or a list of such lists of one length."
+        )
+    completed: Inputs = {"input_values": waves.astype(np.float32)}
+    if "attention_mask" in base.input_names:
+        mask = np.asarray(batch.get("attention_mask", np.ones(waves.shape, np.int64)))
+        mask = mask[None] if mask.ndim == 1 else mask
+        if mask.shape != waves.shape or mask.dtype.kind not in "iu" or mask.min() < 0 or mask.max() > 1:
+            raise UserError(
+                f"attention_mask has shape {mask.shape} of {mask.dtype}, expected 0 and 1 of the shape of "
+                f"input_values, {waves.shape}."
+            )
+        completed["attention_mask"] = mask.astype(np.int64)
     return completed
 
 

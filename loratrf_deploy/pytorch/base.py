@@ -17,6 +17,7 @@ from ..adapters.fits import check_fits
 from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import check_entries, read_regular, readable, stays_inside
+from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 Inputs = dict[str, NDArray[Any]]
-"""A batch by input name: ids (batch, sequence) int64, or pixels (batch, channels, H, W) float32."""
+"""A batch by input name: ids (batch, sequence) int64, or float32 pixels (batch, channels, H, W) or sound."""
 Outputs = dict[str, NDArray[Any]]
 """What a model gives for a batch, by output name."""
 
@@ -49,13 +50,20 @@ TASKS = {
     "CAUSAL_LM": GENERATION,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
-on; image classification has no PEFT task type of its own."""
+on; image and audio classification have no PEFT task type of their own."""
+
+_OUTPUTS = {
+    "question-answering": ("start_logits", "end_logits"),
+    "feature-extraction": ("last_hidden_state", "pooler_output"),
+}
+"""What a model of a task is exported for, where it isn't ("logits",): not its caches, nor what its config adds."""
 
 _TASK_OF_CLASS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
     "ForCausalLM": GENERATION,
     "LMHeadModel": GENERATION,
     "Model": "feature-extraction",
@@ -68,7 +76,7 @@ class BaseModel:
 
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
-    it, or with its tokenizer, may run.
+    it, or with its tokenizer, may run. `row_shape` is that of a row of the main input, () where rows differ in length.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -78,6 +86,17 @@ class BaseModel:
     untrained: frozenset[str]
     parameters: dict[str, tuple[int, ...]]
     trust_remote_code: bool = False
+    row_shape: tuple[int, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what it is exported for; a model may lack one, as the pooled output."""
+        return _OUTPUTS.get(self.task, ("logits",))
+
+    @property
+    def main_input(self) -> str:
+        """input_ids, pixel_values or input_values."""
+        return next(name for name in self.input_names if name in MAIN_INPUTS)
 
 
 def load_base(
@@ -114,39 +133,61 @@ def load_base(
     model, untrained = _load(adapter, name, config, task, dtype, trust_remote_code)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check_fits(adapter, parameters, conv1d=_conv1d(model))
-    input_names = _input_names(model, name, task, trust_remote_code)
-    return BaseModel(model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code)
+    input_names = _input_names(model, name, trust_remote_code)
+    shape = row_shape(model.config, name, main_input(model, name))
+    return BaseModel(model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code, shape)
 
 
 def sample_inputs(
     base: BaseModel, *, batch: int, sequence: int, seed: int, padding: bool = True
 ) -> dict[str, NDArray[Any]]:
-    """Random inputs of the model's own sizes: ids (batch, sequence) int64, or pixels (batch, channels, H, W) float32.
+    """Random inputs of the model's own sizes: ids (batch, sequence) int64, pixels (batch, channels, H, W) float32, or
+    sound (batch, samples) float32 of which a model makes `sequence` frames.
 
     With `padding`, every row but the first is right-padded to its own random length, as a tokenizer does. `sequence`
     is cut to what the model's position embeddings hold.
     """
     rng = np.random.default_rng(seed)
     config = base.model.config
-    if "pixel_values" in base.input_names:
-        height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-        pixels = rng.standard_normal((batch, config.num_channels, height, width), dtype=np.float32)
-        return {"pixel_values": pixels}
+    if base.row_shape:
+        return {base.main_input: rng.standard_normal((batch, *base.row_shape), dtype=np.float32)}
+    if base.main_input == "input_values":
+        return _sample_waves(base, batch, sequence, rng, padding)
     sequence = min(sequence, max_sequence(config) or sequence)
     pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     ids = rng.integers(0, config.vocab_size, (batch, sequence))
     # RoBERTa counts positions by ids that aren't padding: a padding id inside a sentence never comes from a tokenizer.
     ids = np.where(ids == pad, (pad + 1) % config.vocab_size, ids)
-    mask = np.ones_like(ids)
+    lengths = np.full(batch, sequence)
     if padding and sequence > 1:
         lengths = rng.integers(1, sequence, batch)
         lengths[0] = sequence
-        mask = (np.arange(sequence) < lengths[:, None]).astype(np.int64)
-        ids = np.where(mask == 1, ids, pad)
+    mask = (np.arange(sequence) < lengths[:, None]).astype(np.int64)
+    if base.task == "text-classification" and config.is_encoder_decoder:
+        # BART's kind reads its answer where <eos> is, and wants as many in each row: one, where a tokenizer puts it.
+        ids = np.where(ids == config.eos_token_id, (config.eos_token_id + 1) % config.vocab_size, ids)
+        ids[np.arange(batch), lengths - 1] = config.eos_token_id
+    ids = np.where(mask == 1, ids, pad)
     values = {"input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in base.input_names:
         types = max(int(getattr(config, "type_vocab_size", 1) or 1), 1)
         values["token_type_ids"] = np.sort(rng.integers(0, types, ids.shape), axis=1)
+    return {name: values[name] for name in base.input_names}
+
+
+def _sample_waves(
+    base: BaseModel, batch: int, frames: int, rng: np.random.Generator, padding: bool
+) -> dict[str, NDArray[Any]]:
+    config = base.model.config
+    # Not the fewest for so many frames: lengths of waves are odd.
+    longest = wave_length(config, frames) + int(rng.integers(config.conv_stride[0]))
+    waves = rng.standard_normal((batch, longest), dtype=np.float32)
+    lengths = np.full(batch, longest)
+    if padding and frames > 1:
+        lengths = rng.integers(wave_length(config, 1), longest, batch)
+        lengths[0] = longest
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    values: Inputs = {"input_values": waves * mask.astype(np.float32), "attention_mask": mask}
     return {name: values[name] for name in base.input_names}
 
 
@@ -165,17 +206,9 @@ _ROBERTA_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "
 
 def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     """The adapter's task: from its task type, else from the class it was trained on, else from the base's class."""
-    from transformers.models.auto import modeling_auto
-
     if adapter.task_type in TASKS:
-        task = TASKS[adapter.task_type]
-        if task == "text-classification":
-            images = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-            texts = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-            if config.model_type in images and config.model_type not in texts:
-                return "image-classification"
-        return task
-    known = ", ".join([*TASKS, "image classification"])
+        return _of_its_kind(TASKS[adapter.task_type], config)
+    known = ", ".join([*TASKS, "image and audio classification"])
     if adapter.task_type is not None:
         raise UserError(
             f"The adapter's task_type is {adapter.task_type}, which this version can't export. Supported: {known}."
@@ -184,7 +217,7 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     for name in [trained_on, *(config.architectures or [])]:
         for suffix, task in _TASK_OF_CLASS.items():
             if isinstance(name, str) and name.endswith(suffix):
-                return task
+                return _of_its_kind(task, config)
     raise UserError(
         f"The adapter {adapter.path} has no task_type, and neither the class it was trained on ({trained_on}) nor its "
         f"base's ({config.architectures}) tells one that can be exported. Supported: {known}. Set task_type in "
@@ -192,11 +225,24 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     )
 
 
+def _of_its_kind(task: str, config: PreTrainedConfig) -> str:
+    """`task`; classification of images or audio where the model can't take texts: PEFT says SEQ_CLS for all of them."""
+    from transformers.models.auto import modeling_auto
+
+    texts = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if task == "text-classification" and config.model_type not in texts:
+        if config.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+            return "image-classification"
+        if config.model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
+            return "audio-classification"
+    return task
+
+
 def _num_labels(adapter: Adapter) -> int | None:
     """The number of labels of the classification head that the adapter brings, None where it brings none."""
     for path, tensors in adapter.modules_to_save.items():
-        if path.rsplit(".", 1)[-1] in ("classifier", "score", "qa_outputs"):
-            for name in ("out_proj.weight", "weight"):
+        if path.rsplit(".", 1)[-1] in ("classifier", "score", "qa_outputs", "classification_head"):
+            for name in ("out_proj.weight", "weight", "1.weight"):
                 if name in tensors:
                     return int(tensors[name].shape[0])
     return None
@@ -265,11 +311,12 @@ def _conv1d(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _input_names(model: PreTrainedModel, name: str, task: str, trust_remote_code: bool) -> tuple[str, ...]:
-    """The inputs that the tokenizer gives and the model takes, in the tokenizer's order."""
+def _input_names(model: PreTrainedModel, name: str, trust_remote_code: bool) -> tuple[str, ...]:
+    """The inputs that the tokenizer gives and the model takes, in the tokenizer's order; others by name."""
     takes = inspect.signature(model.forward).parameters
-    if task == "image-classification" or "input_ids" not in takes:
-        return ("pixel_values",)
+    if (main := main_input(model, name)) != "input_ids":
+        masked = main == "input_values" and "attention_mask" in takes and takes_mask(model.config, name)
+        return (main, "attention_mask") if masked else (main,)
     names = ["input_ids", "attention_mask"]
     if tokenizer := load_tokenizer(name, trust_remote_code=trust_remote_code):
         names = [entry for entry in tokenizer.model_input_names if entry in takes]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
+from ..adapters.fits import check_exportable
 from ..errors import UserError, some
 from ..ops.dtypes import DType
 from .base import BaseModel, Inputs, load_base
@@ -59,7 +60,7 @@ def apply_adapter(adapter: Adapter, model: Any) -> Any:
     Raises UserError where PEFT refuses the adapter, or passes over part of it: it leaves layers without weights in the
     file as they were initialised, and weights without a layer in the file.
     """
-    _check_folds(adapter)
+    check_exportable(adapter)  # before PEFT sees it: some of these kinds would read more than the adapter
     import peft
 
     from .. import peft as _loratrf  # noqa: F401  (registers LORATRF)
@@ -83,29 +84,6 @@ def apply_adapter(adapter: Adapter, model: Any) -> Any:
             "training run, or one of them was edited: save the adapter again with PEFT's save_pretrained."
         )
     return applied
-
-
-def _check_folds(adapter: Adapter) -> None:
-    """UserError, before PEFT sees the adapter, for kinds that never fold into weights, of which some would read more.
-
-    A SHADOW adapter names a model that PEFT loads without asking who wrote it, XLORA names other adapters, prompt
-    kinds a tokenizer or a pickle file, a megatron_config a module that is imported.
-    """
-    kind, split = adapter.peft_type, adapter.config.get("megatron_config")
-    if kind in _NEVER_FOLDS or split:
-        why = "megatron_config, layers that are split between devices" if split else f"peft_type {kind}"
-        raise UserError(
-            f"The adapter {adapter.path} has {why}: PEFT can't fold it into the base model's weights, so it can't be "
-            "exported. Train LoRA, LoRATRF or another kind that folds."
-        )
-
-
-# fmt: off
-_NEVER_FOLDS = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-    "POLY", "SHADOW", "XLORA",
-)
-# fmt: on
 
 
 def bare_reference(
@@ -165,7 +143,10 @@ def tie_equal(model: Any) -> None:
     """Lets head and embedding of `model` share one weight where theirs are equal, as where both got the same tokens."""
     import torch
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # a network without either, such as ResNet
+        return
     linear = isinstance(embedding, torch.nn.Embedding) and isinstance(head, torch.nn.Linear)
     if linear and torch.equal(head.weight, embedding.weight):
         head.weight = embedding.weight
