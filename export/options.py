@@ -142,12 +142,13 @@ def check_encodes(options: ExportOptions, task: str) -> None:
 def check_ranks(adapter: Adapter, *, merges: bool, device: Device, remedy: str) -> None:
     """UserError, ending in `remedy`, where ranks that stay in the graph are over what the operators take on `device`.
 
-    A merged low-rank half has no rank there.
+    A merged low-rank half has no rank there; a filter and an aLoRA are never merged.
     """
     most = MAX_CUDA_RANK if device == "cuda" else MAX_RANK
-    high = [
-        name for name, layer in adapter.layers.items() if max(0 if merges else layer.rank, layer.filter_rank) > most
-    ]
+    filters = [name for name, layer in adapter.layers.items() if layer.filter_rank > most]
+    high = filters or [name for name, layer in adapter.layers.items() if not merges and layer.rank > most]
+    if filters or adapter.invocation_tokens is not None:
+        remedy = f"It can't be folded into the weights: train it with ranks of at most {most}."
     if high:
         raise UserError(
             f"The adapter {adapter.path} has ranks over {most} at {some(high)}, more than the operators take on "

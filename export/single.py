@@ -64,10 +64,9 @@ def export_adapter(
         check_swappable(loaded)
     else:
         check_always_active(loaded)
-    # An aLoRA can't be merged.
-    only = options.merges or loaded.invocation_tokens is not None
-    remedy = "Train it with a lower rank." if only else "Export it merged: --mode merged."
-    check_ranks(loaded, merges=options.merges, device=options.device, remedy=remedy)
+    check_ranks(
+        loaded, merges=options.merges, device=options.device, remedy="Export it merged: --mode merged, not swappable."
+    )
 
     def write(model: Path, clock: Clock) -> Manifest:
         return _write_model(loaded, model, clock, options)

@@ -261,6 +261,12 @@ def not_exportable_reason(config: Mapping[str, Any]) -> tuple[str, str] | None:
             f"it is active only after its invocation tokens, which separate layers alone can be, and has {why}",
             "Train it without that, or without alora_invocation_tokens",
         )
+    if config.get("alora_invocation_tokens") and config.get("task_type") not in (None, "CAUSAL_LM"):
+        return (
+            "it is active only after its invocation tokens, and only causal language models, not "
+            f"{config['task_type']}, are run so",
+            "Train it without alora_invocation_tokens",
+        )
     return None
 
 

@@ -44,7 +44,9 @@ def find_weights(path: Path) -> Path:
 
 def _find(path: Path) -> Path:
     if path.is_file():
-        raise UserError(f"{path} is a file, expected the adapter's folder. Pass {path.parent}.")
+        beside = (path.parent / CONFIG_FILE).is_file()
+        remedy = f"Pass {path.parent}." if beside else "Unpack it if it is an archive, and pass the folder in it."
+        raise UserError(f"{path} is a file, expected an adapter's folder, which has {CONFIG_FILE}. {remedy}")
     if not path.is_dir():
         raise UserError(
             f"No folder at {path}: expected an adapter folder as PEFT's save_pretrained writes it. Names on a hub are "

@@ -105,7 +105,13 @@ def _failed(failure: ParityFailed, facts: dict[str, Any], args: argparse.Namespa
         print_json(facts)
     else:
         print_report(failure.report)
-    print(f"error: {failure}: parity failed, so nothing was written. Write it anyway with --no-check.", file=sys.stderr)
+    coarse = args.onto is None and args.dtype != "float32"
+    advice = (
+        "Export it in float32 (--dtype float32), where errors of the weights' type can't hide others."
+        if coarse
+        else "Its layers are in the report, and the first that drifts is where to look: don't deploy this model."
+    )
+    print(f"error: {failure}: parity failed, so nothing was written. {advice}", file=sys.stderr)
     return 1
 
 

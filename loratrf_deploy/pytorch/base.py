@@ -208,20 +208,28 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     """The adapter's task: from its task type, else from the class it was trained on, else from the base's class."""
     if adapter.task_type in TASKS:
         return _of_its_kind(TASKS[adapter.task_type], config)
-    known = ", ".join([*TASKS, "image and audio classification"])
+    known = ", ".join(TASKS)
     if adapter.task_type is not None:
         raise UserError(
-            f"The adapter's task_type is {adapter.task_type}, which this version can't export. Supported: {known}."
+            f"The adapter's task_type is {adapter.task_type}, which this version can't export. Supported: {known}, and "
+            "classification of images and audio."
         )
     trained_on = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    for name in [trained_on, *(config.architectures or [])]:
+    for name in [trained_on] if trained_on else config.architectures or []:
         for suffix, task in _TASK_OF_CLASS.items():
             if isinstance(name, str) and name.endswith(suffix):
                 return _of_its_kind(task, config)
+    if trained_on:
+        raise UserError(
+            f"The adapter {adapter.path} was trained on a {trained_on}, which this version can't export. Supported: "
+            f"{known}, and classification of images and audio. To set another task_type doesn't help: its weights are "
+            "of that model."
+        )
+    classes = some(list(map(str, config.architectures or ["none"])))
     raise UserError(
-        f"The adapter {adapter.path} has no task_type, and neither the class it was trained on ({trained_on}) nor its "
-        f"base's ({config.architectures}) tells one that can be exported. Supported: {known}. Set task_type in "
-        "adapter_config.json."
+        f"The adapter {adapter.path} has no task_type, doesn't say on which class it was trained, and its base's "
+        f"({classes}) tells no task that can be exported. If it was trained for one of {known}, set that as task_type "
+        "in its adapter_config.json."
     )
 
 
@@ -278,6 +286,7 @@ def _load(
     except Exception as error:
         raise UserError(
             _needs_trust(f"base model {name}", error)
+            or _of_no_such_task(name, config, task, error)
             or f"The base model {name} can't be loaded for {task}: {error} Expected a folder or hub name with "
             "config.json and safetensors weights of a model that transformers knows."
         ) from error
@@ -398,6 +407,18 @@ def _needs_trust(what: str, error: Exception) -> str | None:
         f"The {what} brings Python of its own (auto_map), which is not run: it could do anything that you can. Take a "
         "base and an adapter that need none; or, if you know who wrote it and have read it, add --trust-remote-code "
         "(trust_remote_code=True), which runs what the base model and the tokenizer bring."
+    )
+
+
+def _of_no_such_task(name: str, config: PreTrainedConfig, task: str, error: Exception) -> str | None:
+    """The paragraph where transformers knows the model and has no class of it for `task`: its own lists all others."""
+    if "Unrecognized configuration class" not in str(error):
+        return None
+    classes = some(list(map(str, config.architectures or []))) or "of no class that its config.json names"
+    return (
+        f"The base model {name} is of the type {config.model_type} ({classes}), of which transformers has no model for "
+        f"{task}, the task of this adapter. Vision-language models and encoder-decoders that generate can't be "
+        "exported by this version; if the base is another one, pass it: --base-model PATH."
     )
 
 
