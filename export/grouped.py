@@ -28,6 +28,7 @@ from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
 from .proven import (
     Clock,
     ExportResult,
+    check_tokens,
     collector_off,
     common_facts,
     filter_input_of,
@@ -191,6 +192,7 @@ def _write_encoder(
     from .quantise import quantise
 
     check_encodes(options, base.task)
+    check_tokens(contents.first, base)
     opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
     _attach(base, contents.layers, contents.weights, contents.filter_input)
     base.model.to(getattr(torch, dtype))

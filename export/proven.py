@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter
+from ..errors import UserError
 from ..files import read_regular
 from ..formats.manifest import (
     AdapterId,
@@ -44,6 +45,7 @@ __all__ = [
     "Clock",
     "ExportResult",
     "ParityFailed",
+    "check_tokens",
     "collector_off",
     "common_facts",
     "filter_input_of",
@@ -166,6 +168,21 @@ def filter_input_of(adapters: Sequence[Adapter]) -> FilterInput:
         if any(layer.A is not None and layer.tau is not None for layer in adapter.layers.values()):
             return adapter.filter_input
     return adapters[0].filter_input if len(adapters) == 1 else "adapted"
+
+
+def check_tokens(adapter: Adapter, base: BaseModel) -> None:
+    """UserError where the tokenizer makes ids that the embeddings of `base` have no row for."""
+    if "input_ids" not in base.input_names:
+        return
+    tokenizer, source = tokenizer_of(adapter, base)
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if tokenizer and len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer in {source} has {len(tokenizer)} tokens, but the base model {base.path} embeds {rows}, and "
+            f"the adapter {adapter.path} brings no others. Pass the base that it was trained on (--base-model), or "
+            "save the adapter again from the training run with its embeddings: save_pretrained(..., "
+            "save_embedding_layers=True)."
+        )
 
 
 def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:

@@ -25,6 +25,7 @@ from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generate
 from .proven import (
     Clock,
     ExportResult,
+    check_tokens,
     collector_off,
     common_facts,
     traced_inputs,
@@ -138,6 +139,7 @@ def _write_encoder(
     check_always_active(adapter)
     opset = options.opset or DEFAULT_OPSET
     check_encodes(options, base.task)
+    check_tokens(adapter, base)
     if options.check:
         check_providers([PROVIDERS[options.device]])
     clock("adapting")

@@ -18,6 +18,7 @@ from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import check_entries, read_regular, readable, stays_inside
 from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
+from .vocabulary import resize_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,7 @@ def load_base(
     if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
     model, untrained = _load(adapter, name, config, task, dtype, trust_remote_code)
+    untrained |= resize_vocabulary(model, adapter)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check_fits(adapter, parameters, conv1d=_conv1d(model))
     input_names = _input_names(model, name, trust_remote_code)
