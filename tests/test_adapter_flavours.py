@@ -219,7 +219,7 @@ def test_what_cannot_be_kept_separate_says_why(tmp_path: Path, flavour: str) -> 
 # Prompts never reach PEFT: they can't be folded into weights.
 @pytest.mark.parametrize("flavour", [name for name in (*PLAIN, *APART) if name != "prompt"])
 def test_what_peft_saved_it_takes_whole(tmp_path: Path, flavour: str) -> None:
-    """The oracle refuses what PEFT would leave out: nothing of a file that PEFT itself wrote, of whatever kind that can be exported."""
+    """The oracle refuses what PEFT would leave out: nothing of a file that PEFT itself wrote, of whatever kind."""
     make, *rest = (PLAIN | APART)[flavour]
     config = LoraConfig(**({"r": 4} | rest[0])) if flavour in PLAIN else rest[0]()
     saved(tmp_path, make(), config, randomise=False)

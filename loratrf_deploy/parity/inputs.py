@@ -198,7 +198,7 @@ def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
     if "input_ids" in base.input_names:
         trusted = base.trust_remote_code
         tokenizer = load_tokenizer(folder, trust_remote_code=trusted) or load_tokenizer(
-            base.path, trust_remote_code=trusted
+            base.path, trust_remote_code=trusted, revision=base.revision
         )
     if tokenizer is None:
         raise UserError(

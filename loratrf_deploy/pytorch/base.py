@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.fits import check_fits
-from ..adapters.json_text import parse_json
 from ..errors import UserError, some
-from ..files import check_entries, read_regular, readable, stays_inside
+from ..files import check_entries, readable, stays_inside
 from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
+from .source import OWN_MODEL, Source, find_source, hub_has, needs_trust
 from .vocabulary import resize_vocabulary
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class BaseModel:
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
     it, or with its tokenizer, may run. `row_shape` is that of a row of the main input, () where rows differ in length.
+    `revision` is that of the hub which the adapter names.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -88,6 +89,7 @@ class BaseModel:
     parameters: dict[str, tuple[int, ...]]
     trust_remote_code: bool = False
     row_shape: tuple[int, ...] = ()
+    revision: str | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -112,32 +114,25 @@ def load_base(
     """
     from transformers import AutoConfig
 
-    name = str(base_model or adapter.base_model or "")
-    if not name:
-        raise UserError(
-            f"The adapter {adapter.path} doesn't say which base model it was trained on (base_model_name_or_path is "
-            "empty). Pass it: --base-model PATH."
-        )
-    check_entries(adapter.path)  # its tokenizer is read later
-    if os.path.isdir(name):
-        check_entries(Path(name))
-        _check_shards(Path(name))
-    elif os.path.exists(name) or (base_model is not None and name.startswith(("/", ".", "~"))):
-        raise UserError(f"The base model {name} is not a folder: expected one with config.json and model.safetensors.")
+    source = find_source(adapter, base_model)
+    name = source.name
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **source.options)
     except Exception as error:  # hub, file and JSON errors come in many classes
-        raise UserError(_needs_trust(f"base model {name}", error) or _not_found(name, base_model, error)) from error
+        raise UserError(needs_trust(f"base model {name}", error) or source.not_found(error)) from error
+    source.check_weights(config)
     task = _task(adapter, config)
     if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
-    model, untrained = _load(adapter, name, config, task, dtype, trust_remote_code)
+    model, untrained = _load(adapter, source, config, task, dtype, trust_remote_code)
     untrained |= resize_vocabulary(model, adapter)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check_fits(adapter, parameters, conv1d=_conv1d(model))
-    input_names = _input_names(model, name, trust_remote_code)
-    shape = row_shape(model.config, name, main_input(model, name))
-    return BaseModel(model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code, shape)
+    input_names = _input_names(model, source, trust_remote_code)
+    shape = row_shape(model.config, source, main_input(model, name))
+    return BaseModel(
+        model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code, shape, source.revision
+    )
 
 
 def sample_inputs(
@@ -259,7 +254,7 @@ def _num_labels(adapter: Adapter) -> int | None:
 
 
 def _load(
-    adapter: Adapter, name: str, config: PreTrainedConfig, task: str, dtype: str, trust_remote_code: bool
+    adapter: Adapter, source: Source, config: PreTrainedConfig, task: str, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint doesn't hold."""
     from optimum.exporters.tasks import TasksManager
@@ -268,13 +263,14 @@ def _load(
 
     def load(**options: Any) -> tuple[PreTrainedModel, set[str]]:
         model, info = auto_class.from_pretrained(
-            name,
+            source.name,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            **source.options,
             **options,
         )
         mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
@@ -286,34 +282,16 @@ def _load(
         if task == "feature-extraction" and random and all(key.startswith("pooler.") for key in random):
             model, random = load(add_pooling_layer=False)
     except Exception as error:
-        raise UserError(
-            _needs_trust(f"base model {name}", error)
-            or _of_no_such_task(name, config, task, error)
-            or f"The base model {name} can't be loaded for {task}: {error} Expected a folder or hub name with "
-            "config.json and safetensors weights of a model that transformers knows."
-        ) from error
+        raise UserError(source.not_loaded(config, task, error)) from error
     if missing := sorted(key for key in random if not key.startswith(brought)):
         raise UserError(
-            f"The base model {name} has no weights for {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
+            f"The base model {source} has no weights for {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
             f"(needed for {task}), or weights of another shape, and the adapter {adapter.path} doesn't bring them in "
             "modules_to_save: they would be random. Pass the base that the adapter was trained on (--base-model), or "
             "train the adapter with these modules in modules_to_save."
-            + (_OWN_MODEL if getattr(config, "auto_map", None) and not trust_remote_code else "")
+            + (OWN_MODEL if getattr(config, "auto_map", None) and not trust_remote_code else "")
         )
     return model, random
-
-
-def _check_shards(folder: Path) -> None:
-    """UserError where an index of the checkpoint in `folder` names weights elsewhere: those of another model here."""
-    for index in folder.glob("*.index.json"):
-        try:
-            names = {str(name) for name in parse_json(read_regular(index, folder))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # transformers says what is wrong with it
-        if outside := [name for name in names if not stays_inside(name)]:
-            raise UserError(
-                f"{index} has weights in {some(outside)}, expected files in its own folder. Fetch the base model again."
-            )
 
 
 def _conv1d(model: torch.nn.Module) -> set[str]:
@@ -322,14 +300,14 @@ def _conv1d(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _input_names(model: PreTrainedModel, name: str, trust_remote_code: bool) -> tuple[str, ...]:
+def _input_names(model: PreTrainedModel, source: Source, trust_remote_code: bool) -> tuple[str, ...]:
     """The inputs that the tokenizer gives and the model takes, in the tokenizer's order; others by name."""
     takes = inspect.signature(model.forward).parameters
-    if (main := main_input(model, name)) != "input_ids":
-        masked = main == "input_values" and "attention_mask" in takes and takes_mask(model.config, name)
+    if (main := main_input(model, source.name)) != "input_ids":
+        masked = main == "input_values" and "attention_mask" in takes and takes_mask(model.config, source)
         return (main, "attention_mask") if masked else (main,)
     names = ["input_ids", "attention_mask"]
-    if tokenizer := load_tokenizer(name, trust_remote_code=trust_remote_code):
+    if tokenizer := load_tokenizer(source.name, trust_remote_code=trust_remote_code, revision=source.revision):
         names = [entry for entry in tokenizer.model_input_names if entry in takes]
     elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
         names.append("token_type_ids")
@@ -339,11 +317,11 @@ def _input_names(model: PreTrainedModel, name: str, trust_remote_code: bool) -> 
 def tokenizer_of(adapter: Adapter, base: BaseModel) -> tuple[Any | None, Path]:
     """The adapter's own tokenizer where its folder has one, else that of `base`; and where it was found."""
     own = (adapter.path / "tokenizer_config.json").is_file()
-    source = adapter.path if own else Path(base.path)
-    return load_tokenizer(source, trust_remote_code=base.trust_remote_code), source
+    source, revision = (adapter.path, None) if own else (Path(base.path), base.revision)
+    return load_tokenizer(source, trust_remote_code=base.trust_remote_code, revision=revision), source
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any | None:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any | None:
     """The tokenizer of the folder or hub name `path`, None where there is none.
 
     Runs no Python of its own but with `trust_remote_code`. Raises UserError for one that is there and can't be loaded,
@@ -358,17 +336,17 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any 
             if not any(_TOKENIZER_FILE.match(name) for name in os.listdir(path)):
                 return None
     try:
-        settings = get_tokenizer_config(str(path))
+        settings = get_tokenizer_config(str(path), revision=revision)
         if settings.get("init_inputs") or not all(map(stays_inside, settings.get("fast_tokenizer_files") or [])):
             raise ValueError("its tokenizer_config.json has init_inputs, or names files that are not in the folder.")
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, revision=revision)
         if not all(isinstance(name, str) for name in tokenizer.model_input_names):
             raise ValueError(f"its model_input_names are {tokenizer.model_input_names!r}, expected names.")
     except Exception as error:  # files that are damaged, packages that are not here, code of its own
-        if not os.path.isdir(path) and not _hub_has_tokenizer(str(path)):
+        if not os.path.isdir(path) and not hub_has(str(path), _HUB_TOKENIZER_FILES, revision):
             return None
         raise UserError(
-            _needs_trust(f"tokenizer in {path}", error)
+            needs_trust(f"tokenizer in {path}", error)
             or f"The tokenizer in {path} can't be loaded: {error} Save it there again, "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder), or remove its files if the export is to have "
             "none."
@@ -380,55 +358,4 @@ _TOKENIZER_FILE = re.compile(
     r"tokenizer|vocab|merges\.txt|spiece|sentencepiece|tekken|(source|target|bpe)\.|.*\.(tiktoken|spm|bpe)$"
 )
 """What marks a folder that has a tokenizer: vocabularies go by many names."""
-
-
-def _hub_has_tokenizer(name: str) -> bool:
-    """Whether the hub, or its cache here, has a tokenizer under `name`."""
-    from transformers.utils import cached_file
-
-    errors = ("missing_entries", "connection_errors", "gated_repo")
-    quietly = {f"_raise_exceptions_for_{which}": False for which in errors}
-    files = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
-    try:
-        return any(cached_file(name, file, **quietly) for file in files)
-    except Exception:  # no such name
-        return False
-
-
-_OWN_MODEL = (
-    " Its config.json names Python of its own (auto_map), which may be the model that is meant: it is run with "
-    "--trust-remote-code alone."
-)
-
-
-def _needs_trust(what: str, error: Exception) -> str | None:
-    """The paragraph where transformers refused for want of trust_remote_code, None for other errors."""
-    if "trust_remote_code" not in str(error):
-        return None
-    return (
-        f"The {what} brings Python of its own (auto_map), which is not run: it could do anything that you can. Take a "
-        "base and an adapter that need none; or, if you know who wrote it and have read it, add --trust-remote-code "
-        "(trust_remote_code=True), which runs what the base model and the tokenizer bring."
-    )
-
-
-def _of_no_such_task(name: str, config: PreTrainedConfig, task: str, error: Exception) -> str | None:
-    """The paragraph where transformers knows the model and has no class of it for `task`: its own lists all others."""
-    if "Unrecognized configuration class" not in str(error):
-        return None
-    classes = some(list(map(str, config.architectures or []))) or "of no class that its config.json names"
-    return (
-        f"The base model {name} is of the type {config.model_type} ({classes}), of which transformers has no model for "
-        f"{task}, the task of this adapter. Vision-language models and encoder-decoders that generate can't be "
-        "exported by this version; if the base is another one, pass it: --base-model PATH."
-    )
-
-
-def _not_found(name: str, base_model: object, error: Exception) -> str:
-    if os.path.isdir(name):
-        return f"The base model folder {name} has no usable config.json: {error}"
-    source = "--base-model" if base_model is not None else "the adapter's base_model_name_or_path"
-    return (
-        f"The base model {name} ({source}) is neither a folder here nor to be had from the hub or its local cache. "
-        "Pass the folder that holds it: --base-model PATH."
-    )
+_HUB_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,18 +26,18 @@ def main_input(model: PreTrainedModel, name: str) -> str:
     return main
 
 
-def row_shape(config: PreTrainedConfig, name: str, main: str) -> tuple[int, ...]:
+def row_shape(config: PreTrainedConfig, source: Source, main: str) -> tuple[int, ...]:
     """What every row of the input `main` has: (channels, H, W) of images, (frames, mels) of spectrograms.
 
     () where rows differ in length: tokens, and sound as a wave. A network of convolutions alone (ResNet) has no size of
-    its own: the preprocessor of the base `name`, a folder or a hub name, says which one it was trained on.
+    its own: the preprocessor of the base says which one it was trained on.
     """
     if main == "pixel_values":
         config = getattr(config, "vision_config", config)
-        size = getattr(config, "image_size", None) or _processor_size(name)
+        size = getattr(config, "image_size", None) or _processor_size(source)
         if size is None:
             raise UserError(
-                f"The base model {name} doesn't say how large its images are: neither config.json (image_size) nor "
+                f"The base model {source} doesn't say how large its images are: neither config.json (image_size) nor "
                 'preprocessor_config.json (size). Save its image processor beside it, or add "image_size": PIXELS to '
                 "its config.json."
             )
@@ -47,19 +48,19 @@ def row_shape(config: PreTrainedConfig, name: str, main: str) -> tuple[int, ...]
             return (config.max_length, config.num_mel_bins)
         except AttributeError as error:
             raise UserError(
-                f"The base model {name} takes sound in a form that this version can't export. Expected waves, as "
+                f"The base model {source} takes sound in a form that this version can't export. Expected waves, as "
                 "Wav2Vec2, HuBERT and WavLM take them, or spectrograms of one size, as AST does."
             ) from error
     return ()
 
 
-def takes_mask(config: PreTrainedConfig, name: str) -> bool:
+def takes_mask(config: PreTrainedConfig, source: Source) -> bool:
     """Whether sound comes with an attention_mask: models with group norm are trained on zeros behind short waves."""
     from transformers.models.auto.feature_extraction_auto import get_feature_extractor_config
 
     if not _takes_waves(config):
         return False
-    wanted = get_feature_extractor_config(name).get("return_attention_mask")
+    wanted = get_feature_extractor_config(source.name, revision=source.revision).get("return_attention_mask")
     return getattr(config, "feat_extract_norm", "") == "layer" if wanted is None else bool(wanted)
 
 
@@ -75,11 +76,11 @@ def _takes_waves(config: PreTrainedConfig) -> bool:
     return hasattr(config, "conv_kernel") and hasattr(config, "conv_stride")
 
 
-def _processor_size(name: str) -> tuple[int, int] | None:
-    """(H, W) of what the image processor of `name` puts out, None where there is none."""
+def _processor_size(source: Source) -> tuple[int, int] | None:
+    """(H, W) of what the image processor of `source` puts out, None where there is none."""
     from transformers.models.auto.image_processing_auto import get_image_processor_config
 
-    settings: dict[str, Any] = get_image_processor_config(name)
+    settings: dict[str, Any] = get_image_processor_config(source.name, revision=source.revision)
     size = (settings.get("crop_size") if settings.get("do_center_crop") else None) or settings.get("size")
     if isinstance(size, int):
         return size, size
