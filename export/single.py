@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter, read_adapter
 from ..adapters.fits import check_exportable
 from ..errors import UserError, some
-from ..files import realpath
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
@@ -117,7 +116,7 @@ def _write_generating(
     )
     swappable, values = None, {}
     if options.swappable is not None:
-        file = f"{realpath(adapter.path).name}{SUFFIX}"
+        file = f"{adapter.name}{SUFFIX}"
         swappable = Swappable(options.swappable, tuple(weights), file=file, base_parameters=base.parameters)
         values = fit(adapter, weights, adapter.filter_input)
     versions, opset = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, ir.load(out).opset_imports[""]

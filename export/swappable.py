@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
-from ..files import realpath
 from ..formats.adapter_file import SUFFIX
 from ..formats.fit import fit
 from ..formats.manifest import Swappable
@@ -46,7 +45,7 @@ class Swap:
         values = fit(self._adapter, weights, self._adapter.filter_input)
         shapes = {weight.name: weight.shape for weight in weights}
         weights_to_inputs(graph, shapes, _defaults(weights, values, self._own))
-        file = f"{realpath(self._adapter.path).name}{SUFFIX}"
+        file = f"{self._adapter.name}{SUFFIX}"
         return values, Swappable(self._default, tuple(weights), file=file, base_parameters=self._parameters)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +144,24 @@ def exported(
         return out
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """hub(folder, name, revision): puts a copy of `folder` into a cache of the hub's, the only one that is seen."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def put(folder: Path, name: str, revision: str = "main") -> Path:
+        model = cache / f"models--{name.replace('/', '--')}"
+        commit = f"{len(list(model.glob('refs/*'))) + 1:040x}"
+        (model / "refs").mkdir(parents=True, exist_ok=True)
+        (model / "refs" / revision).write_text(commit)
+        return Path(shutil.copytree(folder, model / "snapshots" / commit))
+
+    return put
 
 
 @pytest.fixture

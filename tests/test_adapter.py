@@ -292,7 +292,7 @@ def test_fault_is_named(tmp_path: Path, fault: str) -> None:
 
 
 def test_wrong_paths_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No folder at.*hf download"):
+    with pytest.raises(UserError, match=r"No folder at.*ORG/NAME@REVISION"):
         read_adapter("someone/adapter-on-a-hub")
     write(tmp_path / "inner")
     with pytest.raises(UserError, match=r"is a file.*Pass .*inner"):

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -28,22 +27,6 @@ def own(make_tiny: Callable[..., tuple[Path, Path]], tmp_path: Path) -> tuple[Pa
     """(base, adapter) of a test's own."""
     base, adapter = make_tiny(kind="lora")
     return Path(shutil.copytree(base, tmp_path / "base")), Path(shutil.copytree(adapter, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """hub(folder, name, revision): puts a copy of `folder` into a cache of the hub's, the only one that is seen."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-
-    def put(folder: Path, name: str, revision: str = "main") -> Path:
-        model = cache / f"models--{name.replace('/', '--')}"
-        commit = f"{len(list(model.glob('refs/*'))) + 1:040x}"
-        (model / "refs").mkdir(parents=True, exist_ok=True)
-        (model / "refs" / revision).write_text(commit)
-        return Path(shutil.copytree(folder, model / "snapshots" / commit))
-
-    return put
 
 
 def test_a_base_that_moved(refused: Refused, own: tuple[Path, Path], tmp_path: Path) -> None:

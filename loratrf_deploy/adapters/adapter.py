@@ -20,6 +20,7 @@ from ..errors import UserError, some
 from ..files import open_regular, readable
 from ..ops.schemas import FilterInput
 from .config import ADAPTED_TYPES, matches_target, not_separable_reason, rank_and_scale, read_config
+from .hub import fetched, folder_name
 from .patterns import Matcher
 from .weights_file import CONFIG_FILE, WeightsFile, find_weights
 
@@ -128,6 +129,11 @@ class Adapter:
     tensors: frozenset[str]
 
     @property
+    def name(self) -> str:
+        """Its folder's name, on the hub its own there."""
+        return folder_name(self.path)
+
+    @property
     def warning(self) -> str | None:
         """That its layers change nothing, and why; None where one changes something, or only PEFT can tell."""
         reasons = [reason for layer in self.layers.values() for reason in _idle(layer)]
@@ -147,10 +153,11 @@ class Adapter:
 def read_adapter(path: str | Path) -> Adapter:
     """The adapter in the folder `path`: adapter_config.json and adapter_model.safetensors, in PEFT's layout.
 
-    Weights come back as float32 from float64, float32, float16 or bfloat16. Raises UserError with what is wrong, what
-    was expected and what to do.
+    What is no folder here may be a name on the hub, ORG/NAME or ORG/NAME@REVISION: see `fetched`. Weights come back as
+    float32 from float64, float32, float16 or bfloat16. Raises UserError with what is wrong, what was expected and what
+    to do.
     """
-    path = Path(path)
+    path = fetched(path)
     weights = find_weights(path)
     config = read_config(path / CONFIG_FILE)
     with open_regular(weights, path) as opened, readable(weights):

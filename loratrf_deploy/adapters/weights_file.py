@@ -49,8 +49,8 @@ def _find(path: Path) -> Path:
         raise UserError(f"{path} is a file, expected an adapter's folder, which has {CONFIG_FILE}. {remedy}")
     if not path.is_dir():
         raise UserError(
-            f"No folder at {path}: expected an adapter folder as PEFT's save_pretrained writes it. Names on a hub are "
-            "not downloaded; fetch the adapter first, for example with `hf download NAME --local-dir FOLDER`."
+            f"No folder at {path}: expected an adapter folder as PEFT's save_pretrained writes it, or a name on the "
+            "hub: ORG/NAME or ORG/NAME@REVISION."
         )
     if not (path / CONFIG_FILE).is_file():
         inner = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_FILE}"))

@@ -127,7 +127,7 @@ def _parser() -> Parser:
         "PyTorch computed.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--adapter", type=Path, help="adapter directory (PEFT's layout)")
+    which.add_argument("--adapter", type=Path, help="adapter folder (PEFT's layout), or ORG/NAME[@REVISION] on the hub")
     which.add_argument(
         "--adapters",
         metavar="NAME=PATH",

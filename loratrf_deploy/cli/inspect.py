@@ -33,7 +33,9 @@ def _parser() -> Parser:
         "what a merged export would fold.",
     )
     parser.add_argument(
-        "path", type=Path, help="adapter folder or .onnx_adapter, or an exported model.onnx or its folder"
+        "path",
+        type=Path,
+        help="adapter (folder, ORG/NAME[@REVISION] or .onnx_adapter), or exported model.onnx or its folder",
     )
     parser.add_argument(
         "--verify",

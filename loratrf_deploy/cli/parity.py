@@ -107,7 +107,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--model", required=True, type=Path, help="exported model, such as model.onnx")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--adapter", type=Path, help="adapter directory that it was exported from")
+    which.add_argument("--adapter", type=Path, help="adapter that it was exported from: folder or ORG/NAME[@REVISION]")
     which.add_argument(
         "--adapters", metavar="NAME=PATH", nargs="+", help="those that a grouped model was exported from, by its names"
     )

@@ -46,7 +46,7 @@ def _parser() -> Parser:
         "without it: which deployment loses how much.",
     )
     parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
-    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory")
+    parser.add_argument("--adapter", required=True, type=Path, help="adapter folder, or ORG/NAME[@REVISION]")
     parser.add_argument("--base-model", help="folder or hub name of the base model (default: what the adapter names)")
     parser.add_argument("--model", required=True, action="append", type=Path, help="exported model.onnx; repeatable")
     trust_remote_code_option(parser)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, LayerAdapter, read_adapter
+from ..adapters.hub import is_hub_name
 from ..errors import UserError, some
 from ..files import readable
 from ..genai.folder import CONFIG_FILE, libraries, read_config
@@ -54,6 +55,8 @@ def _facts(path: Path, verify: bool) -> dict[str, Any]:
         return _model_facts(path.parent, path, verify)
     if path.is_file() and path.name in (MANIFEST, _ADAPTER_CONFIG, "adapter_model.safetensors"):
         return _facts(path.parent, verify)
+    if is_hub_name(path):
+        return _adapter_facts(read_adapter(path))
     if not path.exists():
         raise UserError(f"Nothing at {path}. Expected an adapter folder or file, an exported model.onnx or its folder.")
     raise UserError(

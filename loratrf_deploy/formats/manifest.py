@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..adapters.adapter import Adapter
 from ..adapters.json_text import parse_json
 from ..errors import UserError
-from ..files import open_regular, read_regular, readable, realpath
+from ..files import open_regular, read_regular, readable
 from ..ops.dtypes import DType
 from ..ops.schemas import OPS, Device
 from .decode import decode
@@ -59,7 +59,7 @@ class AdapterId:
     @classmethod
     def of(cls, adapter: Adapter) -> AdapterId:
         """That of an adapter that was read."""
-        return cls(realpath(adapter.path).name, adapter.sha256, adapter.peft_type)
+        return cls(adapter.name, adapter.sha256, adapter.peft_type)
 
 
 @dataclass(frozen=True)
