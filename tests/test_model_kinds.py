@@ -16,7 +16,10 @@ import transformers
 import tiny
 from loratrf_deploy import create_session, read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.parity.inputs import complete, read_inputs
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
+from loratrf_deploy.pytorch.oracle import load_reference
+from loratrf_deploy.pytorch.shapes import wave_length
 from shared import edit_json
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -136,6 +139,48 @@ def test_images_of_no_size(resnet: tuple[Path, Path], refused: Callable[..., str
     finally:
         (base / "preprocessor_config.json").write_text(kept)
         edit_json(base / "config.json", image_size=None)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make(tmp_path_factory.mktemp("sound"), *KINDS["wav2vec2"][:-2])
+
+
+def test_waves_of_a_users_own(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    base = load_reference(read_adapter(sound[1]), sound[0])
+    (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"input_values": [0.5, -0.25] * 20, "label": 1}))
+    (batch,) = read_inputs(rows, base, tmp_path)
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        "input_values": ((1, 40), np.dtype(np.float32)),
+        "attention_mask": ((1, 40), np.dtype(np.int64)),
+    }
+    shortest = wave_length(base.model.config, 1)
+    assert complete({"input_values": np.ones(shortest)}, base)["input_values"].shape == (1, shortest)
+    for wrong, words in (
+        ({"input_values": np.ones(shortest - 1)}, f"at least {shortest} samples"),
+        ({"input_values": np.ones((2, 40)), "attention_mask": np.ones((2, 39), int)}, "of the shape of input_values"),
+        ({"input_values": np.ones((2, 40)), "attention_mask": np.full((2, 40), 2)}, "expected 0 and 1"),
+        ({"attention_mask": np.ones((2, 40))}, "input_values is missing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            complete(wrong, base)
+
+
+def test_the_shortest_wave_is_one_frame(sound: tuple[Path, Path]) -> None:
+    model = load_base(read_adapter(sound[1]), sound[0]).model
+    for frames in (1, 2, 7):
+        length = wave_length(model.config, frames)
+        assert model._get_feat_extract_output_lengths(length) == frames
+        assert model._get_feat_extract_output_lengths(length - 1) == frames - 1
+
+
+def test_sound_in_a_form_that_is_not_exported(tmp_path: Path, refused: Callable[..., str]) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 20}
+    sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    base, adapter = make(tmp_path, "whisper", SOUND, sizes, {}, {"target_modules": ["q_proj"]}, "lora")
+    message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", base)
+    assert "(WhisperForAudioClassification) takes 'input_features'" in message
 
 
 def test_layers_that_are_replicated(make_tiny: Callable, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def check_swappable(adapter: Adapter) -> None:
         problem = f"it saves weights that are not floats ({some(odd)})"
     if problem:
         raise UserError(
-            f"The adapter {adapter.path} can't be swapped at run time: {problem}. Export it as a model of its own, "
-            "without --swappable and --onto."
+            f"The adapter {adapter.path} can't be swapped at run time: {problem}. Export it as a model of its own: "
+            "--adapter, without --swappable and --onto."
         )
 
 
