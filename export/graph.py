@@ -64,9 +64,10 @@ def trace(
                 return OnnxExporter().export(model, dict(inputs), config=config).program
         except Exception as error:  # torch.export raises many classes
             failure = failure or error
+    said = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
     raise UserError(
-        f"{type(model).__name__} can't be traced to ONNX: {str(failure).strip().splitlines()[0]} "
-        "It may need a newer transformers or torch; families proven with this version are in the README."
+        f"{type(model).__name__} can't be traced to ONNX: {said}. It may need a newer transformers or torch; families "
+        "proven with this version are in the README."
     ) from failure
 
 

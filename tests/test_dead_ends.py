@@ -128,3 +128,16 @@ def test_a_failed_proof_is_no_reason_to_skip_it(capsys, make_tiny, tmp_path: Pat
     error = capsys.readouterr().err
     assert "--no-check" not in error
     assert ("--dtype float32" in error) == (dtype == "float16")
+
+
+def test_a_failure_that_says_nothing(refused: Refused, make_tiny, tmp_path: Path, monkeypatch) -> None:
+    """An assertion of torch's, without a word."""
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(OnnxExporter, "export", fail)
+    base, adapter = make_tiny()
+    message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", base)
+    assert "can't be traced to ONNX: AssertionError. It may need" in message

@@ -18,9 +18,12 @@ MAIN_INPUTS = ("input_ids", "pixel_values", "input_values")
 def main_input(model: PreTrainedModel, name: str) -> str:
     """The one of `MAIN_INPUTS` that `model`, of the base `name`, can't do without. Raises UserError for others."""
     main = model.main_input_name
-    if main not in MAIN_INPUTS:
+    # The configuration of a model that takes several things together, such as CLIP, has none of its own.
+    several = main == "input_ids" and not isinstance(getattr(model.config, "vocab_size", None), int)
+    if several or main not in MAIN_INPUTS:
+        taken = "several kinds of input together" if several else repr(main)
         raise UserError(
-            f"The base model {name} ({type(model).__name__}) takes {main!r}, which this version can't export. Expected "
+            f"The base model {name} ({type(model).__name__}) takes {taken}, which this version can't export. Expected "
             "a model of texts (input_ids), images (pixel_values) or sound (input_values)."
         )
     return main
