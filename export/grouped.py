@@ -22,6 +22,7 @@ from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.embedding import as_embedder
 from ..runtime.slots import Slots
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
@@ -76,6 +77,8 @@ def export_grouped(
                 "letters, digits, spaces and . _ + -, not beginning with a dot."
             )
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
+    if options.pooling is not None:
+        loaded = {name: as_embedder(adapter) for name, adapter in loaded.items()}
     _check_together(loaded, options.base_model)
 
     def write(model: Path, clock: Clock) -> Manifest:
@@ -133,8 +136,11 @@ class _Contents:
 
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+    from .pool import with_embedding
+
     clock("loading the base model")
     base = load_base(next(iter(adapters.values())), options.base_model, trust_remote_code=options.trust_remote_code)
+    base = with_embedding(base, list(adapters.values()), options)
     clock("adapting")
     contents = _contents(adapters, base, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder
@@ -189,6 +195,7 @@ def _write_encoder(
     import torch
 
     from .graph import finish, trace
+    from .pool import pool
     from .quantise import quantise
 
     check_encodes(options, base.task)
@@ -202,6 +209,8 @@ def _write_encoder(
         program = trace(base.model, inputs, opset, outputs=base.outputs)
         _add_adapter_ids(program.graph)
         finish(program, opset)
+    if base.embedding is not None:
+        pool(program, base.embedding)
     _slots_to_inputs(program.graph, contents)
     if options.quantize != "none":
         quantise(program, patterns=options.keep_float)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
+from ..formats.embedding import POOLINGS, Pooling
 from ..formats.manifest import Mode, Quantization
 from ..formats.swappable import Default
 from ..ops.dtypes import DTYPES, RUN_TIME_DTYPES, DType
@@ -20,6 +21,7 @@ __all__ = [
     "DEVICES",
     "MODES",
     "OPSETS",
+    "POOLING",
     "QUANTIZATIONS",
     "ExportOptions",
     "check_encodes",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 MODES = ("merged", "separate")
+POOLING = (*POOLINGS, "auto")
 DEFAULTS: tuple[Default, ...] = get_args(Default)
 DEVICES: tuple[Device, ...] = get_args(Device)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -49,7 +52,9 @@ class ExportOptions:
     are. `bundle_library` (a copy of the custom-op library in the folder) is for causal language models, whose folder
     ONNX Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved into place, on `device` but
     for causal language models, which are proven on the CPU. `trust_remote_code` runs Python that the base model and the
-    tokenizer bring, which is otherwise refused.
+    tokenizer bring, which is otherwise refused. `pooling` adds the output sentence_embedding to a model of feature
+    extraction, cut to the first `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as
+    modules.json of adapter or base says.
     """
 
     base_model: str | Path | None = None
@@ -63,6 +68,9 @@ class ExportOptions:
     bundle_library: bool = False
     check: bool = True
     trust_remote_code: bool = False
+    pooling: Pooling | Literal["auto"] | None = None
+    normalize: bool = False
+    dimensions: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("--mode", self.mode, (None, *MODES))
@@ -70,6 +78,14 @@ class ExportOptions:
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--device", self.device, DEVICES)
         _one_of("--quantize", self.quantize, QUANTIZATIONS)
+        _one_of("--pooling", self.pooling, (None, *POOLING))
+        if self.pooling is None and (flag := self.given(("normalize", "dimensions"))):
+            raise UserError(
+                f"{flag} is of the sentence's embedding, and without --pooling there is none. Add --pooling auto, or "
+                "mean, cls or last."
+            )
+        if self.dimensions is not None and self.dimensions < 1:
+            raise UserError(f"--dimensions is {self.dimensions}, expected at least 1. Leave it out to keep all.")
         if self.opset is not None and self.opset not in OPSETS:
             raise UserError(f"--opset is {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]} (default {DEFAULT_OPSET}).")
         if self.swappable is not None and self.mode == "merged":

@@ -159,6 +159,7 @@ def common_facts(
         device=options.device,
         swappable=swappable,
         library_sha256=file_sha256(library_path()) if options.bundle_library else None,
+        embedding=base.embedding,
     )
 
 

@@ -17,6 +17,7 @@ from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
@@ -54,7 +55,7 @@ def export_adapter(
     """
     out = Path(out)
     check_writable(out)
-    loaded = read_adapter(adapter)
+    loaded = read_adapter(adapter) if options.pooling is None else as_embedder(read_adapter(adapter))
     check_exportable(loaded)
     if not options.merges and loaded.not_separable:
         raise UserError(
@@ -82,8 +83,11 @@ def export_adapter(
 
 
 def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+    from .pool import with_embedding
+
     clock("loading the base model")
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
+    base = with_embedding(base, [adapter], options)
     write = _write_generating if base.task == GENERATION else _write_encoder
     manifest, values = write(adapter, base, out, clock, options)
     if manifest.swappable is not None:
@@ -132,6 +136,7 @@ def _write_encoder(
     import torch
 
     from .graph import finish, trace
+    from .pool import pool
     from .quantise import quantise
     from .swappable import Swap
 
@@ -148,6 +153,8 @@ def _write_encoder(
     with collector_off():
         program = trace(base.model, traced_inputs(base, options.dtype), opset, options.device, base.outputs)
         finish(program, opset)
+    if base.embedding is not None:
+        pool(program, base.embedding)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
     if options.quantize != "none":
         quantise(program, saved=adapter.modules_to_save, patterns=options.keep_float)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..export.grouped import export_grouped
 from ..export.moving import was_written
 from ..export.onto import Converted, convert_adapter
-from ..export.options import DEFAULTS, MODES, QUANTIZATIONS, ExportOptions
+from ..export.options import DEFAULTS, MODES, POOLING, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
 from ..export.single import export_adapter
 from ..ops.dtypes import DTYPES
@@ -23,6 +23,7 @@ from ..runtime.session import PROVIDERS
 from .shared import (
     Parser,
     command,
+    count,
     named_paths,
     print_json,
     print_rows,
@@ -165,6 +166,19 @@ def _parser() -> Parser:
         "cpu); bfloat16 is for cuda",
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
+    embedding = parser.add_argument_group("embedding models (task_type FEATURE_EXTRACTION)")
+    embedding.add_argument(
+        "--pooling",
+        choices=POOLING,
+        help="adds the output sentence_embedding, the tokens' mean, the first or the last of them; auto does what "
+        "sentence-transformers' modules.json in the adapter's folder or the base's says",
+    )
+    embedding.add_argument(
+        "--normalize", action="store_true", help="to length 1 (auto does it where modules.json says)"
+    )
+    embedding.add_argument(
+        "--dimensions", type=count, metavar="N", help="keep the first N, before normalising: for Matryoshka models"
+    )
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,

@@ -16,6 +16,7 @@ from ..files import open_regular, read_regular, readable
 from ..ops.dtypes import DType
 from ..ops.schemas import OPS, Device
 from .decode import decode
+from .embedding import Embedding
 from .swappable import Default, RuntimeWeight
 
 __all__ = [
@@ -175,6 +176,7 @@ class Manifest:
     `library_sha256` is that of the custom-op library put into the folder: it tells a change, and is no ground to trust
     the library, since whoever changes the one can change the other. `companions` are the sha256 of the files that the
     export wrote beside model and adapters, such as config.json: the next one may replace these. None in older files.
+    `embedding` says how the output sentence_embedding is made of the tokens; None where there is none.
     """
 
     loratrf_deploy: str
@@ -193,12 +195,14 @@ class Manifest:
     swappable: Swappable | None = None
     library_sha256: str | None = None
     companions: dict[str, str] | None = None
+    embedding: Embedding | None = None
 
     @property
     def summary(self) -> str:
-        """How the model was exported, on one line: mode, quantisation where there is one, type, opset, task."""
+        """How the model was exported, on one line: mode, quantisation, type, opset, task, embedding."""
         quantized = "" if self.quantize == "none" else f"{self.quantize} weights, "
-        return f"{self.mode}, {quantized}{self.dtype}, opset {self.opset}, {self.task}"
+        embedding = f", {self.embedding.summary}" if self.embedding else ""
+        return f"{self.mode}, {quantized}{self.dtype}, opset {self.opset}, {self.task}{embedding}"
 
     @property
     def operators(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
+from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
-from ..formats.manifest import Manifest, check_described, read_swappable
+from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
 from ..pytorch.base import BaseModel, Inputs
+from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import load_reference
 from ..runtime.session import PROVIDERS, check_providers
 from ..runtime.slots import Slots
@@ -31,7 +33,17 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-__all__ = ["TOLERANCES", "Case", "adapter_of", "load_graph", "model_dtype", "output_names", "prepare", "tolerance_of"]
+__all__ = [
+    "TOLERANCES",
+    "Case",
+    "adapter_of",
+    "embedding_of",
+    "load_graph",
+    "model_dtype",
+    "output_names",
+    "prepare",
+    "tolerance_of",
+]
 
 TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
@@ -92,10 +104,12 @@ def prepare(
     graph = load_graph(model)
     check_described(model)
     dtype, genai_config = model_dtype(graph), decoder_config(model)
-    read = adapter_of(adapter)
+    embedding = embedding_of(model, graph)
+    read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
     step("loading PyTorch's model")
     folded = _folded(read, graph)
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
+    base = replace(base, embedding=embedding)
     weight_checks = []
     if quantised := exact_arithmetic(graph):
         step("dequantising")
@@ -144,6 +158,23 @@ def output_names(graph: ir.Model) -> tuple[str, ...]:
 def adapter_of(adapter: Adapter | str | Path) -> Adapter:
     """An adapter that was read already, or the one in a folder."""
     return adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+
+
+def embedding_of(model: Path, graph: ir.Model) -> Embedding | None:
+    """How the loratrf.json beside `model` says that its sentence_embedding is made; None where `graph` gives none.
+
+    Raises UserError where it doesn't say.
+    """
+    if SENTENCE_EMBEDDING not in output_names(graph):
+        return None
+    path = model.with_name(MANIFEST)
+    embedding = read_manifest(path).embedding if path.is_file() else None
+    if embedding is None:
+        raise UserError(
+            f"{model} gives {SENTENCE_EMBEDDING}, and no {MANIFEST} beside it says how that is pooled. Keep an "
+            "export's files together."
+        )
+    return embedding
 
 
 def load_graph(model: Path) -> ir.Model:

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
+from ..formats.embedding import Embedding
 from ..formats.manifest import check_described, read_swappable
 from ..genai.generate import decoder_config
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS
 from ..pytorch.base import BaseModel, Inputs, Outputs
+from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import bare_reference, load_reference, run_torch
-from .case import adapter_of, load_graph, model_dtype, output_names, tolerance_of
+from .case import adapter_of, embedding_of, load_graph, model_dtype, output_names, tolerance_of
 from .checks import effect_checks, parity_checks
 from .greedy import Greedy, check_greedy_rows, torch_greedy
 from .inputs import default_inputs, padding_mask
@@ -39,12 +41,14 @@ __all__ = ["check_grouped_parity"]
 class _Case:
     """A grouped model, its adapters in the order of their slots, and what it gives.
 
-    `genai_config` is there where the model generates. Where its base is `quantised`, `graph` computes in float32.
+    `genai_config` is there where the model generates, `embedding` where it gives one. Where its base is `quantised`,
+    `graph` computes in float32.
     """
 
     model: Path
     graph: ir.Model
     genai_config: dict[str, Any] | None
+    embedding: Embedding | None
     quantised: bool
     adapters: dict[str, Adapter]
     base_model: str | Path | None
@@ -144,13 +148,17 @@ def _prepare(
         )
     graph = load_graph(model)
     check_described(model)
-    dtype, genai_config = model_dtype(graph), decoder_config(model)
+    dtype, genai_config, embedding = model_dtype(graph), decoder_config(model), embedding_of(model, graph)
+    loaded = {name: adapter_of(adapters[name]) for name in known}
+    if embedding is not None:
+        loaded = {name: as_embedder(adapter) for name, adapter in loaded.items()}
     return _Case(
         model=model,
         graph=graph,
         genai_config=genai_config,
+        embedding=embedding,
         quantised=exact_arithmetic(graph),
-        adapters={name: adapter_of(adapters[name]) for name in known},
+        adapters=loaded,
         base_model=base_model,
         dtype=dtype,
         tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
@@ -165,6 +173,7 @@ def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
     for name, adapter in case.adapters.items():
         step(f"running PyTorch with {name}")
         reference = load_reference(adapter, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
+        reference = dataclasses.replace(reference, embedding=case.embedding)
         _dequantise(case, reference, adapter)
         batches = batches or default_inputs(reference)
         on.append([run_torch(reference, batch) for batch in batches])
@@ -174,6 +183,7 @@ def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
     step("running PyTorch with the base")
     first = next(iter(case.adapters.values()))
     base = bare_reference(first, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
+    base = dataclasses.replace(base, embedding=case.embedding)
     weight_checks = _dequantise(case, base, first)
     on.append([run_torch(base, batch) for batch in batches])
     greedy += _generate(case, base, row=len(greedy))

@@ -29,11 +29,19 @@ _TEXT_BATCH = 8
 
 
 def default_inputs(base: BaseModel) -> list[Inputs]:
-    """Random batches of the model's own sizes, the same ones on every call."""
-    return [
+    """Random batches of the model's own sizes, the same ones on every call; for an embedding also padded on the left.
+
+    There, padding must be told from tokens on either side.
+    """
+    batches = [
         sample_inputs(base, batch=batch, sequence=sequence, seed=seed, padding=padding)
         for seed, (batch, sequence, padding) in enumerate(_SIZES)
     ]
+    if base.embedding is not None:
+        batches += [
+            {name: np.ascontiguousarray(value[:, ::-1]) for name, value in batch.items()} for batch in batches[2:4]
+        ]
+    return batches
 
 
 def padding_mask(batch: Inputs) -> NDArray[np.bool_] | None:

@@ -16,6 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.fits import check_fits
 from ..errors import UserError, some
 from ..files import check_entries, readable, stays_inside
+from ..formats.embedding import Embedding
 from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
 from .source import OWN_MODEL, Source, find_source, hub_has, needs_trust
 from .vocabulary import resize_vocabulary
@@ -78,7 +79,8 @@ class BaseModel:
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
     it, or with its tokenizer, may run. `row_shape` is that of a row of the main input, () where rows differ in length.
-    `revision` is that of the hub which the adapter names.
+    `revision` is that of the hub which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it
+    is to.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -90,6 +92,7 @@ class BaseModel:
     trust_remote_code: bool = False
     row_shape: tuple[int, ...] = ()
     revision: str | None = None
+    embedding: Embedding | None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from ..adapters.adapter import Adapter
 from ..adapters.fits import check_exportable
 from ..errors import UserError, some
+from ..formats.embedding import SENTENCE_EMBEDDING
 from ..ops.dtypes import DType
 from .base import BaseModel, Inputs, load_base
 from .bounded import bounded_patterns
+from .embedding import pooled
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +162,8 @@ def run_torch(
 
     PEFT's own disable_adapter would bring back the untrained head too, and the head alone would then look like an
     effect of the adapter. The adapted model is called itself, not through PeftModel's forward, which loses inputs on
-    the way: PeftModelForQuestionAnswering (PEFT 0.21) drops token_type_ids.
+    the way: PeftModelForQuestionAnswering (PEFT 0.21) drops token_type_ids. The base's `embedding` is made of its
+    tokens in float64.
     """
     import torch
     from peft import PeftModel
@@ -168,7 +171,10 @@ def run_torch(
     model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
     with torch.no_grad(), contextlib.nullcontext() if adapter_on else layers_off(base.model, heads_off):
         outputs = model(**{name: torch.from_numpy(value) for name, value in batch.items()})
-    return {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    named = {name: value.numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    if base.embedding is not None:
+        named[SENTENCE_EMBEDDING] = pooled(named["last_hidden_state"], batch["attention_mask"], base.embedding)
+    return named
 
 
 def plain_name(path: str) -> str:
