@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.export.pool import pool
 from loratrf_deploy.formats.embedding import POOLINGS, Embedding, read_modules
 from loratrf_deploy.formats.manifest import read_manifest
+from loratrf_deploy.parity.inputs import default_inputs
 from loratrf_deploy.pytorch.base import sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
 from shared import edit_json, read_json
@@ -38,9 +40,9 @@ EMBEDS = ("bert", "feature-extraction", "lora")
 
 
 def expected(hidden: np.ndarray, mask: np.ndarray, embedding: Embedding) -> np.ndarray:
-    """As sentence-transformers has it: the clamped mean, the first and the last token of the mask; cut, then F.normalize.
+    """As sentence-transformers has it, in float64: a clamped mean, the mask's first or last token; cut, then normalised.
 
-    In float64; what padded tokens hold is cleared first, where theirs are multiplied by 0.
+    What padded tokens hold is cleared first, where theirs are multiplied by 0.
     """
     h = torch.from_numpy(hidden).double()
     m = torch.from_numpy(mask)
@@ -291,12 +293,19 @@ def test_a_model_without_its_manifest_is_not_guessed_at(
     assert "no loratrf.json beside it says how that is pooled" in capsys.readouterr().err
 
 
-def test_a_manifest_from_before_there_were_embeddings_opens(make_export: Callable, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(make_export().model.parent, tmp_path / "out"))
-    content = read_json(folder / "loratrf.json")
+def test_a_manifest_from_before_there_were_embeddings_opens(embedder: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    content = read_json(embedder[2].with_name("loratrf.json"))
     del content["embedding"]
-    (folder / "loratrf.json").write_text(json.dumps(content))
-    assert read_manifest(folder / "loratrf.json").embedding is None
+    (tmp_path / "loratrf.json").write_text(json.dumps(content))
+    assert read_manifest(tmp_path / "loratrf.json").embedding is None
+
+
+def test_parity_feeds_embeddings_padding_on_either_side(make_tiny: Callable) -> None:
+    base, adapter = make_tiny(*EMBEDS)
+    reference = load_reference(read_adapter(adapter), base)
+    masks = [batch["attention_mask"] for batch in default_inputs(replace(reference, embedding=Embedding("last")))]
+    assert any((mask[:, 0] < mask[:, -1]).any() for mask in masks)
+    assert any((mask[:, 0] > mask[:, -1]).any() for mask in masks)
 
 
 def test_adapters_swap_under_one_embedding(make_tiny: Callable, tmp_path: Path) -> None:
