@@ -40,7 +40,7 @@ EMBEDS = ("bert", "feature-extraction", "lora")
 
 
 def expected(hidden: np.ndarray, mask: np.ndarray, embedding: Embedding) -> np.ndarray:
-    """As sentence-transformers has it, in float64: a clamped mean, the mask's first or last token; cut, then normalised.
+    """As sentence-transformers has it, in float64: clamped mean, the mask's first or last token; cut, then normalised.
 
     What padded tokens hold is cleared first, where theirs are multiplied by 0.
     """
