@@ -391,6 +391,7 @@ def test_version_6_moved_its_modules(tmp_path: Path) -> None:
 
 
 MODULE = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
 FAULTS: dict[str, tuple[str, Any, str]] = {
     "no JSON": ("modules.json", "[{", "not valid JSON"),
     "no list": ("modules.json", {}, "it is {}, expected a list of modules"),
@@ -399,7 +400,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "too long": ("modules.json", " " * (1 << 20) + "[]", "more than 1048576 bytes"),
     "a module of numbers": ("modules.json", [{"type": 1, "path": 2}], "each with a type and a path"),
     "nothing pooled": ("modules.json", [MODULE], 'its modules are ["models.Transformer"]'),
-    "a stranger's": ("modules.json", [MODULE | {"type": "custom_st.Transformer"}], "custom_st.Transformer"),
+    "a stranger's": ("modules.json", [MODULE | {"type": "custom_st.Transformer"}, POOLING], "custom_st.Transformer"),
     "pooling elsewhere": ("modules.json", "../1_Pooling", 'a module at "../1_Pooling"'),
     "a dense layer": ("modules.json", "Dense", "expected Transformer, Pooling and perhaps Normalize"),
     "pooling of numbers": ("1_Pooling/config.json", [1], "it holds [1], expected an object"),
