@@ -11,7 +11,6 @@ from onnx_ir.tape import Tape
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
 from ..formats.embedding import MODULES_FILE, SENTENCE_EMBEDDING, Embedding
-from ..genai.names import is_cache
 from ..pytorch.base import BaseModel
 from ..pytorch.embedding import declared
 from .options import ExportOptions
@@ -51,7 +50,7 @@ def with_embedding(base: BaseModel, adapters: Sequence[Adapter], options: Export
 
 def _declared(adapters: Sequence[Adapter], base: BaseModel) -> Embedding:
     """What modules.json says, of all `adapters` the same."""
-    found = {str(adapter.path): declared(adapter, base.path) for adapter in adapters}
+    found = {str(adapter.path): declared(adapter, base) for adapter in adapters}
     first, *others = dict.fromkeys(found.values())
     if others:
         said = [f"{path}: {embedding.summary if embedding else 'nothing'}" for path, embedding in found.items()]
@@ -74,7 +73,6 @@ def pool(model: ir.Model, embedding: Embedding) -> None:
     1. It stands before the tokens, last_hidden_state, which stay: parity holds both, and late interaction reads them.
     2. All of it is computed in float32, whatever the model's type: in float16, a mean would round once more.
     3. What padded tokens hold, be it NaN, never enters: it is chosen away, not multiplied by 0.
-    4. Key/value caches, which decoders give, are no outputs of an embedding model.
     """
     graph = model.graph
     hidden = next(value for value in graph.outputs if value.name == HIDDEN)
@@ -92,7 +90,7 @@ def pool(model: ir.Model, embedding: Embedding) -> None:
     row.name, row.type = SENTENCE_EMBEDDING, ir.TensorType(ir.DataType.FLOAT)
     row.shape = ir.Shape([hidden.shape[0], embedding.dimensions or hidden.shape[2]])
     graph.extend(tape.nodes)
-    graph.outputs[:] = [row, *(value for value in graph.outputs if not is_cache(value.name or ""))]
+    graph.outputs.insert(0, row)
 
 
 def _mean(tape: Tape, hidden: ir.Value, mask: ir.Value) -> ir.Value:

@@ -31,7 +31,8 @@ from loratrf_deploy.export.pool import pool
 from loratrf_deploy.formats.embedding import POOLINGS, Embedding, read_modules
 from loratrf_deploy.formats.manifest import read_manifest
 from loratrf_deploy.parity.inputs import default_inputs
-from loratrf_deploy.pytorch.base import sample_inputs
+from loratrf_deploy.pytorch.base import load_base, sample_inputs
+from loratrf_deploy.pytorch.embedding import declared
 from loratrf_deploy.pytorch.oracle import load_reference
 from shared import edit_json, read_json
 
@@ -70,16 +71,14 @@ def padded_on_either_side(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def small_model(width: int, embedding: Embedding, dtype: str) -> onnx.ModelProto:
-    """h -> its tokens, and a cache, as a decoder's trace has both."""
+    """h -> its tokens."""
     kind = {"float32": "float", "float16": "float16"}[dtype]
     model = ir.from_onnx_text(f"""<ir_version: 10, opset_import: ["" : 18]>
     small ({kind}[batch,sequence,{width}] h, int64[batch,sequence] attention_mask)
-        => ({kind}[batch,sequence,{width}] last_hidden_state, {kind}[batch,sequence,{width}] cache)
+        => ({kind}[batch,sequence,{width}] last_hidden_state)
     {{
         last_hidden_state = Identity(h)
-        cache = Identity(h)
     }}""")
-    model.graph.outputs[1].name = "past_key_values.layers.0.keys"
     pool(model, embedding)
     return ir.to_proto(model)
 
@@ -388,6 +387,20 @@ def test_version_6_moved_its_modules(tmp_path: Path) -> None:
     (tmp_path / "2_Normalize").mkdir()
     (tmp_path / "2_Normalize" / "config.json").write_text('{"module_input_name": "sentence_embedding"}')
     assert read_modules(tmp_path) == Embedding("mean", True)
+
+
+def test_a_base_on_the_hub_says_it_too(make_tiny: Callable, hub: Callable, tmp_path: Path) -> None:
+    """At the adapter's revision; the adapter's own goes before it."""
+    base, adapter = make_tiny(*EMBEDS)
+    for revision, pooling in (("main", "mean"), ("v2", "last")):
+        hub(write_modules(Path(shutil.copytree(base, tmp_path / revision)), pooling), "someone/embedder", revision)
+    loaded = load_base(read_adapter(adapter), "someone/embedder")
+    assert declared(read_adapter(adapter), loaded) == Embedding("mean", True)
+    assert declared(read_adapter(adapter), replace(loaded, revision="v2")) == Embedding("last", True)
+    own = write_modules(Path(shutil.copytree(adapter, tmp_path / "own")), "cls", normalize=False)
+    assert declared(read_adapter(own), loaded) == Embedding("cls")
+    hub(base, "someone/other")
+    assert declared(read_adapter(adapter), load_base(read_adapter(adapter), "someone/other")) is None
 
 
 MODULE = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}

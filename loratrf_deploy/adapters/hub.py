@@ -19,7 +19,8 @@ _WEIGHTS, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # fmt: off
 _FILES = [
     "adapter_config.json", _WEIGHTS, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "spiece.model", "sentencepiece*", "chat_template*", "additional_chat_templates/*",
+    "merges.txt", "spiece.model", "sentencepiece*", "chat_template*", "additional_chat_templates/*", "modules.json",
+    "[0-9]_*/config.json",
 ]
 # fmt: on
 

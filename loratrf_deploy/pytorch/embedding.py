@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..formats.embedding import MODULES_FILE, Embedding, read_modules
+from .base import BaseModel
 
 __all__ = ["as_embedder", "declared", "pooled"]
 
@@ -20,28 +21,27 @@ def as_embedder(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, task_type=adapter.task_type or "FEATURE_EXTRACTION")
 
 
-def declared(adapter: Adapter, base: str) -> Embedding | None:
-    """What modules.json says: the adapter's own, which it was trained with, else that of `base`, a folder or hub name.
+def declared(adapter: Adapter, base: BaseModel) -> Embedding | None:
+    """What modules.json says: the adapter's own, which it was trained with, else that of `base`, in a folder or a hub.
 
     None where neither has one. Raises UserError for one that says what nothing here computes.
     """
     if os.path.lexists(adapter.path / MODULES_FILE):
         return read_modules(adapter.path)
-    if os.path.isdir(base):
-        return read_modules(Path(base)) if os.path.lexists(Path(base) / MODULES_FILE) else None
+    if os.path.isdir(base.path):
+        folder = Path(base.path)
+        return read_modules(folder) if os.path.lexists(folder / MODULES_FILE) else None
     found = _cached(base, MODULES_FILE)
     return read_modules(Path(found).parent, lambda name: _cached(base, name)) if found else None
 
 
-def _cached(name: str, file: str) -> str | None:
-    """Where a file of the hub's model `name` is in the cache, fetched where need be; None where it can't be had."""
+def _cached(base: BaseModel, file: str) -> str | None:
+    """Where a file of the hub's `base` is in the cache, fetched where need be; None where it can't be had."""
     from transformers.utils import cached_file
 
-    errors = ("missing_entries", "connection_errors", "gated_repo")
-    quietly = {f"_raise_exceptions_for_{which}": False for which in errors}
     try:
-        return cached_file(name, file, **quietly)
-    except Exception:  # no such name
+        return cached_file(base.path, file, revision=base.revision)
+    except Exception:  # no such name, no such file: errors come in many classes
         return None
 
 
