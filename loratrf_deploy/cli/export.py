@@ -166,19 +166,6 @@ def _parser() -> Parser:
         "cpu); bfloat16 is for cuda",
     )
     parser.add_argument("--opset", type=int, help="ONNX opset, 18 to 23 (default: 20)")
-    embedding = parser.add_argument_group("embedding models (task_type FEATURE_EXTRACTION)")
-    embedding.add_argument(
-        "--pooling",
-        choices=POOLING,
-        help="adds the output sentence_embedding, the tokens' mean, the first or the last of them; auto does what "
-        "sentence-transformers' modules.json in the adapter's folder or the base's says",
-    )
-    embedding.add_argument(
-        "--normalize", action="store_true", help="to length 1 (auto does it where modules.json says)"
-    )
-    embedding.add_argument(
-        "--dimensions", type=count, metavar="N", help="keep the first N, before normalising: for Matryoshka models"
-    )
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
@@ -193,6 +180,7 @@ def _parser() -> Parser:
         help="with --quantize int8 of an encoder: layers that stay float32, such as '*.layer.0.*' (the proof names "
         "those that lose most)",
     )
+    _add_embedding(parser)
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
     generating.add_argument(
         "--bundle-library",
@@ -207,6 +195,22 @@ def _parser() -> Parser:
         "conversion (--onto) with --check, which needs the base at hand",
     )
     return parser
+
+
+def _add_embedding(parser: Parser) -> None:
+    embedding = parser.add_argument_group("embedding models (task_type FEATURE_EXTRACTION)")
+    embedding.add_argument(
+        "--pooling",
+        choices=POOLING,
+        help="adds the output sentence_embedding, the tokens' mean, the first or the last of them; auto does what "
+        "sentence-transformers' modules.json in the adapter's folder or the base's says",
+    )
+    embedding.add_argument(
+        "--normalize", action="store_true", help="to length 1 (auto does it where modules.json says)"
+    )
+    embedding.add_argument(
+        "--dimensions", type=count, metavar="N", help="keep the first N, before normalising: for Matryoshka models"
+    )
 
 
 def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
