@@ -100,8 +100,10 @@ def answer_table(calls: GenerationSession, rows: GenerationSession, task: str) -
 
 
 def speeds(calls: GenerationSession, rows: GenerationSession, count: int = 64, rounds: int = 3) -> dict[str, float]:
-    """Tokens per second after COUNTING, prompt included: each the median of `rounds`: in turns, so that a noisy machine is
-    unfair to none."""
+    """Tokens per second after COUNTING, prompt included, by who makes them: medians of `rounds`.
+
+    In turns, so that a noisy machine is unfair to none.
+    """
     prompt = calls.encode(COUNTING)
     runs: dict[str, Callable[[], list[list[int]]]] = {
         name: lambda who=who: calls.generate_tokens([prompt], adapter=who, max_new_tokens=count)  # type: ignore[misc]
