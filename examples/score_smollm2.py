@@ -63,6 +63,9 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
     from peft import PeftModel
 
+    import loratrf_deploy.peft  # registers LORATRF with PEFT
+
+    assert loratrf_deploy.peft
     results = {name: json.loads((path / "results.json").read_text()) for name, path in smollm2.ADAPTERS.items()}
     rows = {name: glue.read(options.data, found["task"], "dev")[: options.rows] for name, found in results.items()}
     asked = [

@@ -202,7 +202,9 @@ def model_card(results: dict[str, Any], script: str, scores: str) -> str:
     )
     trained = results["trained_parameters"]
     epochs, rows = len(results["held_out_by_epoch"]), sum(results["rows"].values())
-    seconds, threads = results["seconds"], results["threads"]
+    # A run that was resumed knows no time of its own.
+    seconds, threads = results.get("seconds"), results["threads"]
+    took = f"{threads} CPU threads" if seconds is None else f"{seconds} s, {threads} CPU threads"
     head = f" and the head's {trained['head']}" if trained["head"] else ""
     return f"""---
 base_model: {results["base"]}
@@ -213,7 +215,7 @@ library_name: peft
 
 {scores}
 Epoch {results["chosen_epoch"]} of {epochs}, chosen on a held-out tenth of {rows} training rows.
-{trained["adapter"]} trained parameters{head}; {seconds} s, {threads} CPU threads.
+{trained["adapter"]} trained parameters{head}; {took}.
 
 Made with
 
