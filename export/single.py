@@ -46,12 +46,14 @@ def export_adapter(
     out: str | Path,
     options: ExportOptions = ExportOptions(),
     *,
+    evaluate_on: Path | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
     """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
 
-    `adapter` is a folder in PEFT's layout; `step` is told what is being done. Raises UserError for input at fault,
-    ParityFailed where the proof fails; either way nothing is left behind.
+    `adapter` is a folder in PEFT's layout; the proof counts answers on the rows of `evaluate_on`, as in `check_parity`;
+    `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
+    way nothing is left behind.
     """
     out = Path(out)
     check_writable(out)
@@ -75,7 +77,13 @@ def export_adapter(
     def prove(model: Path, manifest: Manifest, step: Callable[[str], None]) -> ParityReport:
         device = "cpu" if manifest.task == GENERATION else options.device
         return check_parity(
-            model, loaded, options.base_model, device=device, trust_remote_code=options.trust_remote_code, step=step
+            model,
+            loaded,
+            options.base_model,
+            evaluate_on=evaluate_on,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+            step=step,
         )
 
     warnings = [loaded.warning] if loaded.warning else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from .shared import (
     Parser,
     command,
     count,
+    evaluate_option,
     named_paths,
     print_json,
     print_rows,
@@ -57,6 +59,8 @@ def _export(args: argparse.Namespace) -> int:
     """Exit codes as of `main`."""
     check, args.check = args.check, args.check is not False
     options = ExportOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ExportOptions)})
+    if args.evaluate is not None:
+        _check_evaluate(args)
     if args.onto is not None:
         return _convert(args, options, check=bool(check))
     require_extra(*(["cpu"] if args.check else []), "export")
@@ -65,7 +69,7 @@ def _export(args: argparse.Namespace) -> int:
             if args.adapters is not None:
                 result = export_grouped(named_paths(args.adapters), args.out, options, step=step)
             else:
-                result = export_adapter(args.adapter, args.out, options, step=step)
+                result = export_adapter(args.adapter, args.out, options, evaluate_on=args.evaluate, step=step)
     except ParityFailed as failure:
         return _failed(failure, {"model": None, "parity": _parity_facts(failure.report, args.out)}, args)
     if args.json:
@@ -188,6 +192,7 @@ def _parser() -> Parser:
         help="copy the custom-op library into the folder and register it in genai_config.json",
     )
     trust_remote_code_option(parser)
+    evaluate_option(parser)
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
@@ -211,6 +216,17 @@ def _add_embedding(parser: Parser) -> None:
     embedding.add_argument(
         "--dimensions", type=count, metavar="N", help="keep the first N, before normalising: for Matryoshka models"
     )
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    """UserError where nothing would be evaluated."""
+    if args.adapters is not None or args.onto is not None or not args.check:
+        raise UserError(
+            "--evaluate is part of the proof of one adapter's export: it goes with --adapter, and not with --onto or "
+            "--no-check. loratrf-parity --evaluate does it later."
+        )
+    if not os.path.isfile(args.evaluate):
+        raise UserError(f"No file to evaluate on at {args.evaluate}: expected JSON lines.")
 
 
 def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:

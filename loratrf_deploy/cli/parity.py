@@ -17,6 +17,7 @@ from ..runtime.session import PROVIDERS
 from .shared import (
     Parser,
     command,
+    evaluate_option,
     named_paths,
     positive,
     print_json,
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.tolerance,
             args.device,
             step,
+            evaluate_on=args.evaluate,
             trust_remote_code=args.trust_remote_code,
         )
     for path in args.report:
@@ -67,6 +69,7 @@ def run(
     device: Device = "cpu",
     step: Callable[[str], None] = lambda text: None,
     *,
+    evaluate_on: Path | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
     """`check_parity` on a file of inputs, quietly; `check_grouped_parity` for adapters by name.
@@ -74,15 +77,15 @@ def run(
     Raises UserError, also where the extras that it needs are not installed.
     """
     require_extra("cpu", "export")
-    for what, path in (("model", model), ("inputs file", inputs)):
+    for what, path in (("model", model), ("inputs file", inputs), ("file to evaluate on", evaluate_on)):
         if path is not None and not os.path.isfile(path):
             raise UserError(f"No {what} at {path}.")
     with quiet():
         if isinstance(adapter, Mapping):
-            if inputs is not None or device != "cpu":
+            if inputs is not None or evaluate_on is not None or device != "cpu":
                 raise UserError(
-                    "--inputs and --providers go with --adapter: several adapters are compared on random batches, on "
-                    "the CPU. Leave them out."
+                    "--inputs, --evaluate and --providers go with --adapter: several adapters are compared on random "
+                    "batches, on the CPU. Leave them out."
                 )
             return check_grouped_parity(
                 model, adapter, base_model, tolerance=tolerance, trust_remote_code=trust_remote_code, step=step
@@ -92,6 +95,7 @@ def run(
             adapter,
             base_model,
             inputs,
+            evaluate_on=evaluate_on,
             tolerance=tolerance,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -118,6 +122,7 @@ def _parser() -> Parser:
         help='JSON lines: texts ({"text": ...}, {"sentence1": ..., "sentence2": ...}, {"question": ..., "context": '
         '...}) or arrays by input name ({"input_ids": [...]}); default: random batches of several sizes',
     )
+    evaluate_option(parser)
     parser.add_argument(
         "--report", action="append", default=[], type=Path, help=f"write a report ({', '.join(FORMATS)}); repeatable"
     )

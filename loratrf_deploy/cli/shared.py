@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
-    *("EXTRAS", "Parser", "command", "count", "named_paths", "plain", "positive", "print_json", "print_rows"),
-    *("print_warnings", "progress", "require_extra", "stdout_console", "trust_remote_code_option"),
+    *("EXTRAS", "Parser", "command", "count", "evaluate_option", "named_paths", "plain", "positive", "print_json"),
+    *("print_rows", "print_warnings", "progress", "require_extra", "stdout_console", "trust_remote_code_option"),
 ]
 
 EXTRAS = {
@@ -93,6 +93,17 @@ def positive(text: str, kind: Callable[[str], float] = float) -> float:
 def count(text: str) -> int:
     """An option's value: a whole number over zero."""
     return int(positive(text, int))
+
+
+def evaluate_option(parser: argparse.ArgumentParser) -> None:
+    """--evaluate FILE.jsonl."""
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE",
+        type=Path,
+        help='JSON lines of texts, as {"text": ..., "label": 1}: how many answers of the model as it is differ from '
+        "PyTorch's in float32, and how many of either are right",
+    )
 
 
 def trust_remote_code_option(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from ..pytorch.shapes import wave_length
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["complete", "default_inputs", "padding_mask", "read_inputs"]
+__all__ = ["complete", "default_inputs", "padding_mask", "read_inputs", "rows"]
 
 
 _SIZES = ((1, 2, False), (1, 24, False), (3, 9, True), (2, 16, True), (4, 128, True))
@@ -63,7 +63,7 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
     batches: list[Inputs] = []
     texts: list[tuple[str, ...]] = []
     tokenizer = None
-    for line, row in _rows(path):
+    for line, row in rows(path):
         keys = next((keys for keys in _TEXTS if set(keys) <= set(row)), None)
         arrays = [name for name in base.input_names if name in row]
         if not arrays and keys is None:
@@ -104,7 +104,7 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
         raise UserError(f"{main} is missing. The model takes {', '.join(base.input_names)}.")
     value = batch[main]
     if base.row_shape:
-        return {main: _fixed_rows(main, value, base.row_shape)}
+        return {main: _fixedrows(main, value, base.row_shape)}
     if main == "input_values":
         return _waves(batch, base)
     values = dict(batch)
@@ -134,7 +134,7 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
     return completed
 
 
-def _fixed_rows(name: str, value: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.float32]:
+def _fixedrows(name: str, value: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.float32]:
     rows = value[None] if value.ndim == len(wanted) else value
     if rows.ndim != len(wanted) + 1 or rows.shape[1:] != wanted or rows.dtype.kind not in "fiu" or not rows.size:
         raise UserError(
@@ -172,7 +172,8 @@ def _check_length(length: int, base: BaseModel) -> None:
         raise UserError(f"the sequence has {length} tokens, the model takes at most {longest}.")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of JSON in the file `path`. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

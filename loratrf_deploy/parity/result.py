@@ -16,6 +16,7 @@ from .figures import Figures
 
 __all__ = [
     "BASE_OFF",
+    "EVALUATED",
     "LIBRARY",
     "NO_ADAPTER",
     "QUANTISED",
@@ -38,9 +39,9 @@ Step = Callable[[str], None]
 Status = Literal["passed", "failed", "skipped", "no effect"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
-Variant = Literal["with library", "without library", "base-off", "quantised", "no adapter"]
+Variant = Literal["with library", "without library", "base-off", "quantised", "no adapter", "evaluated"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-WITH_LIBRARY, WITHOUT_LIBRARY, BASE_OFF, QUANTISED, NO_ADAPTER = VARIANTS
+WITH_LIBRARY, WITHOUT_LIBRARY, BASE_OFF, QUANTISED, NO_ADAPTER, EVALUATED = VARIANTS
 LIBRARY: dict[Variant, bool] = {WITH_LIBRARY: True, WITHOUT_LIBRARY: False}
 """The comparisons with PyTorch that every model has, and whether they register the custom-op library."""
 
@@ -53,7 +54,7 @@ class Check:
     against PyTorch without the adapter's layers, where a large error is what passes. "quantised" holds a quantised
     base's weights against its own, in steps of the quantisation, and an encoder's answers in int8 against PyTorch's.
     "no adapter" holds a swappable export that is given no adapter against what its default is: PyTorch's base or the
-    adapter.
+    adapter. "evaluated" is what a user's own rows say of the export beside PyTorch in float32: figures, and no failure.
     """
 
     variant: Variant
