@@ -325,8 +325,14 @@ def test_what_rows_can_not_have_of_their_own(refused: Callable[..., str], make_l
         assert problem in refused(out, "--adapters", f"fr={fr}", "--base-model", base)
 
 
-@pytest.mark.parametrize("options", [("--quantize", "int4"), ("--bundle-library",)])
-def test_options_of_language_models_on_encoders(options, refused, make_tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--quantize", "int4"), "int4, and this adapter's task is text-classification. int4 weights are for causal"),
+        (("--bundle-library",), "for causal language models, and this adapter's task is text-classification"),
+    ],
+)
+def test_options_of_language_models_on_encoders(options, words, refused, make_tiny, tmp_path: Path) -> None:
     base, a = make_tiny()
     text = refused(tmp_path / "out" / "model.onnx", "--adapters", f"a={a}", "--base-model", base, *options)
-    assert f"{options[0]} is for causal language models, and this adapter's task is text-classification" in text
+    assert f"{options[0]} is {words}" in text

@@ -225,7 +225,8 @@ from loratrf_deploy.cli import export
 from loratrf_deploy.export import moving
 out, when, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 here = lambda *arguments: signal.raise_signal(number)
-def fake(adapter, out, options, *, step):
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+def fake(adapter, out, options, **others):
     if when == "before":
         here()
     kills.fake_export(out, "new")
