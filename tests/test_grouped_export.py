@@ -247,7 +247,7 @@ def test_the_command_proves_what_it_writes(make_tiny, tmp_path, capsys):
         (["--adapters", f"b={b}"], "holds the adapters mixed rows, b, and was to be compared with b"),
         (
             ["--adapters", f"b={b}", f"mixed rows={a}", "--inputs", str(out)],
-            "--inputs and --providers go with --adapter",
+            "--inputs, --evaluate and --providers go with --adapter",
         ),
     ):
         assert parity(*more) == 2
