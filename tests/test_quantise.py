@@ -231,6 +231,18 @@ def test_weights_that_come_at_run_time_stay_inputs_in_full_precision(make_tiny: 
     assert "bert.embeddings.word_embeddings.weight.int8" in graph.initializers
 
 
+def test_what_onnx_runtime_s_own_quantiser_does_to_a_swappable_head(make_export: Callable, tmp_path: Path) -> None:
+    """Why it isn't used: it makes a constant of it, though told to leave the layer alone."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = make_export("bert", swappable="base").model
+    (head,) = [node.name for node in ir.load(model).graph if "classifier.weight" in [v and v.name for v in node.inputs]]
+    out = tmp_path / "model.onnx"
+    quantize_dynamic(model, out, op_types_to_quantize=["MatMul"], nodes_to_exclude=[head])
+    assert "classifier.weight" in [value.name for value in ir.load(model).graph.inputs]
+    assert "classifier.weight" not in [value.name for value in ir.load(out).graph.inputs]
+
+
 def test_rows_with_adapters_of_their_own(make_tiny: Callable, tmp_path: Path) -> None:
     base, first = make_tiny("bert")
     _, second = make_tiny("bert", kind="lora", seed=5)
