@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,9 @@ def _labels(file: Path, count: int, config: Any) -> NDArray[np.int64] | None:
     """Each row's label as a number; None where no row has one. Raises UserError naming the line."""
     names = {str(name): int(number) for number, name in (config.id2label or {}).items()}
     found: list[int] = []
-    lines: Sequence[int] = [line for line, row in rows(file) if "label" not in row]
-    for line, row in rows(file):
+    entries = list(rows(file))
+    lines = [line for line, row in entries if row.get("label") is None]
+    for line, row in entries:
         label = row.get("label")
         if label is None:
             continue
