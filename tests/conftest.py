@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
@@ -22,54 +24,78 @@ class Exported(NamedTuple):
     model: Path
 
 
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, called once for the same arguments."""
-    made: dict[str, Any] = {}
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """made_once(make, *arguments, **options): the folder that `make(folder, ...)` filled, once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
 
-    def remembered(*arguments: Any, **options: Any) -> Any:
-        key = repr((arguments, sorted(options.items())))
-        if key not in made:
-            made[key] = make(*arguments, **options)
-        return made[key]
+    def once(make: Callable[..., None], *arguments: Any, **options: Any) -> Path:
+        key = repr((make.__module__, make.__qualname__, arguments, sorted(options.items())))
+        folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.with_suffix(".made").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+                folder.mkdir()
+                make(folder, *arguments, **options)
+                folder.with_suffix(".made").touch()
+        return folder
 
-    return remembered
+    return once
+
+
+def _tiny_base(folder: Path, family: str, task: str) -> None:
+    import tiny
+
+    tiny.make_base(folder / family, family, task)
+
+
+def _tiny_adapter(folder: Path, base: Path, kind: str, **options: Any) -> None:
+    import tiny
+
+    tiny.make_adapter(base, folder / kind, kind=kind, **options)
+
+
+def _export(folder: Path, adapter: Path, base: Path, **how: Any) -> None:
+    from loratrf_deploy.export import ExportOptions, export_adapter
+
+    export_adapter(adapter, folder / "model.onnx", ExportOptions(base_model=base, check=False, **how))
+
+
+def _llm_base(folder: Path, family: str, **sizes: Any) -> None:
+    import tiny_llm
+
+    tiny_llm.make_base(folder / family, family, **sizes)
+
+
+def _llm_adapter(folder: Path, base: Path, kind: str, **options: Any) -> None:
+    import tiny_llm
+
+    tiny_llm.make_adapter(base, folder / kind, kind, **options)
 
 
 @pytest.fixture(scope="session")
-def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def make_tiny(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
     """make_tiny(family, task, kind, **adapter options) -> (base, adapter), folders to read only."""
-    import tiny
-
-    bases = once(lambda family, task: tiny.make_base(tmp_path_factory.mktemp("base") / family, family, task))
-    adapters = once(
-        lambda base, kind, **options: tiny.make_adapter(
-            base, tmp_path_factory.mktemp("adapter") / kind, kind=kind, **options
-        )
-    )
 
     def make(family: str = "bert", task: str = "text-classification", kind: str = "loratrf", **options: Any):
-        base = bases(family, task)
-        return base, adapters(base, kind, **options)
+        base = made_once(_tiny_base, family, task) / family
+        return base, made_once(_tiny_adapter, base, kind, **options) / kind
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_export(make_tiny: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory):
+def make_export(make_tiny: Callable[..., tuple[Path, Path]], made_once: Callable[..., Path]):
     """make_export(family, task, kind, mode=, swappable=, dtype=, **adapter options) -> Exported, not checked."""
-    from loratrf_deploy.export import ExportOptions, export_adapter
-
-    @once
-    def export(adapter: Path, base: Path, **how: Any) -> Path:
-        out = tmp_path_factory.mktemp("export") / "model.onnx"
-        export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **how))
-        return out
 
     def make(
         *which: str, mode: str = "separate", swappable: str | None = None, dtype: str = "float32", **options: Any
     ) -> Exported:
         base, adapter = make_tiny(*which, **options)
-        return Exported(base, adapter, export(adapter, base, mode=mode, swappable=swappable, dtype=dtype))
+        made = made_once(_export, adapter, base, mode=mode, swappable=swappable, dtype=dtype)
+        return Exported(base, adapter, made / "model.onnx")
 
     return make
 
@@ -111,37 +137,23 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def make_llm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def make_llm(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
     """make_llm(family, kind, sizes=..., **adapter options) -> (base, adapter), folders to read only."""
-    import tiny_llm
-
-    bases = once(lambda family, **sizes: tiny_llm.make_base(tmp_path_factory.mktemp("llm") / family, family, **sizes))
-    adapters = once(
-        lambda base, kind, **options: tiny_llm.make_adapter(
-            base, tmp_path_factory.mktemp("llm-adapter") / kind, kind, **options
-        )
-    )
 
     def make(family: str = "llama", kind: str = "loratrf", sizes: dict[str, Any] | None = None, **options: Any):
-        base = bases(family, **(sizes or {}))
-        return base, adapters(base, kind, **options)
+        base = made_once(_llm_base, family, **(sizes or {})) / family
+        return base, made_once(_llm_adapter, base, kind, **options) / kind
 
     return make
 
 
 @pytest.fixture(scope="session")
-def exported(
-    make_llm: Callable[..., tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def exported(make_llm: Callable[..., tuple[Path, Path]], made_once: Callable[..., Path]) -> Callable[..., Path]:
     """exported(kind, **export options) -> model.onnx of tiny LLaMA, unchecked, to read only."""
-    from loratrf_deploy.export import ExportOptions, export_adapter
 
-    @once
     def make(kind: str = "loratrf", **options: Any) -> Path:
         base, adapter = make_llm("llama", kind)
-        out = tmp_path_factory.mktemp("genai") / "model.onnx"
-        export_adapter(adapter, out, ExportOptions(base_model=base, check=False, **options))
-        return out
+        return made_once(_export, adapter, base, **options) / "model.onnx"
 
     return make
 

