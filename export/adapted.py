@@ -24,9 +24,10 @@ _PARAMETER_OF_INPUT = {**LAYER_PARTS, "W": "slots.weight", "b": "slots.bias"}
 class AdaptedLinear(nn.Module):
     """y = OP(base_layer(x), [x,] weights): a frozen linear layer followed by one loratrf operator in the ONNX graph.
 
-    `weights` are the operator's, by input. B carries alpha/R and D carries gamma already. Parameters are named as in
-    adapter files, so that initializers are too. A grouped operator's adapter_ids are left out: they are an input
-    of the graph, which the grouped export adds. Only for tracing: run eagerly it returns unspecified values.
+    `weights` are the operator's, by input, and "gain" and "offset" where h becomes gain⊙h + offset before it. B carries
+    alpha/R and D carries gamma already. Parameters are named as in adapter files, so that initializers are too. A
+    grouped operator's adapter_ids are left out: they are an input of the graph, which the grouped export adds. Only for
+    tracing: run eagerly it returns unspecified values.
     """
 
     def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: Mapping[str, str]):
@@ -42,6 +43,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.base_layer(x)
+        if "lora_gain" in self._parameters:
+            hidden = hidden * self.get_parameter("lora_gain")
+        if "lora_offset" in self._parameters:
+            hidden = hidden + self.get_parameter("lora_offset")
         inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != ADAPTER_IDS]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
@@ -97,8 +102,9 @@ def fold(model: nn.Module, adapter: Adapter, *, merge: bool) -> dict[str, dict[s
     """Puts into the weights of `model` what belongs there; returns what stays beside them: path -> operator weights.
 
     Saved modules, trained biases and the low-rank halves' biases always go in. With `merge` W' = W + (alpha/R)·BA too,
-    in float32. A filter never folds, since it depends on the token: such a layer keeps tau, C and D, and A and B as
-    well where the filter reads the unadapted output (filter_input "base"). Requires `check_fits` to have passed.
+    in float32, of a DoRA gain⊙W in the place of W. A filter never folds, since it depends on the token: such a layer
+    keeps tau, C and D, and A and B as well where the filter reads the unadapted output (filter_input "base"). Requires
+    `check_fits` to have passed.
     """
     for path, tensors in adapter.modules_to_save.items():
         for name, value in tensors.items():
@@ -149,6 +155,7 @@ def _weights(layer: LayerAdapter, *, keep_low_rank: bool) -> dict[str, NDArray[n
     weights: dict[str, NDArray[np.float32]] = {}
     if keep_low_rank and layer.A is not None:
         weights |= {"A": layer.A, "B": layer.scaled_B()}
+        weights |= {part: value for part in ("gain", "offset") if (value := getattr(layer, part)) is not None}
     if layer.tau is not None:
         assert layer.C is not None  # read_adapter takes whole filters only
         weights |= {"tau": layer.tau, "C": layer.C, "D": layer.scaled_D()}
@@ -162,7 +169,11 @@ def _fold(base_layer: nn.Module, layer: LayerAdapter) -> None:
     assert isinstance(weight, nn.Parameter)
     if isinstance(base_layer, Conv1D):  # GPT-2 keeps its weights transposed, (K,N)
         delta = delta.T
-    base_layer.weight = nn.Parameter(weight.detach().float() + delta, requires_grad=False)
+    frozen = weight.detach().float()
+    if layer.gain is not None:
+        gain = torch.from_numpy(layer.gain)
+        frozen = frozen * (gain if isinstance(base_layer, Conv1D) else gain[:, None])
+    base_layer.weight = nn.Parameter(frozen + delta, requires_grad=False)
     if isinstance(base_layer.bias, nn.Parameter):  # one dtype for the layer until `attach` rounds the whole model
         base_layer.bias = nn.Parameter(base_layer.bias.detach().float(), requires_grad=False)
 

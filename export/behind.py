@@ -35,7 +35,8 @@ def insert(
        with slots, (S, ...), make a grouped operator, which is left without its last input, adapter_ids.
     3. Every module must be found; otherwise an error names all that aren't, and nothing was changed.
     4. Each operator that occurs gets its definition in standard ops as a model-local function.
-    5. `biases` (N) are of layers without one: an Add each, which the operator of the layer then stands behind.
+    5. A gain and an offset (N) of the layer are a Mul and an Add before its operator.
+    6. `biases` (N) are of layers without one: an Add each, which the operator of the layer then stands behind.
     """
     nodes = linear_nodes(model.graph)
     places = {path: nodes.get(genai_name(path) or "") for path in {**rest, **biases}}
@@ -70,7 +71,7 @@ def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
         if shape is None:
             return False
         ins, outs = shape.numpy()
-    sizes = {"A": (-1, ins), "B": (-2, outs), "tau": (-1, outs)}
+    sizes = {"A": (-1, ins), "B": (-2, outs), "tau": (-1, outs), "gain": (-1, outs)}
     return all(weights[name].shape[axis] == size for name, (axis, size) in sizes.items() if name in weights)
 
 
@@ -93,11 +94,17 @@ def _insert_one(
     dtype: str,
 ) -> None:
     matmul, last = place
-    hidden, op = last.outputs[0], op_of(weights)
-    values: dict[str, Any] = {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
+    values: dict[str, Any] = {}
     for name, array in weights.items():
         own = np.ascontiguousarray(array, dtype=NUMPY[dtype])
         values[name] = _constant(graph, f"{path}.{LAYER_PARTS[name]}", own)
+    for part, op_type in (("gain", "Mul"), ("offset", "Add")):
+        if part in values:
+            node = ir.node(op_type, [last.outputs[0], values[part]], name=f"{path}/{op_type}")
+            put_behind(graph, last, node, f"{path}.{op_type}.input", f"{path}.{op_type}.output")
+            last = node
+    hidden, op = last.outputs[0], op_of(weights)
+    values |= {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
     node = ir.node(
         op,
         [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],

@@ -23,7 +23,7 @@ from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.fit import fit
 from ..formats.manifest import LayerRow
-from ..formats.swappable import RuntimeWeight, layer_weights, zeros
+from ..formats.swappable import RuntimeWeight, layer_weights, neutral
 from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.library import library_path
@@ -271,7 +271,7 @@ def _swap(graph: ir.Graph, adapter: Adapter, rest: Mapping[str, Any], options: E
         for weight in layer_weights(adapter.layers[path], own, options.dtype, options.swappable)
     ]
     values = fit(adapter, weights, adapter.filter_input)
-    defaults = {weight.name: zeros(weight) for weight in weights} if options.swappable == "base" else values
+    defaults = {weight.name: neutral(weight) for weight in weights} if options.swappable == "base" else values
     weights_to_inputs(graph, {weight.name: weight.shape for weight in weights}, defaults)
     return weights
 

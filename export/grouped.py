@@ -17,7 +17,7 @@ from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
-from ..formats.swappable import LAYER_PARTS, RuntimeWeight, layer_weights
+from ..formats.swappable import OPERATOR_PARTS, RuntimeWeight, layer_weights
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
@@ -103,6 +103,11 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         check_always_active(adapter)
         remedy = "Leave it out and export it merged: --adapter PATH --mode merged."
         check_ranks(adapter, merges=False, device="cpu", remedy=remedy)
+        if dora := [layer.name for layer in adapter.layers.values() if layer.magnitude is not None]:
+            raise UserError(
+                f"The adapter {name} is a DoRA, which rescales the outputs of the base's layers ({some(dora)}), and "
+                "rows of a batch share these. Export it by itself: --adapter PATH, with --swappable base to swap it."
+            )
         if adapter.task_type != first.task_type:
             raise UserError(
                 f"The adapters {first_name} and {name} were trained for different tasks ({first.task_type} and "
@@ -169,7 +174,7 @@ def _contents(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) ->
         check_fits(adapter, base.parameters)
     filter_input = filter_input_of(list(adapters.values()))
     layers = _union(adapters.values(), base.parameters)
-    weights = [weight for layer in layers.values() for weight in layer_weights(layer, LAYER_PARTS, dtype, "adapter")]
+    weights = [weight for layer in layers.values() for weight in layer_weights(layer, OPERATOR_PARTS, dtype, "adapter")]
     weights += _head_weights(adapters, base, dtype)
     slots = Slots(weights, len(adapters))
     values = {name: fit(adapter, weights, filter_input) for name, adapter in adapters.items()}
@@ -229,7 +234,7 @@ def _write_generating(
 
     model = build_graph(contents.first, base, out, options, contents.layers, changed=False, step=clock)
     parts = {
-        path: {part: contents.slots.values[f"{path}.{name}"] for part, name in LAYER_PARTS.items()}
+        path: {part: contents.slots.values[f"{path}.{name}"] for part, name in OPERATOR_PARTS.items()}
         for path in contents.layers
     }
     insert(model, parts, contents.filter_input, options.dtype)
@@ -284,7 +289,7 @@ def _attach(
     from .swappable import Noise
 
     for path, layer in layers.items():
-        values = {part: torch.from_numpy(getattr(layer, part))[None] for part in LAYER_PARTS}
+        values = {part: torch.from_numpy(getattr(layer, part))[None] for part in OPERATOR_PARTS}
         wrap(base.model, path, "GroupedLoraTrf", values, {"filter_input": filter_input})
     noise = Noise()
     heads = {weight.name.rpartition(".slots.")[0]: None for weight in weights if not weight.in_layer}
@@ -349,5 +354,5 @@ def _grouped_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _row(layer: LayerAdapter, slots: Slots) -> LayerRow:
-    rank, filter_rank = (slots.values[f"{layer.name}.{LAYER_PARTS[part]}"].shape[1] for part in "AC")
+    rank, filter_rank = (slots.values[f"{layer.name}.{OPERATOR_PARTS[part]}"].shape[1] for part in "AC")
     return LayerRow(layer.name, "GroupedLoraTrf", rank, filter_rank, layer.in_features, layer.out_features)

@@ -14,7 +14,7 @@ from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, fit
 from ..formats.manifest import Manifest, Swappable, read_swappable
 from ..parity.single import check_parity
-from ..pytorch.base import GENERATION, TASKS
+from ..pytorch.base import GENERATION, TASKS, load_base
 from ..pytorch.quiet import quiet
 from .files import base_sha256, check_writable, written_aside
 from .proven import ParityFailed
@@ -69,8 +69,9 @@ def convert_adapter(
     base_by = _check_origin(loaded, onto, manifest, base_model)
     if manifest.task != GENERATION or swappable.slots:
         check_always_active(loaded)
-    values = fit(loaded, swappable.weights, manifest.adapter.filter_input)
     _check_whole(loaded, swappable)
+    fitting = _with_gains(loaded, swappable, base_model, trust_remote_code=trust_remote_code)
+    values = fit(fitting, swappable.weights, manifest.adapter.filter_input)
     report = None
     with written_aside(out) as aside:
         write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest))
@@ -87,6 +88,25 @@ def convert_adapter(
     listed = bool(swappable.base_parameters)
     warnings = (loaded.warning,) if loaded.warning else ()
     return Converted(out, size, len(loaded.layers), len(modules), base_by, listed, report, warnings)
+
+
+def _with_gains(
+    adapter: Adapter, swappable: Swappable, base_model: str | Path | None, *, trust_remote_code: bool
+) -> Adapter:
+    """`adapter`; a DoRA with its gains, for which the base is loaded. UserError where the model takes none."""
+    dora = [layer.name for layer in adapter.layers.values() if layer.magnitude is not None]
+    if not dora:
+        return adapter
+    if not any(weight.part == "gain" for weight in swappable.weights):
+        raise UserError(
+            f"The adapter {adapter.path} is a DoRA, which rescales the outputs of the base's layers ({some(dora)}), "
+            "and the model takes no such gains: it was exported from a plain adapter. Export a swappable model from "
+            "this adapter, which takes plain ones too."
+        )
+    with quiet():
+        from ..pytorch.dora import with_gains
+
+        return with_gains(adapter, load_base(adapter, base_model, trust_remote_code=trust_remote_code).model)
 
 
 def _check_whole(adapter: Adapter, swappable: Swappable) -> None:

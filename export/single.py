@@ -91,11 +91,13 @@ def export_adapter(
 
 
 def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+    from ..pytorch.dora import with_gains
     from .pool import with_embedding
 
     clock("loading the base model")
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     base = with_embedding(base, [adapter], options)
+    adapter = with_gains(adapter, base.model)
     write = _write_generating if base.task == GENERATION else _write_encoder
     manifest, values = write(adapter, base, out, clock, options)
     if manifest.swappable is not None:

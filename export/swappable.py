@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..formats.adapter_file import SUFFIX
 from ..formats.fit import fit
 from ..formats.manifest import Swappable
-from ..formats.swappable import LAYER_PARTS, Default, RuntimeWeight, layer_weights, zeros
+from ..formats.swappable import LAYER_PARTS, Default, RuntimeWeight, layer_weights, neutral
 from ..ops.dtypes import DType
 from ..ops.schemas import DOMAIN, OPS
 
@@ -101,8 +101,10 @@ def find_weights(
     for node in graph:
         module = node.metadata_props.get("module", "")
         if node.domain == DOMAIN and node.op_type in OPS and module in traced.layers:
+            layer = traced.layers[module]
             parts = [part for part in OPS[node.op_type].inputs if part in LAYER_PARTS]
-            weights += layer_weights(traced.layers[module], parts, dtype, default)
+            parts += [part for part in ("gain", "offset") if getattr(layer, part) is not None]
+            weights += layer_weights(layer, parts, dtype, default)
     weights = list({weight.name: weight for weight in weights}.values())  # a shared layer is called more than once
     for module, tensors in traced.modules_to_save.items():
         own = not any(f"{module}.{part}" in untrained for part in tensors)
@@ -153,7 +155,7 @@ def _defaults(
     chosen = dict(values)
     for weight in weights:
         if weight.default == "base" and weight.in_layer:
-            chosen[weight.name] = zeros(weight)
+            chosen[weight.name] = neutral(weight)
         elif weight.default == "base":
             value = own[f"{weight.module}.{weight.part}"].astype(chosen[weight.name].dtype)
             chosen[weight.name] = np.ascontiguousarray(value.T if weight.transposed else value)

@@ -18,6 +18,8 @@ from peft.tuners.lora.config import MontecloraConfig
 from loratrf_deploy.adapters.adapter import read_adapter
 from loratrf_deploy.adapters.fits import check_fits
 from loratrf_deploy.errors import UserError
+from loratrf_deploy.export.adapted import fold
+from loratrf_deploy.pytorch.dora import with_gains
 from loratrf_deploy.pytorch.oracle import apply_adapter
 from tiny import bert, conv1d_layers, gpt2, shapes
 
@@ -67,6 +69,7 @@ PLAIN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         },
     ),
     "with its own bias": (bert, {"target_modules": ["query"], "lora_bias": True}),
+    "DoRA": (bert, {"target_modules": ["query"], "use_dora": True}),
     "gaussian": (bert, {"target_modules": ["query"], "init_lora_weights": "gaussian"}),
     "orthogonal": (bert, {"target_modules": ["query"], "init_lora_weights": "orthogonal"}),
     "mica": (bert, {"target_modules": ["query"], "init_lora_weights": "mica"}),
@@ -158,6 +161,25 @@ def test_converted_pissa_is_plain_lora(tmp_path: Path) -> None:
     assert {layer.rank for layer in converted.layers.values()} == {4}
 
 
+@pytest.mark.parametrize(("make", "target"), [(bert, "query"), (gpt2, "c_attn")])
+def test_gains_of_a_dora_are_those_of_peft(tmp_path: Path, make: Callable[[], Any], target: str) -> None:
+    """gain⊙h + offset + (x Aᵀ)Bᵀ beside the base, and W' of the merge, against PEFT's forward of a layer."""
+    adapted = saved(tmp_path, make(), lora(target_modules=[target], use_dora=True, lora_alpha=9)).eval()
+    base = make()
+    read = with_gains(read_adapter(tmp_path), base)
+    x = torch.randn(3, 5, 16)
+    for path, layer in read.layers.items():
+        with torch.no_grad():
+            wanted = adapted.get_submodule(f"base_model.model.{path}")(x).numpy()
+            h = base.get_submodule(path)(x).numpy()
+        assert layer.A is not None
+        beside = layer.gain * h + layer.offset + x.numpy() @ layer.A.T @ layer.scaled_B().T
+        np.testing.assert_allclose(beside, wanted, rtol=1e-5, atol=1e-5)
+    assert fold(base, read, merge=True) == {}
+    with torch.no_grad():
+        np.testing.assert_allclose(base.get_submodule(path)(x).numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
 class ConvAndAttention(torch.nn.Sequential):
     def __init__(self) -> None:
         super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.MultiheadAttention(8, 2))
@@ -175,7 +197,6 @@ def lora(**config: Any) -> Any:
 
 
 APART: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
-    "DoRA": (bert, lambda: lora(use_dora=True), "use_dora=True"),
     "PiSSA": (bert, lambda: lora(init_lora_weights="pissa"), 'init_lora_weights="pissa"'),
     "OLoRA": (bert, lambda: lora(init_lora_weights="olora"), 'init_lora_weights="olora"'),
     "embedding": (bert, lambda: lora(target_modules=["query", "word_embeddings"]), "adaptation of embeddings"),

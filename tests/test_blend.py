@@ -193,6 +193,25 @@ def test_where_no_part_adds_anything_are_zeros_of_rank_1() -> None:
     assert made["one.lora_A.weight"].shape == (1, 5)
 
 
+def test_gains_of_a_dora_do_not_add() -> None:
+    weights = [
+        *layer("one"),
+        *(RuntimeWeight(f"one.{part}", "one", part, (7,), "float16") for part in ("gain", "offset")),
+    ]
+    plain, dora = (
+        values_of(weights, seed) | {"one.gain": np.full(7, gain, "float16")} for seed, gain in ((1, 1), (2, 3))
+    )
+    parts = {"plain": plain, "dora": dora | {"one.offset": np.arange(7, dtype="float16")}}
+    made = blend(Blend.of({"dora": 1}), parts, weights)
+    assert all(
+        np.array_equal(made[weight.name], parts["dora"][weight.name]) for weight in weights if weight.part != "tau"
+    )
+    assert (blend(Blend.of({"plain": 0.5}), parts, weights)["one.gain"] == 1).all()
+    for shares in ({"dora": 0.5}, {"dora": 1, "plain": 1}):
+        with pytest.raises(UserError, match=r"'dora' is a DoRA.*Blend plain LoRA"):
+            blend(Blend.of(shares), parts, weights)
+
+
 def test_filters_do_not_add() -> None:
     weights = layer("one")
     parts = {"a": values_of(weights, 1), "trf": values_of(weights, 2, filters=True)}

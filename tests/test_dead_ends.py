@@ -47,7 +47,7 @@ def test_prompts_fold_into_nothing_whatever_the_mode(refused: Refused, make_tiny
     ids=["an encoder's", "DoRA", "PiSSA"],
 )
 def test_an_alora_that_no_mode_can_run(refused: Refused, make_tiny, tmp_path, config: dict, words: str) -> None:
-    base, original = make_tiny(kind="lora")
+    base, original = make_tiny(kind="lora", use_dora="use_dora" in config)
     adapter = Path(shutil.copytree(original, tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", alora_invocation_tokens=[1, 2], **config)
     for mode in MODES:

@@ -101,6 +101,8 @@ def test_filters_where_there_is_no_low_rank_half_and_the_other_way_round(make_ex
     [
         {"use_rslora": True, "rank_pattern": {"layer.1.attention.self.query": 7}, "alpha_pattern": {"value": 5}},
         {"bias": "all"},
+        {"use_dora": True, "use_rslora": True},
+        {"use_dora": True, "bias": "all", "target_modules": ["query"]},
         {"bias": "lora_only", "lora_bias": True},
         {"layers_to_transform": [1], "layers_pattern": "layer"},
         {"target_modules": r".*layer\.0\..*(query|dense)"},
@@ -113,11 +115,11 @@ def test_every_flavour_of_plain_lora(make_export: Callable, options: dict, mode:
     assert_parity(make_export(kind="lora", mode=mode, **options))
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}], ids=lambda options: "+".join(options))
-def test_kinds_that_only_merge(make_export: Callable, options: dict) -> None:
-    assert_parity(make_export(kind="lora", mode="merged", **options))
+def test_a_kind_that_only_merges(make_export: Callable) -> None:
+    assert_parity(make_export(kind="lora", mode="merged", **TOKENS))
 
 
+TOKENS = {"trainable_token_indices": {"word_embeddings": [1, 2]}}
 VALUE = "bert.encoder.layer.1.attention.self.value"
 DAMAGE = {
     "less in the file": ({}, VALUE, f"wants base_model.model.{VALUE}.lora_A.weight, which the file doesn't"),
@@ -131,7 +133,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {}], ids=["DoRA", "LoRA"])
+@pytest.mark.parametrize("kind", [TOKENS, {}], ids=["tokens", "LoRA"])
 def test_an_unchecked_export_holds_the_config_against_the_file(
     make_tiny: Callable, refused: Callable[..., str], tmp_path: Path, damage: str, kind: dict
 ) -> None:

@@ -138,10 +138,11 @@ def test_base_that_is_not_there(capsys, adapter, tmp_path) -> None:
     assert "--base-model" in message
 
 
-def test_dora_in_separate_mode_is_refused_with_the_advice_to_merge(capsys, make_tiny, tmp_path) -> None:
-    base, folder = make_tiny("bert", "text-classification", "lora", use_dora=True)
+def test_what_only_merges_is_refused_in_separate_mode_with_the_advice_to_merge(capsys, make_tiny, tmp_path) -> None:
+    tokens = {"word_embeddings": [1, 2]}
+    base, folder = make_tiny("bert", "text-classification", "lora", trainable_token_indices=tokens)
     message = refused(capsys, base, folder, tmp_path / "model.onnx", "--mode", "separate")
-    assert "use_dora" in message
+    assert "trainable_token_indices" in message
     assert "--mode merged" in message
 
 

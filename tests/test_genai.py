@@ -21,6 +21,7 @@ from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export import genai as export_genai
 from loratrf_deploy.export.behind import insert
 from loratrf_deploy.export.genai import check_precision
+from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.manifest import Manifest
 from loratrf_deploy.genai.generate import CONFIG_FILE, generate_tokens, load_model
 from loratrf_deploy.ops.schemas import DOMAIN
@@ -77,6 +78,7 @@ def test_the_other_ways_to_export(mode: str, quantize: str, make_llm: Make, tmp_
     prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
 
 
+SWAPPED = {"swappable": "base"}
 TIED = {"tie_word_embeddings": True}
 
 
@@ -108,14 +110,30 @@ def test_what_adapters_bring(
     prove(adapter, base, tmp_path / "model.onnx", mode=mode, quantize=quantize)
 
 
-@pytest.mark.parametrize("quantize", ["none", "int4"])
-def test_an_adapter_that_only_peft_can_merge(quantize: str, make_llm: Make, tmp_path: Path) -> None:
-    base, adapter = make_llm("llama", "lora", use_dora=True)
-    prove(adapter, base, tmp_path / "model.onnx", quantize=quantize)
+@pytest.mark.parametrize(
+    ("how", "quantize"),
+    [({"mode": "merged"}, "int4"), ({"mode": "separate"}, "int8"), ({"mode": "separate"}, "none"), (SWAPPED, "int4")],
+)
+def test_dora(how: dict, quantize: str, make_llm: Make, tmp_path: Path) -> None:
+    """Layers with a bias and without; the gains are those of the base's own weights, also where these are quantised."""
+    base, adapter = make_llm("llama", "lora", {"attention_bias": True}, use_dora=True)
+    prove(adapter, base, tmp_path / "model.onnx", quantize=quantize, **how)
+    if how == SWAPPED:
+        other = make_llm("llama", "lora", {"attention_bias": True}, use_dora=True, r=2, seed=4)[1]
+        file = tmp_path / "other.onnx_adapter"
+        report = convert_adapter(other, tmp_path / "model.onnx", file, base_model=base, check=True).parity
+        assert report is not None
+        assert report.passed
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_dora_of_a_head_leaves_alone_the_embedding_that_is_tied_to_it(make_llm: Make, tmp_path: Path) -> None:
+    base, adapter = make_llm("llama", "lora", TIED, target_modules=["q_proj", "lm_head"], use_dora=True)
+    prove(adapter, base, tmp_path / "model.onnx", mode="merged", quantize="int4")
 
 
 ONLY_MERGED = {
-    "DoRA on the head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "DoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "PiSSA on the head": {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head"]},
@@ -148,7 +166,7 @@ def test_parity_notices_an_adapted_head_in_the_quantised_embedding(
     """GenAI's builder keeps one quantised weight for both where they are tied."""
     from loratrf_deploy.export import single
 
-    base, adapter = make_llm("llama", "lora", TIED, **ONLY_MERGED["DoRA on the head"])
+    base, adapter = make_llm("llama", "lora", TIED, **ONLY_MERGED["PiSSA on the head"])
     monkeypatch.setattr(single, "untie_adapted", lambda model: None)
     export_adapter(adapter, tmp_path / "model.onnx", ExportOptions(base_model=base, quantize="int4", check=False))
     report = check_parity(tmp_path / "model.onnx", adapter, base)

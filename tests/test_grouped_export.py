@@ -288,7 +288,7 @@ def test_adapters_that_do_not_go_together(make_tiny, tmp_path, refused):
     text = against("text-classification", "lora", bias="all")
     assert "it trains biases of the base model" in text
     text = against("text-classification", "lora", use_dora=True)
-    assert "use_dora" in text
+    assert "The adapter other is a DoRA" in text
     text = against(modules_to_save=["classifier", "pooler"])
     assert "pooler.dense.weight" in text
     text = against(r=1025, target_modules=["query"])

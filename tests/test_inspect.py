@@ -68,8 +68,8 @@ def test_what_it_says_of_merging_is_what_the_export_does(make_export, filter_inp
 
 
 def test_adapter_that_only_merges(make_tiny, capsys):
-    _, adapter = make_tiny(kind="lora", use_dora=True)
-    assert "use_dora" in inspect_path(adapter)["not_separable"]
+    _, adapter = make_tiny(kind="lora", trainable_token_indices={"word_embeddings": [1, 2]})
+    assert "trainable_token_indices" in inspect_path(adapter)["not_separable"]
     assert inspect_cli.main([str(adapter)]) == 0
     assert "only merged" in capsys.readouterr().out
 

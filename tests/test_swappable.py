@@ -209,7 +209,9 @@ def test_what_does_not_fit_is_refused_by_name(
     assert_refused(make_tiny(kind="loratrf", filter_input="base")[1], loratrf.model, 'filter_input "base"')
     assert_refused(make_tiny(kind="lora", bias="lora_only")[1], loratrf.model, "biases", "--swappable")
     assert_refused(make_tiny(kind="lora", lora_bias=True)[1], loratrf.model, "lora_bias")
-    assert_refused(make_tiny(kind="lora", use_dora=True)[1], loratrf.model, "use_dora")
+    tokens = make_tiny(kind="lora", trainable_token_indices={"word_embeddings": [1, 2]})[1]
+    assert_refused(tokens, loratrf.model, "trainable_token_indices")
+    assert_refused(make_tiny(kind="lora", use_dora=True)[1], loratrf.model, "takes no such gains", query)
     headless = make_tiny(kind="lora", modules_to_save=None, task_type=None)[1]
     assert_refused(headless, loratrf.model, "classifier.weight", "brings none")
     assert_refused(make_tiny("bert", "token-classification", "lora")[1], loratrf.model, "token-classification")

@@ -35,15 +35,15 @@ _PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_B.bias": "lora_bias",
+    ".lora_magnitude_vector": "magnitude",
     ".trf_tau": "tau",
     ".trf_C.weight": "C",
     ".trf_D.weight": "D",
 }
-_SHAPES = {"A": "RK", "B": "NR", "lora_bias": "N", "tau": "N", "C": "FN", "D": "NF"}
+_SHAPES = {"A": "RK", "B": "NR", "lora_bias": "N", "magnitude": "N", "tau": "N", "C": "FN", "D": "NF"}
 # Parts of a key that give away an adapter that is more than low-rank products, whatever its config says.
 _NOT_SEPARABLE_KEYS = {
     ".lora_embedding_": "low-rank adaptation of embeddings",
-    ".lora_magnitude_vector": "DoRA magnitude vectors",
     ".lora_diag": "KaSA diagonals",
     ".token_adapter.": "trainable token embeddings",
 }
@@ -58,7 +58,8 @@ class LayerAdapter:
     """y = h + scale·(x Aᵀ)Bᵀ, out = y + gamma·((s·z) Cᵀ)Dᵀ with z = y or h: one adapted linear layer.
 
     A (R,K), B (N,R), tau (N), C (F,N), D (N,F), lora_bias (N): float32, C-contiguous, None for an absent half. Scales
-    are not folded in.
+    are not folded in. A `magnitude` (N) is DoRA's, of which `pytorch.dora` makes `gain` and `offset` (N) with the base
+    at hand: h is gain⊙h + offset then, and B and scale have the gain in them.
     """
 
     name: str
@@ -70,6 +71,9 @@ class LayerAdapter:
     lora_bias: Array | None
     scale: float
     gamma: float
+    magnitude: Array | None = None
+    gain: Array | None = None
+    offset: Array | None = None
 
     @property
     def rank(self) -> int:
@@ -96,7 +100,8 @@ class LayerAdapter:
     @property
     def parameters(self) -> int:
         """Number of trained values."""
-        return sum(part.size for part in (self.A, self.B, self.tau, self.C, self.D, self.lora_bias) if part is not None)
+        trained = (self.A, self.B, self.tau, self.C, self.D, self.lora_bias, self.magnitude)
+        return sum(part.size for part in trained if part is not None)
 
     def scaled_B(self) -> Array:
         """scale·B (N,R) float32: what an operator without a scale takes. ValueError without a low-rank half."""
@@ -271,6 +276,9 @@ class _Parts:
         if "A" in parts and ("lora_bias" in parts) != (biased := bool(self.config.get("lora_bias"))):
             held = "no lora_B.bias" if biased else "lora_B.bias"
             self._fail(name, f"lora_bias is {json.dumps(self.config.get('lora_bias'))}, but the file holds {held}")
+        if "A" in parts and ("magnitude" in parts) != (dora := bool(self.config.get("use_dora"))):
+            held = "no lora_magnitude_vector" if dora else "lora_magnitude_vector"
+            self._fail(name, f"use_dora is {json.dumps(self.config.get('use_dora'))}, but the file holds {held}")
         if "tau" in parts and self.config["peft_type"] != "LORATRF":
             self._fail(name, f'it has a filter, but peft_type is "{self.config["peft_type"]}" instead of "LORATRF"')
 
@@ -283,6 +291,7 @@ class _Parts:
             "A": (rank, *ins[:1]),
             "B": (*outs, rank),
             "lora_bias": outs,
+            "magnitude": outs,
             "tau": outs,
             "C": (filter_rank, *outs),
             "D": (*outs, filter_rank),
@@ -298,7 +307,7 @@ class _Parts:
                 )
         return LayerAdapter(
             name=name,
-            **{part: parts.get(part) for part in ("A", "B", "tau", "C", "D", "lora_bias")},
+            **{part: parts.get(part) for part in _SHAPES},
             scale=scale,
             gamma=float(self.config.get("filter_gamma", 1.0)) if self.config["peft_type"] == "LORATRF" else 1.0,
         )
@@ -321,9 +330,10 @@ def _idle(layer: LayerAdapter) -> list[str | None]:
     """Of each half that the layer has: why it changes nothing, or None where it changes something."""
     reasons: list[str | None] = []
     if layer.A is not None and layer.B is not None:
-        biased = layer.lora_bias is not None and layer.lora_bias.any()
+        # Whether a magnitude is the base's own, only the base tells.
+        biased = layer.magnitude is not None or (layer.lora_bias is not None and layer.lora_bias.any())
         whole = "lora_A is zero" if not layer.A.any() else "lora_B is zero" if not layer.B.any() else None
-        reasons.append("lora_alpha is 0" if layer.scale == 0 else None if biased else whole)
+        reasons.append("lora_alpha is 0" if layer.scale == 0 and layer.magnitude is None else None if biased else whole)
     if layer.tau is not None and layer.C is not None and layer.D is not None:
         zero = [f"trf_{name} is zero" for name, part in zip("CD", (layer.C, layer.D), strict=True) if not part.any()]
         zero += [] if layer.tau.any() else ["trf_tau is zero"]

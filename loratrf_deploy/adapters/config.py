@@ -43,7 +43,6 @@ _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields that, when set, make an adapter more than a low-rank product beside a frozen layer. VeLoRA is not among them:
 # it changes the backward pass alone.
 _NOT_SEPARABLE_FIELDS = {
-    "use_dora": "it rescales the columns of the merged weight",
     "use_qalora": "its low-rank half reads pooled inputs",
     "use_bdlora": "its low-rank factors are block-diagonal",
     "kasa_config": "it truncates the base weights",
@@ -256,7 +255,8 @@ def not_exportable_reason(config: Mapping[str, Any]) -> tuple[str, str] | None:
             "Save it again from the training run, converted to plain LoRA: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)",
         )
-    if config.get("alora_invocation_tokens") and (why := not_separable_reason(config)):
+    why = not_separable_reason(config) or ("use_dora=True" if config.get("use_dora") else None)
+    if config.get("alora_invocation_tokens") and why:
         return (
             f"it is active only after its invocation tokens, which separate layers alone can be, and has {why}",
             "Train it without that, or without alora_invocation_tokens",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError, some
 from ..ops.schemas import MAX_CUDA_RANK, MAX_RANK, Device
-from .swappable import RuntimeWeight, zeros
+from .swappable import RuntimeWeight, neutral
 
 __all__ = ["Blend", "blend"]
 
@@ -58,15 +58,17 @@ def blend(
 
     `adapters` holds by name what the parts' .onnx_adapter files hold, with alpha/R in B already. Types stay: B is
     scaled in float32 and rounded once. Saved modules are the parts' common ones. The result owns its memory. One
-    adapter alone keeps its filters, gamma times its weight. Raises UserError for several parts of which one has filters
-    (D not all zero), parts whose saved modules differ, a rank over what the operators
-    take on `device`, and values that exceed the type.
+    adapter alone keeps its filters, gamma times its weight, and at a weight of 1 the gains of a DoRA. Raises UserError
+    for several parts of which one has filters (D not all zero), parts whose saved modules differ, other blends with a
+    DoRA, a rank over what the operators take on `device`, and values that exceed the type.
     """
     parts = [(name, adapters[name], share) for name, share in wanted.parts]
     _check_parts(wanted, parts, weights)
     most = MAX_CUDA_RANK if device == "cuda" else MAX_RANK
     # Of saved modules, all parts bring the same.
-    values = {weight.name: zeros(weight) if weight.in_layer else parts[0][1][weight.name].copy() for weight in weights}
+    values = {
+        weight.name: neutral(weight) if weight.in_layer else parts[0][1][weight.name].copy() for weight in weights
+    }
     A_of = {weight.module: weight.name for weight in weights if weight.part == "A"}
     for weight in weights:
         if weight.part != "B":
@@ -83,7 +85,9 @@ def blend(
     if len(parts) == 1:
         _, held, share = parts[0]
         for weight in weights:
-            if weight.part in ("tau", "C", "D"):
+            if weight.part in ("gain", "offset"):
+                values[weight.name] = held[weight.name].copy()
+            elif weight.part in ("tau", "C", "D"):
                 values[weight.name] = _scaled_filter(weight, held[weight.name], share)
                 _check_finite(wanted, weight, values[weight.name])
     return values
@@ -107,6 +111,16 @@ def _check_parts(
         raise UserError(
             f"The blend {wanted} can't be made: {some(filters)} brings filters. Filters don't add: what one lets "
             "through depends on the layer's whole output. Blend plain LoRA adapters, or name one adapter."
+        )
+    scaled = [
+        repr(name)
+        for name, held, _ in parts
+        if any(not np.array_equal(held[weight.name], neutral(weight)) for weight in weights if weight.part == "gain")
+    ]
+    if scaled and [share for _, _, share in parts] != [1]:
+        raise UserError(
+            f"The blend {wanted} can't be made: {some(scaled)} is a DoRA, whose gains rescale the base's outputs and "
+            "don't add. Blend plain LoRA adapters, or name one adapter."
         )
     heads = [
         weight.name

@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.fits import check_exportable
 from ..errors import UserError, some
 from ..ops.dtypes import NUMPY
-from .swappable import RuntimeWeight, zeros
+from .swappable import RuntimeWeight, neutral
 
 __all__ = ["check_always_active", "check_swappable", "fit"]
 
@@ -51,7 +51,8 @@ def check_always_active(adapter: Adapter) -> None:
 def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -> dict[str, NDArray[Any]]:
     """Graph input -> value for every one of `weights`, from `adapter`: alpha/R in B, gamma in D, any rank.
 
-    Layers and halves that the adapter lacks get explicit zeros, so the result is complete. Raises UserError naming what
+    Layers and halves that the adapter lacks get explicit zeros (gains ones), so the result is complete. Of a DoRA, what
+    `with_gains` made. Raises UserError naming what
     doesn't fit: layers, filters or saved modules that the graph lacks, other sizes, another filter_input, saved modules
     that the adapter doesn't bring.
     """
@@ -80,7 +81,7 @@ def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
     layer = adapter.layers.get(weight.module)
     value = getattr(layer, weight.part, None)
     if layer is None or value is None:
-        return zeros(weight)
+        return neutral(weight)
     return {"B": layer.scaled_B, "D": layer.scaled_D}.get(weight.part, lambda: value)()
 
 
@@ -91,7 +92,12 @@ def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: s
         known.setdefault(weight.module, {})[weight.part] = weight
     for name, layer in adapter.layers.items():
         graph = known.get(name, {})
-        for half, part, size in (("low-rank half", "A", layer.in_features), ("filter", "tau", layer.out_features)):
+        assert layer.magnitude is None  # a gain comes of it and of the base
+        for half, part, size in (
+            ("low-rank half", "A", layer.in_features),
+            ("filter", "tau", layer.out_features),
+            ("DoRA gain", "gain", layer.out_features),
+        ):
             if getattr(layer, part) is None:
                 continue
             if part not in graph:

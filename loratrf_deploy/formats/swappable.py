@@ -19,7 +19,16 @@ from ..errors import UserError, some
 from ..ops.dtypes import NUMPY, RUN_TIME_DTYPES, DType
 from ..ops.schemas import MAX_RANK
 
-__all__ = ["LAYER_PARTS", "Default", "RuntimeWeight", "check_matches", "largest_file", "layer_weights", "zeros"]
+__all__ = [
+    "LAYER_PARTS",
+    "OPERATOR_PARTS",
+    "Default",
+    "RuntimeWeight",
+    "check_matches",
+    "largest_file",
+    "layer_weights",
+    "neutral",
+]
 
 Default = Literal["base", "adapter"]
 """What a swappable model computes when no adapter is given."""
@@ -29,7 +38,7 @@ _MOST_VALUES = 2**32
 _MOST_FEATURES = 2**24
 """Of an adapted layer: a vocabulary is the most that any has, and sixty times smaller."""
 
-LAYER_PARTS = {
+OPERATOR_PARTS = {
     "A": "lora_A.weight",
     "B": "lora_B.weight",
     "tau": "trf_tau",
@@ -37,16 +46,18 @@ LAYER_PARTS = {
     "D": "trf_D.weight",
 }
 """Operator input -> what its weight is called within the module, as in adapter files."""
+LAYER_PARTS = {**OPERATOR_PARTS, "gain": "lora_gain", "offset": "lora_offset"}
+"""The same of all that an adapted layer may have: h becomes gain⊙h + offset before the operator (DoRA)."""
 
 
 @dataclass(frozen=True)
 class RuntimeWeight:
     """A graph input that takes a weight of the adapter.
 
-    `part` is A, B, tau, C or D of the adapted layer `module` (B and D with their scales folded in), or the name of a
-    parameter of the saved module `module`, `transposed` where the graph keeps it (K,N). `shape` has numbers, and
-    symbols where any size is taken: "<module>.R" and "<module>.F". `default` says whose values the graph's initializer
-    holds: the "base" model's or the first "adapter"'s. Raises ValueError for what no export writes.
+    `part` is A, B, tau, C, D, gain or offset of the adapted layer `module` (B and D with their scales folded in), or
+    the name of a parameter of the saved module `module`, `transposed` where the graph keeps it (K,N). `shape` has
+    numbers, and symbols where any size is taken: "<module>.R" and "<module>.F". `default` says whose values the graph's
+    initializer holds: the "base" model's or the first "adapter"'s. Raises ValueError for what no export writes.
     """
 
     name: str
@@ -62,8 +73,8 @@ class RuntimeWeight:
         numbers = [dim for dim in self.shape if not isinstance(dim, str)]
         if not all(sizes) or math.prod(numbers) > _MOST_VALUES or self.dtype not in RUN_TIME_DTYPES.values():
             raise ValueError(self.name)
-        # `zeros` makes these without having seen an adapter: one size is the layer's, the other a rank.
-        dims = 1 if self.part == "tau" else 2
+        # `neutral` makes these without having seen an adapter: one size is the layer's, the other a rank.
+        dims = 1 if self.part in ("tau", "gain", "offset") else 2
         if self.in_layer and (len(numbers) != 1 or len(self.shape) != dims or numbers[0] > _MOST_FEATURES):
             raise ValueError(self.name)
 
@@ -81,6 +92,8 @@ def layer_weights(layer: LayerAdapter, parts: Iterable[str], dtype: DType, defau
         "A": (rank, layer.in_features),
         "B": (layer.out_features, rank),
         "tau": (layer.out_features,),
+        "gain": (layer.out_features,),
+        "offset": (layer.out_features,),
         "C": (filter_rank, layer.out_features),
         "D": (layer.out_features, filter_rank),
     }
@@ -90,9 +103,10 @@ def layer_weights(layer: LayerAdapter, parts: Iterable[str], dtype: DType, defau
     ]
 
 
-def zeros(weight: RuntimeWeight) -> NDArray[Any]:
-    """The weight of an adapted layer that changes nothing: every part zero, at rank 1."""
-    return np.zeros([1 if isinstance(dim, str) else dim for dim in weight.shape], NUMPY[weight.dtype])
+def neutral(weight: RuntimeWeight) -> NDArray[Any]:
+    """The weight of an adapted layer that changes nothing: every part zero, at rank 1, but a gain of one."""
+    shape = [1 if isinstance(dim, str) else dim for dim in weight.shape]
+    return np.full(shape, 1 if weight.part == "gain" else 0, NUMPY[weight.dtype])
 
 
 def largest_file(weights: Sequence[RuntimeWeight]) -> int:

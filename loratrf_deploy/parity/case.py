@@ -100,6 +100,8 @@ def prepare(
 ) -> Case:
     """The case that `check_parity` was asked for, with its arguments. Raises UserError where one is at fault."""
     check_providers([PROVIDERS[device]])
+    from ..pytorch.dora import with_gains
+
     step("reading the model")
     graph = load_graph(model)
     check_described(model)
@@ -110,6 +112,7 @@ def prepare(
     folded = _folded(read, graph)
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
     base = replace(base, embedding=embedding)
+    read = with_gains(read, base.model.get_base_model()) if not read.not_separable and not folded else read
     weight_checks = []
     if quantised := exact_arithmetic(graph):
         step("dequantising")

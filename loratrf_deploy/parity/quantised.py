@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -112,10 +113,17 @@ def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, 
     low-rank halves are in the graph's weights, so they are merged here first. Returns the check that the quantised
     weights are the model's own: each within a step, and the merged adapter in them at its full size.
     """
-    import torch
+    from ..pytorch.dora import gains_kept
 
     if merged:
         merge_adapter(base.model)
+    with contextlib.nullcontext() if merged else gains_kept(base.model):
+        return _dequantise_into(graph, base, adapter, merged=merged)
+
+
+def _dequantise_into(graph: ir.Model, base: BaseModel, adapter: Adapter, *, merged: bool) -> Check:
+    import torch
+
     modules = _base_modules(base)
     weights = _Dequantised(graph, {path: len(module.weight) for path, module in modules.items()})
     sums = _WeightSums()
