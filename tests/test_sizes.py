@@ -213,6 +213,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HEADERS = {
     "a name twice": (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":1}', "it has 'a' twice"),
     "a name without end": (json.dumps({"a" * 501: ENTRY}).encode(), "a tensor's name has 501 characters"),
+    "half of a pair": (json.dumps({"__metadata__": {"a": "\ud800"}, "b": ENTRY}).encode(), "surrogates not allowed"),
     "a path without end": (json.dumps({"a." * 51: ENTRY}).encode(), "51 dots"),
     "nesting": (b'{"a":' * 50_000, "nested more than 100 deep"),
     "nesting that a string hides": (b'{"]]]]]":' + b"[" * 101, "nested more than 100 deep"),

@@ -20,7 +20,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 def parse_json(raw: bytes, *, strict: bool = False) -> Any:
     """What the UTF-8 text `raw` says. ValueError for what isn't JSON, or is nested more than 100 deep.
 
-    `strict` refuses an object that has a key twice, NaN and Infinity: Python's parser takes them.
+    `strict` refuses an object that has a key twice, NaN, Infinity and half of a surrogate pair: Python's parser takes
+    them, safetensors' doesn't.
     """
     # The parser calls itself, and how deep it gets depends on Python's version and the thread's stack.
     brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _NOT_BRACKETS), np.uint8)
@@ -30,7 +31,10 @@ def parse_json(raw: bytes, *, strict: bool = False) -> Any:
         raise ValueError(f"nested more than {_DEEPEST} deep")
     if not strict:
         return json.loads(raw.decode())
-    return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refused)
+    said = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refused)
+    if b"\\ud" in raw.lower():
+        json.dumps(said, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return said
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
