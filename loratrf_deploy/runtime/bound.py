@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import EllipsisType, MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,7 @@ _SPARE_BINDINGS = 4
 """Bindings kept ready for threads that run at once; each is some 20 kB."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What `AdapterSession.run` was asked for: an `adapter` for all rows (... where none was named) or one per row."""
 
     inputs: Mapping[str, Any]

@@ -129,11 +129,11 @@ class Residents(Generic[P]):
         Raises UserError where a name is unknown, or the blend can't be made (`formats.blend`) or exceeds `max_bytes`.
         """
         wanted: str | Blend = choice  # type: ignore[assignment]
-        if isinstance(choice, Mapping) or scale != 1:
+        if not isinstance(choice, str) or scale != 1:  # the usual case first: this is a part of every run
             weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
             wanted = Blend.of(weights).times(scale)
         with self._lock:
-            if isinstance(wanted, Blend):
+            if wanted is not choice:
                 # Listed before its parts are read: whatever replaces one of them meanwhile drops the blend too.
                 self._entries.setdefault(wanted, _Entry())
             entry = self._entries.pop(wanted, None)
