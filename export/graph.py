@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..errors import UserError
 from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
 from ..pytorch.base import max_sequence
-from ..pytorch.shapes import wave_length
+from ..pytorch.shapes import SMALLEST_IMAGE, axes_of, text_config, wave_length
 from .options import DEFAULT_OPSET
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ __all__ = ["PASSES", "finish", "modules_of", "trace"]
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
 
-_AXES = {"pixel_values": ("batch", "channels", "height", "width")}
-_TEXT_AXES, _WAVE_AXES = ("batch", "sequence"), ("batch", "samples")
+_FEWER = {"samples": "frames", "height": "map_height", "width": "map_width"}
+"""What an output has of them, where it has one for several."""
 
 
 def trace(
@@ -36,21 +36,31 @@ def trace(
     opset: int = DEFAULT_OPSET,
     device: str = "cpu",
     outputs: Collection[str] = (),
+    *,
+    any_size: bool = False,
 ) -> ir.Model:
     """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for `device` in; batch and sequence are dynamic.
 
-    Of what `model` gives only `outputs` stay, where it gives one of them. Raises UserError where torch can't trace or
-    ONNX can't express the model.
+    Of images height and width are too, with `any_size`. Of what `model` gives only `outputs` stay, where it gives one
+    of them. Raises UserError where torch can't trace or ONNX can't express the model.
     """
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    batch = torch.export.Dim("batch", min=1)
-    waves = "input_values" in inputs
-    shortest = wave_length(model.config, 1) if waves and inputs["input_values"].ndim == 2 else 1
-    sequence = torch.export.Dim("sequence", min=shortest, max=None if waves else max_sequence(model.config))
-    shared = {name: {0: batch} if value.ndim > 2 else {0: batch, 1: sequence} for name, value in inputs.items()}
+    counts = ("batch", "text_batch", "image_batch", "choices")
+    free: dict[str, tuple[int, int | None]] = dict.fromkeys(counts, (1, None))
+    if "input_ids" in inputs:
+        free["sequence"] = (1, max_sequence(text_config(model.config)))
+    if "input_values" in inputs and inputs["input_values"].ndim == 2:
+        free["samples"] = (wave_length(model.config, 1), None)
+    if any_size:
+        free |= dict.fromkeys(("height", "width"), (SMALLEST_IMAGE, None))
+    dims = {axis: torch.export.Dim(axis, min=least, max=most) for axis, (least, most) in free.items()}
+    shared = {
+        name: {number: dims[axis] for number, axis in enumerate(axes_of(name, value.ndim, inputs)) if axis in dims}
+        for name, value in inputs.items()
+    }
     attempts: list[dict[str, Any]] = [
         {"dynamic_shapes": shared, "prefer_deferred_runtime_asserts_over_guards": True},
         # Models with control flow on shapes (DeBERTa-v2) don't prove shared, bounded symbols; free ones they trace.
@@ -115,23 +125,55 @@ def _add_functions(model: ir.Model, opset: int) -> None:
 
 
 def _name_axes(model: ir.Model, opset: int) -> None:
-    """Dynamic axes are named batch and sequence, or samples; torch calls them s18, s41."""
+    """Dynamic axes are named as `axes_of` says, batch and sequence for one; torch calls them s18, s41.
+
+    Where convolutions make fewer of them, an output has frames of sound, and the height and width of its own map.
+    """
     graph, names = model.graph, dict[str, str]()
-    rows = _WAVE_AXES if any(value.name == "input_values" for value in graph.inputs) else _TEXT_AXES
+    inputs = [value.name or "" for value in graph.inputs]
     for value in graph.inputs:
-        for axis, dim in zip(_AXES.get(value.name or "", rows), value.shape or (), strict=False):
+        shape = value.shape or ()
+        for axis, dim in zip(axes_of(value.name or "", len(shape), inputs), shape, strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 names.setdefault(dim.value, axis)
 
     def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
-        return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match.group(), match.group()), dim.value)
+        text = re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match.group(), match.group()), dim.value)
+        return fewer.get(text, text)
 
+    fewer: dict[str, str] = {}
+    for dim in [dim for value in graph.outputs for dim in value.shape or ()]:
+        text = str(renamed(dim))
+        if found := [name for axis, name in _FEWER.items() if axis in text and axis != text]:
+            fewer[text] = found[0]
     values = [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _transpose_unlike_ranks(model: ir.Model, opset: int) -> None:
+    """No FusedMatMul transposes a batch where its inputs differ in rank: torch's MultiheadAttention makes such.
+
+    The exporter fuses them, and ONNX Runtime wants inputs of one rank then.
+    """
+    for node in [node for node in model.graph if node.op_type == "FusedMatMul"]:
+        ranks = [len(value.shape) if value is not None and value.shape is not None else 0 for value in node.inputs]
+        for index, name in enumerate(("transBatchA", "transBatchB")):
+            value, rank = node.inputs[index], ranks[index]
+            if len(set(ranks)) < 2 or value is None or not node.attributes.get_int(name, 0):
+                continue
+            order = [*range(1, rank - 1), 0, rank - 1]
+            turned = ir.node("Transpose", [value], attributes={"perm": order})
+            assert value.shape is not None
+            turned.outputs[0].shape = ir.Shape([value.shape[axis] for axis in order])
+            turned.outputs[0].type = value.type
+            turned.metadata_props.update(node.metadata_props)
+            model.graph.insert_before(node, turned)
+            node.replace_input_with(index, turned.outputs[0])
+            del node.attributes[name]
 
 
 def _module(node: ir.Node) -> str:
@@ -263,6 +305,7 @@ def _sign(model: ir.Model, opset: int) -> None:
 
 PASSES: tuple[Callable[[ir.Model, int], None], ...] = (
     _add_functions,
+    _transpose_unlike_ranks,
     _name_axes,
     _keep_modules_only,
     _float32_at_the_ends,

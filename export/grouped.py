@@ -21,7 +21,7 @@ from ..formats.swappable import OPERATOR_PARTS, RuntimeWeight, layer_weights
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
 from ..runtime.slots import Slots
 from .files import check_writable
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 __all__ = ["export_grouped"]
 
 _OF_ONE = ("mode", "swappable", "device")
+_NO_ROWS = {
+    TOWERS: "texts and images are counted apart, and every text meets every image",
+    "multiple-choice": "its layers see each choice as a row",
+}
 
 
 def export_grouped(
@@ -205,13 +209,18 @@ def _write_encoder(
 
     check_encodes(options, base.task)
     check_tokens(contents.first, base)
+    if rows := _NO_ROWS.get(base.task):
+        raise UserError(
+            f"--adapters gives each row of a batch its own adapter, and a model of {base.task} has no such rows: "
+            f"{rows}. Export the adapters apart, or one of them with --swappable base and the others with --onto."
+        )
     opset, dtype = options.opset or DEFAULT_OPSET, options.dtype
     _attach(base, contents.layers, contents.weights, contents.filter_input)
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
     clock("tracing")
     with collector_off():
-        program = trace(base.model, inputs, opset, outputs=base.outputs)
+        program = trace(base.model, inputs, opset, outputs=base.outputs, any_size=base.any_size)
         _add_adapter_ids(program.graph)
         finish(program, opset)
     if base.embedding is not None:

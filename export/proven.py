@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError
-from ..files import read_regular
 from ..formats.manifest import (
     AdapterId,
     AdapterPart,
@@ -30,7 +29,9 @@ from ..ops.dtypes import DType
 from ..ops.library import library_path
 from ..ops.schemas import FilterInput
 from ..pytorch.base import BaseModel, sample_inputs, tokenizer_of
+from ..pytorch.processors import processor_files
 from ..pytorch.quiet import quiet
+from ..pytorch.vocabulary import token_table
 from ..version import __version__
 from .files import base_sha256, written_aside
 from .moving import companions
@@ -176,8 +177,9 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
     if "input_ids" not in base.input_names:
         return
     tokenizer, source = tokenizer_of(adapter, base)
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    if tokenizer and len(tokenizer) > rows:
+    table = token_table(base.model)
+    rows = len(table.weight) if table is not None else 0
+    if tokenizer and table is not None and len(tokenizer) > rows:
         raise UserError(
             f"The tokenizer in {source} has {len(tokenizer)} tokens, but the base model {base.path} embeds {rows}, and "
             f"the adapter {adapter.path} brings no others. Pass the base that it was trained on (--base-model), or "
@@ -187,16 +189,22 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
 
 
 def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
-    """config.json, and the tokenizer (the adapter's own where it has one) or the image preprocessor's settings."""
+    """config.json, and what makes inputs and reads answers, the adapter's own where it has one: tokenizer, processor.
+
+    The tokenizer of CTC reads answers: it knows the letters. Images and sound have a processor's settings.
+    """
     base.model.config.save_pretrained(folder)
-    if "input_ids" in base.input_names:
+    texts = "input_ids" in base.input_names
+    if texts or base.task == "automatic-speech-recognition":
         tokenizer, _ = tokenizer_of(adapter, base)
-        if tokenizer:
+        if tokenizer and texts:
             # What the tokenizer returns is what the graph takes: a caller passes it on as it is.
-            tokenizer.model_input_names = list(base.input_names)
+            tokenizer.model_input_names = [name for name in base.input_names if not name.startswith("pixel_")]
+        if tokenizer:
             tokenizer.save_pretrained(folder)
-    elif (preprocessor := Path(base.path) / "preprocessor_config.json").is_file():
-        (folder / preprocessor.name).write_bytes(read_regular(preprocessor, preprocessor.parent))
+    if set(base.input_names) & {"pixel_values", "input_values"}:
+        for name, text in processor_files(adapter, base).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -161,7 +161,8 @@ def _write_encoder(
     layers = _attach(swap.placeholders if swap else adapter, base, options.merges, getattr(torch, options.dtype))
     clock("tracing")
     with collector_off():
-        program = trace(base.model, traced_inputs(base, options.dtype), opset, options.device, base.outputs)
+        inputs = traced_inputs(base, options.dtype)
+        program = trace(base.model, inputs, opset, options.device, base.outputs, any_size=base.any_size)
         finish(program, opset)
     if base.embedding is not None:
         pool(program, base.embedding)

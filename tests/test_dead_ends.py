@@ -72,17 +72,17 @@ def test_a_rank_that_is_too_high_to_swap_is_merged(refused: Refused, make_tiny, 
     assert "--mode merged, not swappable" in message
 
 
-@pytest.mark.parametrize("trained_on", ["BertForMaskedLM", None])
+@pytest.mark.parametrize("trained_on", ["BertForNextSentencePrediction", None])
 def test_task_type_is_advised_only_where_it_helps(refused: Refused, make_tiny, tmp_path: Path, trained_on) -> None:
     base, original = make_tiny("bert", "token-classification", "lora")
     base = Path(shutil.copytree(base, tmp_path / "base"))
     adapter = Path(shutil.copytree(original, tmp_path / "adapter"))
-    edit_json(base / "config.json", architectures=["BertForMaskedLM"])
+    edit_json(base / "config.json", architectures=["BertForNextSentencePrediction"])
     mapping = {"base_model_class": trained_on, "parent_library": "transformers"} if trained_on else None
     edit_json(adapter / "adapter_config.json", task_type=None, auto_mapping=mapping)
     command = ["--adapter", str(adapter), "--base-model", str(base), "--no-check"]
     message = refused(tmp_path / "out" / "model.onnx", *command)
-    assert "BertForMaskedLM" in message
+    assert "BertForNextSentencePrediction" in message
     if trained_on:
         assert "doesn't help" in message
         return

@@ -183,16 +183,16 @@ def test_sound_in_a_form_that_is_not_exported(tmp_path: Path, refused: Callable[
     assert "(WhisperForAudioClassification) takes 'input_features'" in message
 
 
-def test_texts_and_images_together(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_texts_and_images_in_patches(tmp_path: Path, refused: Callable[..., str]) -> None:
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 20} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1)
-    vision = SIZES | {"image_size": 16, "patch_size": 4}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    vision = SIZES | {"hidden_size": 16, "num_patches": 16, "patch_size": 4}
+    model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
     model.save_pretrained(tmp_path / "base")
     config = {"r": 4, "target_modules": ["q_proj"], "task_type": "FEATURE_EXTRACTION"}
     adapter = tiny.save_adapter(model, tmp_path / "adapter", "lora", 1, 3, config)
     message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", tmp_path / "base")
-    assert "(CLIPModel) takes several kinds of input together" in message
+    assert "(Siglip2Model) takes several kinds of input together" in message
 
 
 def test_layers_that_are_replicated(make_tiny: Callable, refused: Callable[..., str], tmp_path: Path) -> None:

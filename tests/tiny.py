@@ -167,7 +167,7 @@ def randomise(model: nn.Module, seed: int, trainable_only: bool = False) -> None
                 value.copy_(1 + 0.2 * noise)
             elif last == "bias":
                 value.copy_(0.1 * noise)
-            elif "embeddings" in name or value.dim() == 1:
+            elif "embeddings" in name or value.dim() <= 1:
                 value.copy_(0.5 * noise)
             else:
                 # Below the gain of 1 that keeps variance: residual streams and attention stay as calm as trained ones,

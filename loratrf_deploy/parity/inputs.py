@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..pytorch.base import GENERATION, Inputs, load_tokenizer, max_sequence, sample_inputs
-from ..pytorch.shapes import wave_length
+from ..pytorch.shapes import MAIN_INPUTS, SMALLEST_IMAGE, text_config, wave_length
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -97,32 +97,45 @@ def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]
 def complete(batch: Inputs, base: BaseModel) -> Inputs:
     """The batch with every input that the model takes, held against the model's sizes; extra inputs are dropped.
 
-    A missing attention_mask is all ones and missing token_type_ids are zeros, as in transformers. Raises UserError.
+    A missing attention_mask or pixel_mask is all ones and missing token_type_ids are zeros, as in transformers. Raises
+    UserError.
     """
-    config, main = base.model.config, base.main_input
-    if main not in batch:
-        raise UserError(f"{main} is missing. The model takes {', '.join(base.input_names)}.")
-    value = batch[main]
-    if base.row_shape:
-        return {main: _fixedrows(main, value, base.row_shape)}
-    if main == "input_values":
-        return _waves(batch, base)
+    if missing := [name for name in base.input_names if name in MAIN_INPUTS and name not in batch]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{' and '.join(missing)} {verb} missing. The model takes {', '.join(base.input_names)}.")
+    values: Inputs = {}
+    if "input_ids" in base.input_names:
+        values |= _tokens(batch, base)
+    if "pixel_values" in base.input_names:
+        values |= _images(batch, base)
+    elif base.row_shape:
+        values[base.main_input] = _fixedrows(base.main_input, batch[base.main_input], base.row_shape)
+    elif "input_values" in base.input_names:
+        values |= _waves(batch, base)
+    return {name: values[name] for name in base.input_names}
+
+
+def _tokens(batch: Inputs, base: BaseModel) -> Inputs:
+    config, main = text_config(base.model.config), "input_ids"
     values = dict(batch)
-    values.setdefault("attention_mask", np.ones_like(value))
-    values.setdefault("token_type_ids", np.zeros_like(value))
+    values.setdefault("attention_mask", np.ones_like(values[main]))
+    values.setdefault("token_type_ids", np.zeros_like(values[main]))
     limits = {
         "input_ids": config.vocab_size,
         "attention_mask": 2,
         "token_type_ids": max(int(getattr(config, "type_vocab_size", 1) or 1), 1),
     }
+    rank = 3 if base.task == "multiple-choice" else 2
     completed: Inputs = {}
     for name in base.input_names:
+        if name not in values or name.startswith("pixel_"):
+            continue
         array = values[name]
-        array = array[None] if array.ndim == 1 else array
-        if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+        array = array[None] if array.ndim == rank - 1 else array
+        if array.ndim != rank or not array.size or array.dtype.kind not in "iu":
+            row = "a list, or a list of lists" if rank == 2 else "for each choice a list, or a list of such rows, all"
             raise UserError(
-                f"{name} has shape {array.shape} of {array.dtype}, expected whole numbers: a list, or a list of lists "
-                "of one length."
+                f"{name} has shape {array.shape} of {array.dtype}, expected whole numbers: {row} of one length."
             )
         if completed and array.shape != completed[main].shape:
             raise UserError(f"{name} has shape {array.shape}, but {main} has {completed[main].shape}.")
@@ -130,8 +143,28 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
         if limit is not None and (array.min() < 0 or array.max() >= limit):
             raise UserError(f"{name} has values from {array.min()} to {array.max()}, the model takes 0 to {limit - 1}.")
         completed[name] = array.astype(np.int64)
-    _check_length(completed[main].shape[1], base)
+    _check_length(completed[main].shape[-1], base)
     return completed
+
+
+def _images(batch: Inputs, base: BaseModel) -> Inputs:
+    if not base.any_size:
+        return {"pixel_values": _fixedrows("pixel_values", batch["pixel_values"], base.row_shape)}
+    pixels, channels = batch["pixel_values"], base.row_shape[0]
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    if pixels.ndim != 4 or pixels.shape[1] != channels or min(pixels.shape[2:]) < SMALLEST_IMAGE or not len(pixels):
+        raise UserError(
+            f"pixel_values has shape {batch['pixel_values'].shape}, expected ({channels}, height, width) or (batch, "
+            f"{channels}, height, width), with at least {SMALLEST_IMAGE} rows and columns."
+        )
+    size = (len(pixels), *pixels.shape[2:])
+    mask = np.asarray(batch.get("pixel_mask", np.ones(size, np.int64)))
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.shape != size or mask.dtype.kind not in "iu" or mask.min() < 0 or mask.max() > 1:
+        raise UserError(
+            f"pixel_mask has shape {mask.shape} of {mask.dtype}, expected 0 and 1 of the shape of the images, {size}."
+        )
+    return {"pixel_values": pixels.astype(np.float32), "pixel_mask": mask.astype(np.int64)}
 
 
 def _fixedrows(name: str, value: NDArray[Any], wanted: tuple[int, ...]) -> NDArray[np.float32]:
@@ -167,7 +200,7 @@ def _waves(batch: Inputs, base: BaseModel) -> Inputs:
 
 
 def _check_length(length: int, base: BaseModel) -> None:
-    longest = max_sequence(base.model.config)
+    longest = max_sequence(text_config(base.model.config))
     if longest is not None and length > longest:
         raise UserError(f"the sequence has {length} tokens, the model takes at most {longest}.")
 
@@ -218,7 +251,7 @@ def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
 
 
 def _tokenise(tokenizer: Any, texts: list[tuple[str, ...]], base: BaseModel) -> Inputs:
-    longest = min(max_sequence(base.model.config) or 512, tokenizer.model_max_length)
+    longest = min(max_sequence(text_config(base.model.config)) or 512, tokenizer.model_max_length)
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(*columns, padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="np")
     return complete({name: np.asarray(encoded[name]) for name in encoded}, base)

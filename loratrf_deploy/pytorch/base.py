@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from ..adapters.fits import check_fits
 from ..errors import UserError, some
 from ..files import check_entries, readable, stays_inside
 from ..formats.embedding import Embedding
-from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
+from .classes import as_trained, class_of, config_of, fit_head, trained_on
+from .samples import images, max_sequence, tokens, waves
+from .shapes import MAIN_INPUTS, any_size, main_inputs, row_shape, takes_mask, text_config
 from .source import OWN_MODEL, Source, find_source, hub_has, needs_trust
 from .vocabulary import resize_vocabulary
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GENERATION",
     "TASKS",
+    "TOWERS",
     "BaseModel",
     "Inputs",
     "Outputs",
@@ -39,7 +43,7 @@ __all__ = [
 ]
 
 Inputs = dict[str, NDArray[Any]]
-"""A batch by input name: ids (batch, sequence) int64, or float32 pixels (batch, channels, H, W) or sound."""
+"""A batch by input name: ids (batch, sequence) int64, float32 pixels (batch, channels, H, W) or sound."""
 Outputs = dict[str, NDArray[Any]]
 """What a model gives for a batch, by output name."""
 
@@ -52,11 +56,16 @@ TASKS = {
     "CAUSAL_LM": GENERATION,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
-on; image and audio classification have no PEFT task type of their own."""
+on: PEFT has no task type for most tasks."""
+
+TOWERS = "zero-shot-image-classification"
+"""Texts and images in one model, each embedded by a tower of its own: CLIP and SigLIP."""
 
 _OUTPUTS = {
     "question-answering": ("start_logits", "end_logits"),
-    "feature-extraction": ("last_hidden_state", "pooler_output"),
+    "feature-extraction": ("text_embeds", "image_embeds", "last_hidden_state", "pooler_output"),
+    "object-detection": ("logits", "pred_boxes"),
+    TOWERS: ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
 }
 """What a model of a task is exported for, where it isn't ("logits",): not its caches, nor what its config adds."""
 
@@ -66,10 +75,20 @@ _TASK_OF_CLASS = {
     "ForQuestionAnswering": "question-answering",
     "ForImageClassification": "image-classification",
     "ForAudioClassification": "audio-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForMultipleChoice": "multiple-choice",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSemanticSegmentation": "semantic-segmentation",
+    "ForObjectDetection": "object-detection",
     "ForCausalLM": GENERATION,
     "LMHeadModel": GENERATION,
+    "ModelWithProjection": "feature-extraction",
     "Model": "feature-extraction",
 }
+_OTHERS = (
+    "and, by the class that it was trained on, classification of images and audio, masked language models, multiple "
+    "choice, CTC, semantic segmentation, object detection, and text beside images (CLIP, SigLIP)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +97,9 @@ class BaseModel:
 
     `untrained` are parameters that the checkpoint has no values for: random, until the adapter brings them.
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
-    it, or with its tokenizer, may run. `row_shape` is that of a row of the main input, () where rows differ in length.
-    `revision` is that of the hub which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it
-    is to.
+    it, or with its tokenizer, may run. `row_shape` is that of an image or a spectrogram, () where rows differ in
+    length; with `any_size`, images have any height and width, and it is but an example. `revision` is that of the hub
+    which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it is to.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -93,6 +112,7 @@ class BaseModel:
     row_shape: tuple[int, ...] = ()
     revision: str | None = None
     embedding: Embedding | None = None
+    any_size: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -101,7 +121,7 @@ class BaseModel:
 
     @property
     def main_input(self) -> str:
-        """input_ids, pixel_values or input_values."""
+        """input_ids, pixel_values or input_values; of two towers that of the texts."""
         return next(name for name in self.input_names if name in MAIN_INPUTS)
 
 
@@ -125,104 +145,77 @@ def load_base(
         raise UserError(needs_trust(f"base model {name}", error) or source.not_found(error)) from error
     source.check_weights(config)
     task = _task(adapter, config)
-    if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
-        config.num_labels = labels
+    fit_head(adapter, config, task)
     model, untrained = _load(adapter, source, config, task, dtype, trust_remote_code)
     untrained |= resize_vocabulary(model, adapter)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     check_fits(adapter, parameters, conv1d=_conv1d(model))
-    input_names = _input_names(model, source, trust_remote_code)
-    shape = row_shape(model.config, source, main_input(model, name))
+    mains = main_inputs(model, name)
     return BaseModel(
-        model, name, task, input_names, frozenset(untrained), parameters, trust_remote_code, shape, source.revision
+        model,
+        name,
+        task,
+        _input_names(model, source, mains, trust_remote_code),
+        frozenset(untrained),
+        parameters,
+        trust_remote_code,
+        row_shape(model.config, source, mains),
+        source.revision,
+        any_size=any_size(model.config, task),
     )
 
 
 def sample_inputs(
     base: BaseModel, *, batch: int, sequence: int, seed: int, padding: bool = True
 ) -> dict[str, NDArray[Any]]:
-    """Random inputs of the model's own sizes: ids (batch, sequence) int64, pixels (batch, channels, H, W) float32, or
+    """Random inputs of the model's own sizes: ids (batch, sequence) int64, of multiple choice (batch, choices,
+    sequence); pixels (batch, channels, H, W) float32, of `any_size` in that of their processor for `seed` 0 alone; or
     sound (batch, samples) float32 of which a model makes `sequence` frames.
 
     With `padding`, every row but the first is right-padded to its own random length, as a tokenizer does. `sequence`
-    is cut to what the model's position embeddings hold.
+    is cut to what the model's position embeddings hold. Beside texts, images are of another number.
     """
-    rng = np.random.default_rng(seed)
-    config = base.model.config
-    if base.row_shape:
-        return {base.main_input: rng.standard_normal((batch, *base.row_shape), dtype=np.float32)}
-    if base.main_input == "input_values":
-        return _sample_waves(base, batch, sequence, rng, padding)
-    sequence = min(sequence, max_sequence(config) or sequence)
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
-    ids = rng.integers(0, config.vocab_size, (batch, sequence))
-    # RoBERTa counts positions by ids that aren't padding: a padding id inside a sentence never comes from a tokenizer.
-    ids = np.where(ids == pad, (pad + 1) % config.vocab_size, ids)
-    lengths = np.full(batch, sequence)
-    if padding and sequence > 1:
-        lengths = rng.integers(1, sequence, batch)
-        lengths[0] = sequence
-    mask = (np.arange(sequence) < lengths[:, None]).astype(np.int64)
-    if base.task == "text-classification" and config.is_encoder_decoder:
+    rng, names = np.random.default_rng(seed), base.input_names
+    rows: Inputs = {}
+    if "input_ids" in names:
+        config = text_config(base.model.config)
+        choices = int(rng.integers(2, 5)) if base.task == "multiple-choice" else 1
         # BART's kind reads its answer where <eos> is, and wants as many in each row: one, where a tokenizer puts it.
-        ids = np.where(ids == config.eos_token_id, (config.eos_token_id + 1) % config.vocab_size, ids)
-        ids[np.arange(batch), lengths - 1] = config.eos_token_id
-    ids = np.where(mask == 1, ids, pad)
-    values = {"input_ids": ids, "attention_mask": mask}
-    if "token_type_ids" in base.input_names:
-        types = max(int(getattr(config, "type_vocab_size", 1) or 1), 1)
-        values["token_type_ids"] = np.sort(rng.integers(0, types, ids.shape), axis=1)
-    return {name: values[name] for name in base.input_names}
-
-
-def _sample_waves(
-    base: BaseModel, batch: int, frames: int, rng: np.random.Generator, padding: bool
-) -> dict[str, NDArray[Any]]:
-    config = base.model.config
-    # Not the fewest for so many frames: lengths of waves are odd.
-    longest = wave_length(config, frames) + int(rng.integers(config.conv_stride[0]))
-    waves = rng.standard_normal((batch, longest), dtype=np.float32)
-    lengths = np.full(batch, longest)
-    if padding and frames > 1:
-        lengths = rng.integers(wave_length(config, 1), longest, batch)
-        lengths[0] = longest
-    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
-    values: Inputs = {"input_values": waves * mask.astype(np.float32), "attention_mask": mask}
-    return {name: values[name] for name in base.input_names}
-
-
-def max_sequence(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that the position embeddings hold, None where nothing bounds it."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    # RoBERTa's positions start behind its padding index.
-    offset = (config.pad_token_id or 0) + 1 if config.model_type in _ROBERTA_POSITIONS else 0
-    return positions - offset
-
-
-_ROBERTA_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text", "mpnet"}
+        # CLIP's text tower reads it there too.
+        ends = base.task == "text-classification" if config.is_encoder_decoder else "_text_model" in config.model_type
+        rows |= tokens(config, rng, batch * choices, sequence, padding=padding, ends=ends)
+        if base.task == "multiple-choice":
+            rows = {name: value.reshape(batch, choices, -1) for name, value in rows.items()}
+    if "pixel_values" in names:
+        # Not as many as texts: two towers count them apart.
+        count = batch % 3 + 1 if "input_ids" in names else batch
+        rows |= images(rng, count, base.row_shape, any_size=base.any_size, padding=padding, first=not seed)
+    elif base.row_shape:
+        rows[base.main_input] = rng.standard_normal((batch, *base.row_shape), dtype=np.float32)
+    elif "input_values" in names:
+        rows |= waves(base.model.config, rng, batch, sequence, padding=padding)
+    return {name: rows[name] for name in names}
 
 
 def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     """The adapter's task: from its task type, else from the class it was trained on, else from the base's class."""
     if adapter.task_type in TASKS:
-        return _of_its_kind(TASKS[adapter.task_type], config)
+        return _of_its_kind(TASKS[adapter.task_type], adapter, config)
     known = ", ".join(TASKS)
     if adapter.task_type is not None:
         raise UserError(
-            f"The adapter's task_type is {adapter.task_type}, which this version can't export. Supported: {known}, and "
-            "classification of images and audio."
+            f"The adapter's task_type is {adapter.task_type}, which this version can't export. Supported: {known}, "
+            f"{_OTHERS}."
         )
-    trained_on = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
-    for name in [trained_on] if trained_on else config.architectures or []:
+    trained = trained_on(adapter)
+    for name in [trained] if trained else config.architectures or []:
         for suffix, task in _TASK_OF_CLASS.items():
             if isinstance(name, str) and name.endswith(suffix):
-                return _of_its_kind(task, config)
-    if trained_on:
+                return _of_its_kind(task, adapter, config)
+    if trained:
         raise UserError(
-            f"The adapter {adapter.path} was trained on a {trained_on}, which this version can't export. Supported: "
-            f"{known}, and classification of images and audio. To set another task_type doesn't help: its weights are "
+            f"The adapter {adapter.path} was trained on a {trained}, which this version can't export. Supported: "
+            f"{known}, {_OTHERS}. To set another task_type doesn't help: its weights are "
             "of that model."
         )
     classes = some(list(map(str, config.architectures or ["none"])))
@@ -233,8 +226,11 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     )
 
 
-def _of_its_kind(task: str, config: PreTrainedConfig) -> str:
-    """`task`; classification of images or audio where the model can't take texts: PEFT says SEQ_CLS for all of them."""
+def _of_its_kind(task: str, adapter: Adapter, config: PreTrainedConfig) -> str:
+    """`task`, or what it is where the model can't take texts, or takes them beside images.
+
+    PEFT says SEQ_CLS for all classification, and FEATURE_EXTRACTION for all models without a head.
+    """
     from transformers.models.auto import modeling_auto
 
     texts = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -243,29 +239,21 @@ def _of_its_kind(task: str, config: PreTrainedConfig) -> str:
             return "image-classification"
         if config.model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
             return "audio-classification"
+    towers = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if task == "feature-extraction" and config.model_type in towers and as_trained(adapter, config) is None:
+        return TOWERS
     return task
-
-
-def _num_labels(adapter: Adapter) -> int | None:
-    """The number of labels of the classification head that the adapter brings, None where it brings none."""
-    for path, tensors in adapter.modules_to_save.items():
-        if path.rsplit(".", 1)[-1] in ("classifier", "score", "qa_outputs", "classification_head"):
-            for name in ("out_proj.weight", "weight", "1.weight"):
-                if name in tensors:
-                    return int(tensors[name].shape[0])
-    return None
 
 
 def _load(
     adapter: Adapter, source: Source, config: PreTrainedConfig, task: str, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the parameters that its checkpoint doesn't hold."""
-    from optimum.exporters.tasks import TasksManager
-
-    auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
+    model_class = class_of(adapter, config, task)
+    config = config_of(model_class, config)
 
     def load(**options: Any) -> tuple[PreTrainedModel, set[str]]:
-        model, info = auto_class.from_pretrained(
+        model, info = model_class.from_pretrained(
             source.name,
             config=config,
             dtype=dtype,
@@ -303,17 +291,24 @@ def _conv1d(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _input_names(model: PreTrainedModel, source: Source, trust_remote_code: bool) -> tuple[str, ...]:
+def _input_names(
+    model: PreTrainedModel, source: Source, mains: Collection[str], trust_remote_code: bool
+) -> tuple[str, ...]:
     """The inputs that the tokenizer gives and the model takes, in the tokenizer's order; others by name."""
     takes = inspect.signature(model.forward).parameters
-    if (main := main_input(model, source.name)) != "input_ids":
-        masked = main == "input_values" and "attention_mask" in takes and takes_mask(model.config, source)
-        return (main, "attention_mask") if masked else (main,)
-    names = ["input_ids", "attention_mask"]
-    if tokenizer := load_tokenizer(source.name, trust_remote_code=trust_remote_code, revision=source.revision):
-        names = [entry for entry in tokenizer.model_input_names if entry in takes]
-    elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
-        names.append("token_type_ids")
+    names = []
+    if "input_ids" in mains:
+        names = ["input_ids", "attention_mask"]
+        if tokenizer := load_tokenizer(source.name, trust_remote_code=trust_remote_code, revision=source.revision):
+            names = [entry for entry in tokenizer.model_input_names if entry in takes]
+        elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
+            names.append("token_type_ids")
+    if "pixel_values" in mains:
+        names += [name for name in ("pixel_values", "pixel_mask") if name in takes]
+    if "input_values" in mains:
+        names.append("input_values")
+        if "attention_mask" in takes and takes_mask(model.config, source):
+            names.append("attention_mask")
     return tuple(names)
 
 

@@ -1,16 +1,29 @@
-"""Bases whose vocabulary was resized for an adapter, which brings the embeddings."""
+"""The table of token embeddings, also where it was resized for an adapter, which brings it then."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-__all__ = ["resize_vocabulary"]
+__all__ = ["resize_vocabulary", "token_table"]
+
+
+def token_table(model: Any) -> torch.nn.Embedding | None:
+    """The embeddings of input_ids, of two towers those of the texts; None where it has none, as for images."""
+    import torch
+
+    for part in (model, getattr(model, "text_model", None)):
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            if isinstance(table := part.get_input_embeddings(), torch.nn.Embedding):
+                return table
+    return None
 
 
 def resize_vocabulary(model: PreTrainedModel, adapter: Adapter) -> set[str]:

@@ -1,0 +1,99 @@
+"""Which class of transformers' is the model of a task: the one that an adapter was trained on, or the task's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..adapters.adapter import Adapter
+from ..errors import UserError, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["as_trained", "class_of", "config_of", "fit_head", "trained_on"]
+
+_OWN = ("EncoderModel", "TextModel", "VisionModel", "ModelWithProjection")
+"""Endings of classes that are one half of what their configuration says: T5's encoder, one tower of CLIP's."""
+
+
+def trained_on(adapter: Adapter) -> str | None:
+    """The class that `adapter` was trained on, where PEFT wrote it down: it does for adapters without a task_type."""
+    name = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    return name if isinstance(name, str) and name else None
+
+
+def as_trained(adapter: Adapter, config: PreTrainedConfig) -> Any | None:
+    """The class of one half of a model that `adapter`, else its base, names; None where it names another kind."""
+    import transformers
+
+    for name in [own] if (own := trained_on(adapter)) else config.architectures or []:
+        found = getattr(transformers, name, None) if str(name).endswith(_OWN) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return None
+
+
+def class_of(adapter: Adapter, config: PreTrainedConfig, task: str) -> Any:
+    """The class, or transformers' Auto class, of the model of `task`. UserError for a half that isn't exported."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+    from transformers.models.auto import modeling_auto
+
+    if task == "automatic-speech-recognition":
+        return transformers.AutoModelForCTC
+    if task == "feature-extraction":
+        if (own := as_trained(adapter, config)) is not None and _fitting(own, config) is not None:
+            return own
+        if config.model_type in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES and config.is_encoder_decoder:
+            _check_encoder(adapter)
+            return transformers.AutoModelForTextEncoding
+    return TasksManager.get_model_class_for_task(task, framework="pt")
+
+
+def config_of(model_class: Any, config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, or the part of it that is `model_class`'s: of one tower."""
+    return _fitting(model_class, config) or config
+
+
+def _fitting(model_class: Any, config: PreTrainedConfig) -> PreTrainedConfig | None:
+    wanted = getattr(model_class, "config_class", None)
+    parts = [config, *vars(config).values()]
+    return next((part for part in parts if wanted is not None and isinstance(part, wanted)), None)
+
+
+def _check_encoder(adapter: Adapter) -> None:
+    if wrong := [name for name in adapter.layers if name.startswith("decoder.")]:
+        raise UserError(
+            f"The adapter {adapter.path} has layers in the decoder ({some(wrong)}), and features of an encoder-decoder "
+            "are extracted from its encoder alone. Train it on the encoder (T5EncoderModel and its kin)."
+        )
+
+
+def fit_head(adapter: Adapter, config: PreTrainedConfig, task: str) -> None:
+    """Gives `config` as many labels, or letters of CTC, as the head has that the adapter brings, in place."""
+    if (rows := _head_rows(adapter, _HEADS.get(task, _CLASSIFIERS))) is None:
+        return
+    if task == "automatic-speech-recognition":
+        config.vocab_size = rows
+        return
+    labels = rows - 1 if task == "object-detection" else rows  # one more is "no object"
+    if labels != config.num_labels:
+        config.num_labels = labels
+
+
+_CLASSIFIERS = ("classifier", "score", "qa_outputs", "classification_head", "decode_head")
+_HEADS = {
+    "automatic-speech-recognition": ("lm_head",),
+    "object-detection": ("class_labels_classifier",),
+    # Its head has one output, a score; labels are the choices.
+    "multiple-choice": (),
+}
+
+
+def _head_rows(adapter: Adapter, heads: tuple[str, ...]) -> int | None:
+    for path, tensors in adapter.modules_to_save.items():
+        if path.rsplit(".", 1)[-1] in heads:
+            for name in ("out_proj.weight", "weight", "1.weight", "classifier.weight"):
+                if name in tensors:
+                    return int(tensors[name].shape[0])
+    return None
