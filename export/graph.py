@@ -141,7 +141,7 @@ def _name_axes(model: ir.Model, opset: int) -> None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
         text = re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match.group(), match.group()), dim.value)
-        return fewer.get(text, text)
+        return int(text) if text.isdecimal() else fewer.get(text, text)
 
     fewer: dict[str, str] = {}
     for dim in [dim for value in graph.outputs for dim in value.shape or ()]:

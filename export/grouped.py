@@ -227,7 +227,7 @@ def _write_encoder(
         pool(program, base.embedding)
     _slots_to_inputs(program.graph, contents)
     if options.quantize != "none":
-        quantise(program, patterns=options.keep_float)
+        quantise(program, patterns=options.keep_float, traced=base.model)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, contents.first, out.parent)

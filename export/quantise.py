@@ -6,6 +6,7 @@ swappable model's head; and it takes one scale for all activations of a batch, b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
+from torch import nn
 
 from ..errors import UserError, some
 from ..parity.quantised import WEIGHTS_OF
@@ -31,18 +33,21 @@ instruction.
 """
 
 
-def quantise(model: ir.Model, saved: Collection[str] = (), patterns: Sequence[str] = ()) -> None:
+def quantise(
+    model: ir.Model, saved: Collection[str] = (), patterns: Sequence[str] = (), traced: nn.Module | None = None
+) -> None:
     """y ≈ s·w·(round(x/s) Qᵀ): linear layers and embedding tables in int8, in place.
 
     Modules in `saved` stay, and so do those that match one of `patterns` ("*.layer.0.*", as file names do).
 
     Q (N,K) int8 and w (N) float32 are fixed, w = max|W|/64 of each output; s = max|x|/127 is each token's own, taken as
     the model runs, so that an answer doesn't depend on the batch that it is in. Rows of an embedding have a scale each,
-    max|row|/127. All of it is standard ONNX. Requires a graph from `finish`; weights that are inputs of it stay. Raises
+    max|row|/127. All of it is standard ONNX. Requires a graph from `finish`; the torch model `traced` tells the layers
+    that it doesn't name; weights that are inputs of it stay. Raises
     UserError where nothing is left to quantise, or a pattern matches nothing that would be.
     """
-    graph = model.graph
-    worth = {node: names for node in graph if (names := _worth_it(node, saved))}
+    graph, layers = model.graph, _Layers(traced)
+    worth = {node: names for node in graph if (names := _worth_it(node, saved, layers))}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for names in worth.values() for name in names):
             known = some([name for names in worth.values() for name in names])
@@ -76,7 +81,40 @@ def quantise(model: ir.Model, saved: Collection[str] = (), patterns: Sequence[st
         del graph.initializers[name]
 
 
-def _worth_it(node: ir.Node, saved: Collection[str]) -> list[str]:
+class _Layers:
+    """The linear layers and tables of a torch model, by path and by weight."""
+
+    def __init__(self, model: nn.Module | None):
+        self._known = model is not None
+        self._weights = {
+            path.removesuffix(".base_layer"): weight.detach()
+            for path, module in (model.named_modules() if model is not None else ())
+            if (weight := module._parameters.get("weight")) is not None and weight.ndim == 2
+        }
+        self._paths: dict[bytes, str] = {}
+
+    def of(self, node: ir.Node) -> list[str]:
+        """The layers that `node` computes, by its name or, of several packed in one, by their weights; else none."""
+        names = modules_of(node)
+        if not self._known or (names and all(name in self._weights for name in names)):
+            return names
+        split = next((user for user in node.outputs[0].consumers() if user.op_type == "Split"), None)
+        weight = node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if split is None or weight is None:
+            return []
+        sizes = split.inputs[1].const_value if len(split.inputs) > 1 and split.inputs[1] is not None else None
+        whole = weight.numpy()
+        where = len(split.outputs) if sizes is None else np.cumsum(sizes.numpy())[:-1]
+        self._paths = self._paths or {_digest(value.numpy()): path for path, value in self._weights.items()}
+        found = [self._paths.get(_digest(part.T)) for part in np.split(whole, where, axis=1)]
+        return [path for path in found if path is not None] if None not in found else []
+
+
+def _digest(weight: NDArray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(weight).tobytes()).digest()
+
+
+def _worth_it(node: ir.Node, saved: Collection[str], layers: _Layers) -> list[str]:
     """The modules of a linear layer or embedding of constant weight; none of other nodes, or where one is saved."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Gather"):
         return []
@@ -90,7 +128,7 @@ def _worth_it(node: ir.Node, saved: Collection[str]) -> list[str]:
     attributes = {name: attribute.value for name, attribute in node.attributes.items() if name != "transB"}
     if any(plain.get(name) != value for name, value in attributes.items()):
         return []
-    modules = modules_of(node)
+    modules = layers.of(node)
     return [] if any(f"{module}.".startswith(f"{path}.") for module in modules for path in saved) else modules
 
 

@@ -168,7 +168,7 @@ def _write_encoder(
         pool(program, base.embedding)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
     if options.quantize != "none":
-        quantise(program, saved=adapter.modules_to_save, patterns=options.keep_float)
+        quantise(program, adapter.modules_to_save, options.keep_float, base.model)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, adapter, out.parent)

@@ -42,11 +42,14 @@ def class_of(adapter: Adapter, config: PreTrainedConfig, task: str) -> Any:
     if task == "automatic-speech-recognition":
         return transformers.AutoModelForCTC
     if task == "feature-extraction":
-        if (own := as_trained(adapter, config)) is not None and _fitting(own, config) is not None:
-            return own
-        if config.model_type in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES and config.is_encoder_decoder:
+        if (own := as_trained(adapter, config)) is not None and _fitting(own, config) is None:
+            own = None
+        texts = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type)
+        if own is None and config.is_encoder_decoder and texts is not None:
+            own = transformers.AutoModelForTextEncoding
+        if own is not None:
             _check_encoder(adapter)
-            return transformers.AutoModelForTextEncoding
+            return own
     return TasksManager.get_model_class_for_task(task, framework="pt")
 
 
@@ -76,11 +79,13 @@ def fit_head(adapter: Adapter, config: PreTrainedConfig, task: str) -> None:
     if task == "automatic-speech-recognition":
         config.vocab_size = rows
         return
-    labels = rows - 1 if task == "object-detection" else rows  # one more is "no object"
+    labels = rows - 1 if config.model_type in _NO_OBJECT and task == "object-detection" else rows
     if labels != config.num_labels:
         config.num_labels = labels
 
 
+_NO_OBJECT = ("detr", "table-transformer", "yolos")
+"""Detectors whose head has one more row, for "no object"."""
 _CLASSIFIERS = ("classifier", "score", "qa_outputs", "classification_head", "decode_head")
 _HEADS = {
     "automatic-speech-recognition": ("lm_head",),

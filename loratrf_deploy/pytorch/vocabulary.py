@@ -19,6 +19,7 @@ def token_table(model: Any) -> torch.nn.Embedding | None:
     """The embeddings of input_ids, of two towers those of the texts; None where it has none, as for images."""
     import torch
 
+    part: Any
     for part in (model, getattr(model, "text_model", None)):
         with contextlib.suppress(NotImplementedError, AttributeError):
             if isinstance(table := part.get_input_embeddings(), torch.nn.Embedding):
