@@ -11,7 +11,7 @@ from onnx_ir.tape import Tape
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
 from ..formats.embedding import MODULES_FILE, SENTENCE_EMBEDDING, Embedding
-from ..pytorch.base import BaseModel
+from ..pytorch.base import TOWERS, BaseModel
 from ..pytorch.embedding import declared
 from .options import ExportOptions
 
@@ -27,6 +27,11 @@ def with_embedding(base: BaseModel, adapters: Sequence[Adapter], options: Export
     """
     if options.pooling is None:
         return base
+    if base.task == TOWERS:
+        raise UserError(
+            f"--pooling is {options.pooling}, and this model's towers pool by themselves: text_embeds and image_embeds "
+            "are its embeddings. Leave --pooling out."
+        )
     if base.task != "feature-extraction":
         raise UserError(
             f"--pooling is {options.pooling}, and this adapter's task is {base.task}: sentence embeddings are made by "

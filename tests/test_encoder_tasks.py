@@ -441,6 +441,7 @@ def test_what_these_models_have_no_use_for(
     assert "texts and images are counted apart" in refused(out, "--adapters", *both, *base)
     one = ["--adapter", made / "adapter", *base]
     assert "task is zero-shot-image-classification" in refused(out, *one, "--quantize", "int4")
+    assert "towers pool by themselves" in refused(out, *one, "--pooling", "mean")
 
 
 def test_answers_are_counted_where_there_are_some(kinds: Callable, tmp_path: Path, capsys: Any) -> None:
