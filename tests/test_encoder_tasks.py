@@ -21,6 +21,7 @@ from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.parity.inputs import complete
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference, run_torch
+from loratrf_deploy.pytorch.processors import processor_files
 from shared import read_json
 
 # Of torch's attention, which WavLM calls with masks of two types.
@@ -453,3 +454,19 @@ def test_answers_are_counted_where_there_are_some(kinds: Callable, tmp_path: Pat
     assert parity_main([*map(str, command), "--evaluate", str(rows)]) == 2
     assert "this one's task is fill-mask" in capsys.readouterr().err
     assert parity_main([*map(str, command), "--inputs", str(rows)]) == 0
+
+
+def test_whose_processor_it_is(made_once: Callable[..., Path], hub: Callable[..., Path], tmp_path: Path) -> None:
+    """A hub's, where the base is one; the adapter's own before it; none that a link brings from elsewhere."""
+    made = made_once(make_kind, "clip, both towers", "loratrf")
+    hub(made / "base", "org/clip")
+    base = load_base(read_adapter(made / "adapter"), "org/clip")
+    assert '"height": 16' in processor_files(read_adapter(made / "adapter"), base)["preprocessor_config.json"]
+    own = Path(shutil.copytree(made / "adapter", tmp_path / "adapter"))
+    (own / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert list(processor_files(read_adapter(own), base)) == ["processor_config.json"]
+    (tmp_path / "elsewhere.json").write_text('{"password": "x"}')
+    (own / "processor_config.json").unlink()
+    (own / "processor_config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="outside of its folder"):
+        processor_files(read_adapter(own), base)
