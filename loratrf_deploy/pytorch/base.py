@@ -17,6 +17,7 @@ from ..adapters.fits import check_fits
 from ..errors import UserError, some
 from ..files import check_entries, readable, stays_inside
 from ..formats.embedding import Embedding
+from ..formats.tasks import label_count
 from .shapes import MAIN_INPUTS, main_input, row_shape, takes_mask, wave_length
 from .source import OWN_MODEL, Source, find_source, hub_has, needs_trust
 from .vocabulary import resize_vocabulary
@@ -80,7 +81,7 @@ class BaseModel:
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
     it, or with its tokenizer, may run. `row_shape` is that of a row of the main input, () where rows differ in length.
     `revision` is that of the hub which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it
-    is to.
+    is to. `chosen` are the outputs that it is exported for where its task doesn't say.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -93,11 +94,12 @@ class BaseModel:
     row_shape: tuple[int, ...] = ()
     revision: str | None = None
     embedding: Embedding | None = None
+    chosen: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of what it is exported for; a model may lack one, as the pooled output."""
-        return _OUTPUTS.get(self.task, ("logits",))
+        return self.chosen or _OUTPUTS.get(self.task, ("logits",))
 
     @property
     def main_input(self) -> str:
@@ -125,7 +127,7 @@ def load_base(
         raise UserError(needs_trust(f"base model {name}", error) or source.not_found(error)) from error
     source.check_weights(config)
     task = _task(adapter, config)
-    if (labels := _num_labels(adapter)) is not None and labels != config.num_labels:
+    if (labels := label_count(adapter)) is not None and labels != config.num_labels:
         config.num_labels = labels
     model, untrained = _load(adapter, source, config, task, dtype, trust_remote_code)
     untrained |= resize_vocabulary(model, adapter)
@@ -244,16 +246,6 @@ def _of_its_kind(task: str, config: PreTrainedConfig) -> str:
         if config.model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
             return "audio-classification"
     return task
-
-
-def _num_labels(adapter: Adapter) -> int | None:
-    """The number of labels of the classification head that the adapter brings, None where it brings none."""
-    for path, tensors in adapter.modules_to_save.items():
-        if path.rsplit(".", 1)[-1] in ("classifier", "score", "qa_outputs", "classification_head"):
-            for name in ("out_proj.weight", "weight", "1.weight"):
-                if name in tensors:
-                    return int(tensors[name].shape[0])
-    return None
 
 
 def _load(
