@@ -178,6 +178,15 @@ def test_heads_behind_a_head_of_the_base(make_tiny: Callable, tmp_path: Path) ->
     assert_answers(base, members, result.model, ["input_ids", "attention_mask"])
 
 
+@pytest.mark.slow
+def test_saved_poolers_stay_exact_in_int8(make_tiny: Callable, tmp_path: Path) -> None:
+    base, members = make_members(make_tiny, "bert")
+    parity = export(base, members, tmp_path / "model.onnx", quantize="int8").parity
+    assert parity is not None
+    assert parity.passed
+    assert ("quantised", "logits (mixed rows)") in {(check.variant, check.output) for check in parity.checks}
+
+
 def test_families_and_tasks_that_share_no_trunk(make_tiny: Callable, tmp_path: Path, refused: Callable) -> None:
     base = tiny.make_base(tmp_path / "base", "mpnet", "feature-extraction")
     options = {"target_modules": ["q", "v"]}

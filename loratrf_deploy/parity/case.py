@@ -134,7 +134,11 @@ def prepare(
     if quantised := exact_arithmetic(graph):
         step("dequantising")
         merged, graphs = bool(folded or read.not_separable), partial(part.path, trunk=trunk) if part else str
-        weight_checks = [dequantise_reference(graph, base, read, merged=merged, named=graphs)]
+        weight_checks = [
+            dequantise_reference(
+                graph, base, read, merged=merged, named=graphs, saved=not (swappable and swappable.slots)
+            )
+        ]
     weights = {}
     if manifest is not None and swappable is not None:
         weights = fit(in_graph(read, part, trunk), swappable.weights, manifest.adapter.filter_input, task)

@@ -225,7 +225,7 @@ def _dequantise(case: _Case, reference: BaseModel, adapter: Adapter) -> list[Che
         return []
     part = part_of(reference.task, case.swappable.tasks, reference.path)
     named = functools.partial(part.path, trunk=case.swappable.trunk) if part else str
-    return [dequantise_reference(case.graph, reference, adapter, merged=False, named=named)]
+    return [dequantise_reference(case.graph, reference, adapter, merged=False, named=named, saved=False)]
 
 
 def _generate(case: _Case, reference: BaseModel, row: int) -> list[Greedy]:
