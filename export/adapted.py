@@ -26,9 +26,12 @@ class AdaptedLinear(nn.Module):
 
     `weights` are the operator's, by input, and "gain" and "offset" where h becomes gain⊙h + offset before it. B carries
     alpha/R and D carries gamma already. Parameters are named as in adapter files, so that initializers are too. A
-    grouped operator's adapter_ids are left out: they are an input of the graph, which the grouped export adds. Only for
-    tracing: run eagerly it returns unspecified values.
+    grouped operator's adapter_ids are left out: they are an input of the graph, which the grouped export adds. Where
+    `rows` are set, x (1,P,K) is what as many rows share, and y each one's own (`positions`). Only for tracing: run
+    eagerly it returns unspecified values.
     """
+
+    rows: int | torch.SymInt | None = None
 
     def __init__(self, base_layer: nn.Module, op: str, weights: dict[str, torch.Tensor], attributes: Mapping[str, str]):
         super().__init__()
@@ -47,6 +50,8 @@ class AdaptedLinear(nn.Module):
             hidden = hidden * self.get_parameter("lora_gain")
         if "lora_offset" in self._parameters:
             hidden = hidden + self.get_parameter("lora_offset")
+        if self.rows is not None:
+            x, hidden = (value.expand(self.rows, -1, -1) for value in (x, hidden))
         inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != ADAPTER_IDS]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",

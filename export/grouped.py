@@ -18,11 +18,13 @@ from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
 from ..formats.swappable import OPERATOR_PARTS, RuntimeWeight, layer_weights
+from ..formats.tasks import TaskPart, in_graph, label_count, label_layer, label_names
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
 from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
+from ..pytorch.shared import share_trunk
 from ..runtime.slots import Slots
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
@@ -62,10 +64,11 @@ def export_grouped(
     """Writes one model that holds all `adapters` (name -> folder), in slots in their order; rows choose by adapter_ids.
 
     adapter_ids (batch) int64 is an input of the graph: a row's slot, or -1 for the base model alone. Layers are the
-    union of the adapters', ranks the highest; classification heads are kept per adapter. Every weight is a graph input
-    whose default is the adapters' own, (S, ...) with symbolic S and ranks, so that slots can be refilled without a new
-    session. Files, options and exceptions are those of `export_adapter`; UserError too where the adapters don't share
-    base, task or filter_input, or hold what can't differ per row.
+    union of the adapters', ranks the highest; classification heads are kept per adapter, with room for the most labels.
+    Adapters of several tasks share the trunk, and each task has outputs of its own (`share_trunk`). Every weight is a
+    graph input whose default is the adapters' own, (S, ...) with symbolic S and ranks, so that slots can be refilled
+    without a new session. Files, options and exceptions are those of `export_adapter`; UserError too where the adapters
+    don't share base or filter_input, or hold what can't differ per row.
     """
     out = Path(out)
     if flag := options.given(_OF_ONE):
@@ -112,17 +115,30 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
                 f"The adapter {name} is a DoRA, which rescales the outputs of the base's layers ({some(dora)}), and "
                 "rows of a batch share these. Export it by itself: --adapter PATH, with --swappable base to swap it."
             )
-        if adapter.task_type != first.task_type:
-            raise UserError(
-                f"The adapters {first_name} and {name} were trained for different tasks ({first.task_type} and "
-                f"{adapter.task_type}): one model has one task. Export them apart."
-            )
         if base_model is None and adapter.base_model != first.base_model:
             raise UserError(
                 f"The adapters {first_name} and {name} name different base models ({first.base_model} and "
                 f"{adapter.base_model}). If these are the same model, pass it: --base-model PATH. Otherwise export "
                 "them apart."
             )
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the adapters share: the `base`, each adapter's task and labels, and each task's part of a model of several.
+
+    The base has room for the most labels of any adapter.
+    """
+
+    base: BaseModel
+    task_of: Mapping[str, str]
+    labels: Mapping[str, tuple[str, ...] | None]
+    parts: Mapping[str, TaskPart]
+    trunk: str
+
+    def in_graph(self, name: str, adapter: Adapter) -> Adapter:
+        """The adapter `name` with its modules as the graph calls them."""
+        return in_graph(adapter, self.parts.get(self.task_of[name]), self.trunk)
 
 
 @dataclass(frozen=True)
@@ -145,43 +161,80 @@ class _Contents:
 
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
-    from .pool import with_embedding
-
     clock("loading the base model")
-    base = load_base(next(iter(adapters.values())), options.base_model, trust_remote_code=options.trust_remote_code)
-    base = with_embedding(base, list(adapters.values()), options)
+    shared = _load_shared(adapters, options)
+    base = shared.base
     clock("adapting")
-    contents = _contents(adapters, base, options.dtype)
+    contents = _contents(adapters, shared, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder
     opset, versions = write(contents, base, out, clock, options)
+    ids = {name: AdapterId.of(adapter, shared.task_of[name], shared.labels[name]) for name, adapter in adapters.items()}
     swappable = Swappable(
         "adapter",
         tuple(contents.weights),
         slots={name: slot for slot, name in enumerate(adapters)},
-        adapters={name: AdapterId.of(adapter) for name, adapter in adapters.items()},
+        adapters=ids,
         base_parameters=base.parameters,
+        tasks=dict(shared.parts),
+        trunk=shared.trunk,
     )
     rows = [_row(layer, contents.slots) for layer in contents.layers.values()]
     manifest = common_facts(
         base, list(adapters.values()), out, options, opset, rows, swappable=swappable, versions=versions
     )
     for name, own in contents.values.items():
-        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest))
+        write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest, ids[name]))
     return manifest
 
 
-def _contents(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) -> _Contents:
-    """Raises UserError where an adapter doesn't fit the base, or the others."""
+def _load_shared(adapters: Mapping[str, Adapter], options: ExportOptions) -> _Base:
+    """The adapters' base, with a head for each of their tasks. UserError where one doesn't fit it."""
+    from .pool import with_embedding
+
+    by_type: dict[str | None, dict[str, Adapter]] = {}
+    for name, adapter in adapters.items():
+        by_type.setdefault(adapter.task_type, {})[name] = adapter
+    bases, task_of = dict[str, BaseModel](), dict[str, str]()
+    for members in by_type.values():
+        # The first of those with the most labels: what others lack is padded.
+        most = max(members.values(), key=lambda adapter: label_count(adapter) or 0)
+        base = load_base(most, options.base_model, trust_remote_code=options.trust_remote_code)
+        if base.task not in bases or bases[base.task].model.config.num_labels < base.model.config.num_labels:
+            bases[base.task] = base
+        task_of |= dict.fromkeys(members, base.task)
+    for name, adapter in adapters.items():
+        _check_fits(adapter, bases[task_of[name]])
+    pools = "feature-extraction" if "feature-extraction" in bases else next(iter(bases))
+    pooled = [adapter for name, adapter in adapters.items() if task_of[name] == pools]
+    bases[pools] = with_embedding(bases[pools], pooled, options)
+    known = {task: base.model.config.id2label for task, base in bases.items()}
+    labels = {name: label_names(adapter, task_of[name], known[task_of[name]]) for name, adapter in adapters.items()}
+    base, parts, trunk = share_trunk(bases) if len(bases) > 1 else (bases[pools], {}, "")
+    return _Base(base, task_of, labels, parts, trunk)
+
+
+def _check_fits(adapter: Adapter, base: BaseModel) -> None:
+    """`check_fits`, where the adapter may have fewer labels than `base` has room for."""
+    layer, count = label_layer(adapter), label_count(adapter)
+    parameters = dict(base.parameters)
+    for name in (f"{layer}.weight", f"{layer}.bias"):
+        if (shape := parameters.get(name)) and count is not None and count <= shape[0]:
+            parameters[name] = (count, *shape[1:])
+    check_fits(adapter, parameters)
+
+
+def _contents(adapters: Mapping[str, Adapter], shared: _Base, dtype: DType) -> _Contents:
+    """Raises UserError where an adapter doesn't go with the others."""
+    base = shared.base
     if base.task == GENERATION:
         _check_no_saved_modules(adapters)
-    for adapter in adapters.values():
-        check_fits(adapter, base.parameters)
     filter_input = filter_input_of(list(adapters.values()))
-    layers = _union(adapters.values(), base.parameters)
+    named = {name: shared.in_graph(name, adapter) for name, adapter in adapters.items()}
+    layers = _union(named.values(), base.parameters)
     weights = [weight for layer in layers.values() for weight in layer_weights(layer, OPERATOR_PARTS, dtype, "adapter")]
-    weights += _head_weights(adapters, base, dtype)
+    weights += _head_weights(named, shared, dtype)
     slots = Slots(weights, len(adapters))
-    values = {name: fit(adapter, weights, filter_input) for name, adapter in adapters.items()}
+    values = {name: fit(adapter, weights, filter_input, shared.task_of[name]) for name, adapter in named.items()}
     for slot, own in enumerate(values.values()):
         slots.put(slot, own)
     return _Contents(adapters, layers, weights, slots, values, filter_input)
@@ -205,6 +258,7 @@ def _write_encoder(
 
     from .graph import finish, trace
     from .pool import pool
+    from .positions import positions_by_row
     from .quantise import quantise
 
     check_encodes(options, base.task)
@@ -219,7 +273,7 @@ def _write_encoder(
     base.model.to(getattr(torch, dtype))
     inputs = traced_inputs(base, dtype)
     clock("tracing")
-    with collector_off():
+    with collector_off(), positions_by_row(base.model):
         program = trace(base.model, inputs, opset, outputs=base.outputs, any_size=base.any_size)
         _add_adapter_ids(program.graph)
         finish(program, opset)
@@ -266,7 +320,7 @@ def _union(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, ...]]) -
     return layers
 
 
-def _head_weights(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType) -> list[RuntimeWeight]:
+def _head_weights(adapters: Mapping[str, Adapter], shared: _Base, dtype: DType) -> list[RuntimeWeight]:
     """One weight per parameter of the modules that adapters save whole: linear layers with a bias, and nothing else."""
     from torch import nn
 
@@ -275,7 +329,7 @@ def _head_weights(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType
         for path, tensors in adapter.modules_to_save.items():
             for parameter in tensors:
                 linear, _, kind = f"{path}.{parameter}".rpartition(".")
-                module = base.model.get_submodule(linear)
+                module = shared.base.model.get_submodule(linear)
                 if not isinstance(module, nn.Linear) or module.bias is None:
                     raise UserError(
                         f"The adapter {name} saves {linear}, a {type(module).__name__}: in one model for many adapters "
@@ -283,9 +337,27 @@ def _head_weights(adapters: Mapping[str, Adapter], base: BaseModel, dtype: DType
                     )
                 shape = tuple(module.get_parameter(kind).shape)
                 weights[f"{linear}.{kind}"] = RuntimeWeight(
-                    f"{linear}.slots.{kind}", path, parameter, shape, dtype, default="adapter"
+                    f"{linear}.slots.{kind}",
+                    path,
+                    parameter,
+                    shape,
+                    dtype,
+                    default="adapter",
+                    task=_task_alone(path, shared),
+                    labels=linear == label_layer(adapter),
                 )
     return list(weights.values())
+
+
+def _task_alone(path: str, shared: _Base) -> str | None:
+    """Which task alone the saved module `path` of the graph works for, None where others read what it gives."""
+    for task, part in shared.parts.items():
+        if part.head and path.startswith(part.head):
+            return task
+    # What the pooler gives is read by one head at most, and is no output of a model of several tasks.
+    if shared.parts and path.removeprefix(shared.trunk).partition(".")[0] == "pooler":
+        return "text-classification"
+    return None
 
 
 def _attach(

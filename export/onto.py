@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from ..adapters.fits import contradictions
 from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, fit
-from ..formats.manifest import Manifest, Swappable, read_swappable
+from ..formats.manifest import AdapterId, Manifest, Swappable, read_swappable
+from ..formats.tasks import in_graph, label_names, part_of
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, TASKS, load_base
 from ..pytorch.quiet import quiet
@@ -69,12 +70,16 @@ def convert_adapter(
     base_by = _check_origin(loaded, onto, manifest, base_model)
     if manifest.task != GENERATION or swappable.slots:
         check_always_active(loaded)
-    _check_whole(loaded, swappable)
+    task = TASKS.get(loaded.task_type or "", manifest.task)
+    part = part_of(task, swappable.tasks, loaded.path)
+    _check_whole(loaded, swappable.known_to(part))
     fitting = _with_gains(loaded, swappable, base_model, trust_remote_code=trust_remote_code)
-    values = fit(fitting, swappable.weights, manifest.adapter.filter_input)
+    named = in_graph(fitting, part, swappable.trunk)
+    values = fit(named, swappable.weights, manifest.adapter.filter_input, task)
+    known_as = AdapterId.of(loaded, task, label_names(loaded, task)) if swappable.slots else None
     report = None
     with written_aside(out) as aside:
-        write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest))
+        write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest, known_as))
         size = (aside / out.name).stat().st_size
         if check:
             device = "cpu" if manifest.task == GENERATION else manifest.device
@@ -109,9 +114,9 @@ def _with_gains(
         return with_gains(adapter, load_base(adapter, base_model, trust_remote_code=trust_remote_code).model)
 
 
-def _check_whole(adapter: Adapter, swappable: Swappable) -> None:
+def _check_whole(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> None:
     """UserError where the adapter's config and file say different things of the model's layers."""
-    if problems := contradictions(adapter, swappable.known_parameters):
+    if problems := contradictions(adapter, known):
         raise UserError(
             f"The adapter {adapter.path} contradicts itself: {some(problems, '; ')}. Config and weights are not of one "
             "training run, or one of them was edited: save the adapter again with PEFT's save_pretrained."
@@ -122,7 +127,8 @@ def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_
     """Whether task and base are the model's; how the base was told. Raises UserError where they aren't."""
     task = TASKS.get(adapter.task_type or "")
     # PEFT has no task type of its own for images and sound.
-    if task is not None and task != manifest.task and manifest.task not in _UNNAMED:
+    several = manifest.swappable is not None and manifest.swappable.tasks
+    if task is not None and task != manifest.task and not several and manifest.task not in _UNNAMED:
         raise UserError(
             f"The adapter {adapter.path} was trained for {task}, the model {model} was exported for "
             f"{manifest.task}. Export a model for its task."

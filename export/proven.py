@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.manifest import (
-    AdapterId,
     AdapterPart,
     BaseId,
     LayerRow,
@@ -139,7 +138,7 @@ def common_facts(
 ) -> Manifest:
     """The manifest of the model written to `out`; `layers` are its adapted ones, `versions` of further packages."""
     grouped = swappable is not None and bool(swappable.slots)
-    identity = {} if grouped else dataclasses.asdict(AdapterId.of(adapters[0]))
+    alone = None if grouped else adapters[0]
     packages = ("torch", "transformers", "peft", "onnx_ir")
     return Manifest(
         loratrf_deploy=__version__,
@@ -151,7 +150,9 @@ def common_facts(
         adapter=AdapterPart(
             filter_input_of(adapters),
             sum(layer.parameters for adapter in adapters for layer in adapter.layers.values()),
-            **identity,
+            name=alone.name if alone else None,
+            sha256=alone.sha256 if alone else None,
+            peft_type=alone.peft_type if alone else None,
         ),
         base=BaseId(Path(base.path).name, base_sha256(Path(base.path))),
         model=ModelId.of(out),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.adapter import Adapter, LayerAdapter, read_adapter
 from .errors import UserError
-from .runtime.adapter_session import AdapterSession
+from .runtime.adapter_session import AdapterSession, Answer
 from .runtime.generation_session import GenerationSession
 from .runtime.residents import AdapterInfo
 from .runtime.session import create_session, library_path
@@ -25,6 +25,7 @@ __all__ = [
     "Adapter",
     "AdapterInfo",
     "AdapterSession",
+    "Answer",
     "ExportOptions",
     "GenerationSession",
     "LayerAdapter",

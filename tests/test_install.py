@@ -225,6 +225,7 @@ def test_public_names() -> None:
         "Adapter",
         "AdapterInfo",
         "AdapterSession",
+        "Answer",
         "ExportOptions",
         "GenerationSession",
         "LayerAdapter",

@@ -107,18 +107,21 @@ def make_adapter(
     r: int = 4,
     filter_rank: int = 3,
     seed: int = 1,
+    for_task: str | None = None,
+    labels: int | None = None,
     **config: Any,
 ) -> Path:
     """Saves a random `kind` ("lora" or "loratrf") adapter for the base in `base_path` through PEFT; returns `path`.
 
-    `config` are further fields of LoraConfig or LoraTrfConfig. Targets, task type and the saved head follow the base.
+    `config` are further fields of LoraConfig or LoraTrfConfig. Targets, task type and the saved head follow the base,
+    or the task `for_task`. `labels` are those of its head, where the base has others.
     """
     import transformers
 
     base_path, path = Path(base_path), Path(path)
     base_config = transformers.AutoConfig.from_pretrained(base_path)
     architecture = (base_config.architectures or ["?"])[0]
-    task = next(
+    task = for_task or next(
         (
             name
             for name, (auto, _, _) in TASKS.items()
@@ -130,11 +133,12 @@ def make_adapter(
     values: dict[str, Any] = {
         "r": r,
         "lora_alpha": 2 * r,
-        "target_modules": TARGETS[base_config.model_type],
+        "target_modules": TARGETS.get(base_config.model_type),
         "task_type": task_type,
         "modules_to_save": [head] if head else None,
     }
-    model = getattr(transformers, auto).from_pretrained(base_path)
+    sizes = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    model = getattr(transformers, auto).from_pretrained(base_path, **sizes)
     return save_adapter(model, path, kind, seed, filter_rank, values | config)
 
 

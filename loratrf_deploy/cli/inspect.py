@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import some
 from ..formats.inspection import inspect_path
 from ..parity.result import LIBRARY
 from .shared import Parser, command, plain, print_json, print_rows, print_warnings, stdout_console
@@ -69,6 +70,7 @@ def _show_adapter_file(facts: dict[str, Any]) -> None:
         "file": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
         "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
         "base": f"sha256 {str(facts['base_sha256'])[:12]}",
+        "task": _task_sentence(adapter) if adapter.get("task") else None,
         "made for": f"the export whose model.onnx has sha256 {facts['model_sha256'][:12]}",
         "layers": f"{len(facts['layers'])} in the model, {facts['parameters']:,} values; ranks 0 are zeros",
         "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
@@ -82,6 +84,20 @@ def _adapter_sentence(facts: dict[str, Any]) -> str:
     if slots:
         return "one per batch row, by slot: " + ", ".join(f"{slot} {name}" for name, slot in slots.items())
     return f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})"
+
+
+def _task_sentence(facts: dict[str, Any]) -> str:
+    """text-classification (ham, spam), in logits."""
+    labels = f" ({some(facts['labels'])})" if facts.get("labels") else ""
+    outputs = f", in {', '.join(facts['outputs'])}" if facts.get("outputs") else ""
+    return f"{facts['task']}{labels}{outputs}"
+
+
+def _answers_sentence(facts: dict[str, Any] | None) -> str | None:
+    if facts is None:
+        return None
+    slots = facts["slots"]
+    return "; ".join(f"{slots.get(name)} {name}: {_task_sentence(own)}" for name, own in facts["answers"].items())
 
 
 def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
@@ -124,6 +140,7 @@ def _show_model(facts: dict[str, Any]) -> None:
         "export": facts["export"],
         "made by": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "adapter": _adapter_sentence(facts),
+        "answers": _answers_sentence(facts["swappable"]),
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
         "swaps": _swappable_sentence(facts["swappable"]),

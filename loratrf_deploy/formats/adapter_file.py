@@ -52,10 +52,10 @@ class Origin:
     invocation_tokens: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, adapter: Adapter, manifest: Manifest) -> Origin:
-        """That of `adapter` for the model that `manifest` describes."""
+    def of(cls, adapter: Adapter, manifest: Manifest, known_as: AdapterId | None = None) -> Origin:
+        """That of `adapter`, where need be `known_as` more than its own name, for the model of `manifest`."""
         return cls(
-            AdapterId.of(adapter),
+            known_as or AdapterId.of(adapter),
             manifest.base.sha256,
             manifest.model.sha256,
             invocation_tokens=adapter.invocation_tokens,

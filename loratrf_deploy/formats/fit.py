@@ -13,6 +13,7 @@ from ..adapters.fits import check_exportable
 from ..errors import UserError, some
 from ..ops.dtypes import NUMPY
 from .swappable import RuntimeWeight, neutral
+from .tasks import padded
 
 __all__ = ["check_always_active", "check_swappable", "fit"]
 
@@ -48,19 +49,22 @@ def check_always_active(adapter: Adapter) -> None:
         )
 
 
-def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -> dict[str, NDArray[Any]]:
+def fit(
+    adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str, task: str | None = None
+) -> dict[str, NDArray[Any]]:
     """Graph input -> value for every one of `weights`, from `adapter`: alpha/R in B, gamma in D, any rank.
 
-    Layers and halves that the adapter lacks get explicit zeros (gains ones), so the result is complete. Of a DoRA, what
-    `with_gains` made. Raises UserError naming what
-    doesn't fit: layers, filters or saved modules that the graph lacks, other sizes, another filter_input, saved modules
-    that the adapter doesn't bring.
+    Layers and halves that the adapter lacks get explicit zeros (gains ones), so the result is complete; so do heads
+    of another `task` than the adapter's, in a model of several, for which its modules have the graph's names
+    (`tasks.in_graph`). Of a DoRA, what `with_gains` made. Raises UserError naming what doesn't fit: layers, filters or
+    saved modules that the graph lacks, other sizes, more labels, another filter_input, saved modules that the adapter
+    doesn't bring.
     """
     check_swappable(adapter)
-    problems = _misfits(adapter, weights, filter_input)
+    problems = _misfits(adapter, weights, filter_input, task)
     values: dict[str, NDArray[Any]] = {}
     for weight in weights if not problems else ():
-        value = _value(adapter, weight)
+        value = _value(adapter, weight, task)
         with np.errstate(over="ignore"):
             values[weight.name] = np.ascontiguousarray(value, dtype=NUMPY[weight.dtype])
         if not np.isfinite(values[weight.name]).all():
@@ -74,9 +78,17 @@ def fit(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -
     return values
 
 
-def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
+def _is_anothers(weight: RuntimeWeight, task: str | None) -> bool:
+    return weight.task is not None and weight.task != task
+
+
+def _value(adapter: Adapter, weight: RuntimeWeight, task: str | None) -> NDArray[Any]:
     if not weight.in_layer:
+        if _is_anothers(weight, task):
+            return np.zeros([int(dim) for dim in weight.shape], NUMPY[weight.dtype])
         saved = adapter.modules_to_save[weight.module][weight.part]
+        if weight.labels:
+            return padded(saved, int(weight.shape[0]), NUMPY[weight.dtype])
         return saved.T if weight.transposed else saved
     layer = adapter.layers.get(weight.module)
     value = getattr(layer, weight.part, None)
@@ -85,7 +97,7 @@ def _value(adapter: Adapter, weight: RuntimeWeight) -> NDArray[Any]:
     return {"B": layer.scaled_B, "D": layer.scaled_D}.get(weight.part, lambda: value)()
 
 
-def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str) -> list[str]:
+def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: str, task: str | None) -> list[str]:
     problems = []
     known: dict[str, dict[str, RuntimeWeight]] = {}
     for weight in weights:
@@ -116,12 +128,16 @@ def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: s
             if known.get(module, {}).get(name) is None:
                 problems.append(f"the model takes no {module}.{name}")
     for weight in weights:
-        if weight.in_layer:
+        if weight.in_layer or _is_anothers(weight, task):
             continue
         value = adapter.modules_to_save.get(weight.module, {}).get(weight.part)
         wanted = weight.shape[::-1] if weight.transposed else weight.shape
         if value is None:
             problems.append(f"the model takes {weight.module}.{weight.part} from its adapter, which brings none")
+        elif weight.labels and value.shape[1:] == wanted[1:]:
+            if len(value) > int(wanted[0]):
+                problems.append(f"it has {len(value)} labels ({weight.module}.{weight.part}), the model has room for "
+                                f"{wanted[0]}")  # fmt: skip
         elif value.shape != wanted:
             problems.append(f"{weight.module}.{weight.part} is {wanted} in the model, {value.shape} in the adapter")
     return problems

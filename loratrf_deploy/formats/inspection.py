@@ -13,7 +13,7 @@ from ..files import readable
 from ..genai.folder import CONFIG_FILE, libraries, read_config
 from ..ops.library import library_path
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
-from .manifest import MANIFEST, Manifest, check_files, file_sha256, read_manifest
+from .manifest import MANIFEST, Manifest, Swappable, check_files, file_sha256, read_manifest
 from .swappable import LAYER_PARTS, largest_file
 
 __all__ = ["inspect_path"]
@@ -229,6 +229,19 @@ def _library_facts(manifest: Manifest, folder: Path, warnings: list[str]) -> dic
     return {"file": name, "sha256": own, "exported": exported, "installed": installed}
 
 
+def _answers(swappable: Swappable) -> dict[str, dict[str, Any]]:
+    """By adapter of a model of several tasks, or of one: which, what its labels are called, and where its answer is."""
+    return {
+        name: {
+            "task": adapter.task,
+            "labels": adapter.labels and list(adapter.labels),
+            "outputs": list(part.outputs.values()) if (part := swappable.tasks.get(adapter.task or "")) else None,
+        }
+        for name, adapter in swappable.adapters.items()
+        if adapter.task
+    }
+
+
 def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
     """What the model takes at run time, and the adapter files beside it that were made for it; None: not swappable."""
     if manifest.swappable is None:
@@ -252,6 +265,7 @@ def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
         "default": manifest.swappable.default,
         "weights": len(manifest.swappable.weights),
         "slots": manifest.swappable.slots,
+        "answers": _answers(manifest.swappable),
         "files": files,
         "other_files": others,
     }

@@ -18,6 +18,7 @@ from ..ops.schemas import OPS, Device
 from .decode import decode
 from .embedding import Embedding
 from .swappable import Default, RuntimeWeight
+from .tasks import TaskPart
 
 __all__ = [
     "MANIFEST",
@@ -51,16 +52,22 @@ Quantization = Literal["none", "int4", "int8"]
 
 @dataclass(frozen=True)
 class AdapterId:
-    """What identifies an adapter: its folder's name, its PEFT kind and the sha256 of its weights file."""
+    """What identifies an adapter: its folder's name, its PEFT kind and the sha256 of its weights file.
+
+    Of one for a model of --adapters also its `task`, and what the `labels` of the head that it brings are called, in
+    their order; None in older files.
+    """
 
     name: str
     sha256: str
     peft_type: str
+    task: str | None = None
+    labels: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, adapter: Adapter) -> AdapterId:
+    def of(cls, adapter: Adapter, task: str | None = None, labels: tuple[str, ...] | None = None) -> AdapterId:
         """That of an adapter that was read."""
-        return cls(adapter.name, adapter.sha256, adapter.peft_type)
+        return cls(adapter.name, adapter.sha256, adapter.peft_type, task, labels)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ class Swappable:
 
     `file` is the .onnx_adapter beside it. In a grouped model there is one per adapter instead: `slots` has its
     adapters' slots by name, and each of `weights` a leading dimension of slots (`runtime.slots`). `base_parameters` are
-    all of the base's, with their shapes: what a further adapter's config is held against. Empty in older files.
+    all of the base's, with their shapes: what a further adapter's config is held against. Empty in older files. `tasks`
+    are those of a model of several, with a head each on the one trunk that the graph calls `trunk`; empty otherwise.
     """
 
     default: Default
@@ -155,6 +163,8 @@ class Swappable:
     slots: dict[str, int] = field(default_factory=dict)
     adapters: dict[str, AdapterId] = field(default_factory=dict)
     base_parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tasks: dict[str, TaskPart] = field(default_factory=dict)
+    trunk: str = ""
 
     def __post_init__(self) -> None:
         if list(self.slots.values()) != list(range(len(self.slots))):
@@ -167,6 +177,10 @@ class Swappable:
             f"{weight.module}.{'weight' if weight.in_layer else weight.part}": (1, 1) for weight in self.weights
         }
         return self.base_parameters or known
+
+    def known_to(self, task: TaskPart | None) -> dict[str, tuple[int, ...]]:
+        """`known_parameters` by the names that an adapter of `task` has for them; None is the only one."""
+        return task.own(self.known_parameters, self.trunk) if task else self.known_parameters
 
 
 @dataclass(frozen=True)

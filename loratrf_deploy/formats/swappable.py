@@ -37,6 +37,8 @@ _MOST_VALUES = 2**32
 """Of one weight: twice what the largest vocabularies have in embeddings and heads."""
 _MOST_FEATURES = 2**24
 """Of an adapted layer: a vocabulary is the most that any has, and sixty times smaller."""
+_MOST_OF_A_HEAD = 2**28
+"""Values of a head's weight: 65,536 labels of a state 4,096 wide."""
 
 OPERATOR_PARTS = {
     "A": "lora_A.weight",
@@ -57,7 +59,9 @@ class RuntimeWeight:
     `part` is A, B, tau, C, D, gain or offset of the adapted layer `module` (B and D with their scales folded in), or
     the name of a parameter of the saved module `module`, `transposed` where the graph keeps it (K,N). `shape` has
     numbers, and symbols where any size is taken: "<module>.R" and "<module>.F". `default` says whose values the graph's
-    initializer holds: the "base" model's or the first "adapter"'s. Raises ValueError for what no export writes.
+    initializer holds: the "base" model's or the first "adapter"'s. Where it is of the
+    head of one `task` of several, adapters of others have zeros there. Its rows are `labels` where an adapter may have
+    fewer (`tasks.padded`). Raises ValueError for what no export writes.
     """
 
     name: str
@@ -67,6 +71,8 @@ class RuntimeWeight:
     dtype: DType
     transposed: bool = False
     default: Default = "base"
+    task: str | None = None
+    labels: bool = False
 
     def __post_init__(self) -> None:
         sizes = (re.fullmatch(r".+\.[RF]", dim) if isinstance(dim, str) else dim > 0 for dim in self.shape)
@@ -76,6 +82,9 @@ class RuntimeWeight:
         # `neutral` makes these without having seen an adapter: one size is the layer's, the other a rank.
         dims = 1 if self.part in ("tau", "gain", "offset") else 2
         if self.in_layer and (len(numbers) != 1 or len(self.shape) != dims or numbers[0] > _MOST_FEATURES):
+            raise ValueError(self.name)
+        # `fit` makes these without having seen a head of the task, or one of so many labels.
+        if (self.task or self.labels) and (len(numbers) < len(self.shape) or math.prod(numbers) > _MOST_OF_A_HEAD):
             raise ValueError(self.name)
 
     @property

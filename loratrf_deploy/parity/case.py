@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from ..errors import UserError
 from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
 from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
+from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
-from ..pytorch.base import BaseModel, Inputs
+from ..pytorch.base import TASKS, BaseModel, Inputs
 from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import load_reference
 from ..runtime.session import PROVIDERS, check_providers
@@ -57,7 +59,8 @@ class Case:
     """An exported model, PyTorch's model of the same adapter, and what both are fed.
 
     `weights` are the adapter's for a swappable model, which `manifest` describes; both are empty otherwise. A grouped
-    model has the adapter in the one slot of these weights. `folded`
+    model has the adapter in the one slot of these weights; in one of several tasks `part` is that of the adapter's, and
+    `outputs` are its own. `folded`
     layers have their low-rank half, or a bias of it, in the graph's weights. `genai_config` is there where the model
     generates. Where the base is `quantised`, `graph` is
     the one in the file, made to compute in float32, `base` has its dequantised weights, and `weight_checks` say whether
@@ -80,11 +83,20 @@ class Case:
     batches: tuple[Inputs, ...]
     masks: tuple[NDArray[np.bool_] | None, ...]
     outputs: tuple[str, ...]
+    part: TaskPart | None
 
     @property
     def grouped(self) -> bool:
         """Whether rows name their slots in adapter_ids."""
         return bool(self.manifest and self.manifest.swappable and self.manifest.swappable.slots)
+
+    @property
+    def room(self) -> int:
+        """For how many more labels than the adapter's a grouped model has room."""
+        weights = self.manifest.swappable.weights if self.manifest and self.manifest.swappable else ()
+        task, count = TASKS.get(self.adapter.task_type or ""), label_count(self.adapter)
+        sizes = (weight.shape[0] for weight in weights if weight.labels and weight.task in (None, task))
+        return max((size - count for size in sizes if isinstance(size, int) and count is not None), default=0)
 
 
 def prepare(
@@ -108,19 +120,28 @@ def prepare(
     dtype, genai_config = model_dtype(graph), decoder_config(model)
     embedding = embedding_of(model, graph)
     read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
+    swaps = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
+    manifest, swappable = read_swappable(model) if swaps else (None, None)
+    task, trunk = TASKS.get(read.task_type or ""), swappable.trunk if swappable else ""
+    part = part_of(task, swappable.tasks, read.path) if swappable else None
     step("loading PyTorch's model")
-    folded = _folded(read, graph)
+    folded = _folded(in_graph(read, part, trunk), graph)
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
-    base = replace(base, embedding=embedding)
+    if part is None or SENTENCE_EMBEDDING in part.outputs:
+        base = replace(base, embedding=embedding)
     read = with_gains(read, base.model.get_base_model()) if not read.not_separable and not folded else read
     weight_checks = []
     if quantised := exact_arithmetic(graph):
         step("dequantising")
-        weight_checks = [dequantise_reference(graph, base, read, merged=bool(folded or read.not_separable))]
-    manifest, weights = None, {}
-    if any(value.name in graph.graph.initializers for value in graph.graph.inputs):
-        manifest, swappable = read_swappable(model)
-        weights = fit(read, swappable.weights, manifest.adapter.filter_input)
+        merged, graphs = bool(folded or read.not_separable), partial(part.path, trunk=trunk) if part else str
+        weight_checks = [
+            dequantise_reference(
+                graph, base, read, merged=merged, named=graphs, saved=not (swappable and swappable.slots)
+            )
+        ]
+    weights = {}
+    if manifest is not None and swappable is not None:
+        weights = fit(in_graph(read, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
         if swappable.slots:
             slots = Slots(swappable.weights, 1)
             slots.put(0, weights)
@@ -144,7 +165,8 @@ def prepare(
         weights=weights,
         batches=tuple(batches),
         masks=tuple(padding_mask(batch) for batch in batches),
-        outputs=output_names(graph),
+        outputs=tuple(part.outputs.values()) if part else output_names(graph),
+        part=part,
     )
 
 

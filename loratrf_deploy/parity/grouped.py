@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +15,21 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
-from ..formats.embedding import Embedding
-from ..formats.manifest import check_described, read_swappable
+from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
+from ..formats.manifest import Swappable, check_described, read_swappable
+from ..formats.tasks import label_count, part_of
 from ..genai.generate import decoder_config
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS
 from ..pytorch.base import BaseModel, Inputs, Outputs
 from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import bare_reference, load_reference, run_torch
+from ..pytorch.shared import named_as
 from .case import adapter_of, embedding_of, load_graph, model_dtype, output_names, tolerance_of
-from .checks import effect_checks, parity_checks
+from .checks import Masks, effect_checks, parity_checks
 from .greedy import Greedy, check_greedy_rows, torch_greedy
 from .inputs import default_inputs, padding_mask
-from .onnx_runs import Run, run_batches
+from .onnx_runs import Run, run_batches, without_room
 from .quantised import dequantise_reference, exact_arithmetic
 from .result import LIBRARY, WITH_LIBRARY, Check, ParityReport, Step, Variant, versions
 from .rounding import rounding_checks
@@ -39,13 +42,14 @@ __all__ = ["check_grouped_parity"]
 
 @dataclass(frozen=True)
 class _Case:
-    """A grouped model, its adapters in the order of their slots, and what it gives.
+    """A grouped model, what its loratrf.json says of it, its adapters in the order of their slots, and what it gives.
 
     `genai_config` is there where the model generates, `embedding` where it gives one. Where its base is `quantised`,
     `graph` computes in float32.
     """
 
     model: Path
+    swappable: Swappable
     graph: ir.Model
     genai_config: dict[str, Any] | None
     embedding: Embedding | None
@@ -60,13 +64,14 @@ class _Case:
 
 @dataclass(frozen=True)
 class _TorchOutputs:
-    """Of the same `batches`: by adapter, the bare base last, with the adapter `on` and with its layers `off`.
+    """Of the same `batches`: by adapter, the bare base last, with the adapter `on` and with its layers `off`; its task.
 
     Of a model that generates, `greedy` has the tokens of each, the bare base's last, after a prompt of its own. Where
     the base is quantised, `weight_checks` say whether the graph's weights are its own.
     """
 
     batches: Sequence[Inputs]
+    tasks: Sequence[str]
     on: Sequence[Sequence[Outputs]]
     off: Sequence[Sequence[Outputs]]
     greedy: Sequence[Greedy]
@@ -117,7 +122,10 @@ def check_grouped_parity(
     shapes = [{name: tuple(value.shape) for name, value in batch.items()} for batch in expected.batches]
     return ParityReport(
         model=str(model),
-        adapter=", ".join(f"{name}={adapter.path}" for name, adapter in case.adapters.items()),
+        adapter=", ".join(
+            f"{name} ({task})={adapter.path}" if case.swappable.tasks else f"{name}={adapter.path}"
+            for (name, adapter), task in zip(case.adapters.items(), expected.tasks, strict=True)
+        ),
         dtype=case.dtype,
         tolerance=case.tolerance,
         checks=tuple(checks),
@@ -140,7 +148,8 @@ def _prepare(
     tolerance: float | None,
     trust_remote_code: bool,
 ) -> _Case:
-    known = read_swappable(model)[1].slots
+    _, swappable = read_swappable(model)
+    known = swappable.slots
     if set(known) != set(adapters):
         raise UserError(
             f"{model} holds the adapters {some(known) or '(none: it is no grouped model)'}, and was to be compared "
@@ -154,6 +163,7 @@ def _prepare(
         loaded = {name: as_embedder(adapter) for name, adapter in loaded.items()}
     return _Case(
         model=model,
+        swappable=swappable,
         graph=graph,
         genai_config=genai_config,
         embedding=embedding,
@@ -170,29 +180,52 @@ def _prepare(
 def _run_pytorch(case: _Case, step: Step) -> _TorchOutputs:
     batches: list[Inputs] = []
     on, off, greedy = [], [], list[Greedy]()
+    tasks, by_task = list[str](), dict[str, list[Adapter]]()
     for name, adapter in case.adapters.items():
         step(f"running PyTorch with {name}")
         reference = load_reference(adapter, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
-        reference = dataclasses.replace(reference, embedding=case.embedding)
+        tasks.append(reference.task)
+        by_task.setdefault(reference.task, []).append(adapter)
+        batches = batches or default_inputs(dataclasses.replace(reference, embedding=case.embedding))
         _dequantise(case, reference, adapter)
-        batches = batches or default_inputs(reference)
-        on.append([run_torch(reference, batch) for batch in batches])
-        off.append([run_torch(reference, batch, adapter_on=False) for batch in batches])
+        on.append([_torch(case, reference, batch) for batch in batches])
+        off.append([_torch(case, reference, batch, adapter_on=False) for batch in batches])
         greedy += _generate(case, reference, row=len(greedy))
         del reference  # its memory is the next one's
     step("running PyTorch with the base")
-    first = next(iter(case.adapters.values()))
-    base = bare_reference(first, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
-    base = dataclasses.replace(base, embedding=case.embedding)
-    weight_checks = _dequantise(case, base, first)
-    on.append([run_torch(base, batch) for batch in batches])
-    greedy += _generate(case, base, row=len(greedy))
-    return _TorchOutputs(batches, on, off, greedy, weight_checks)
+    bare: list[Outputs] = [{} for _ in batches]
+    weight_checks: list[Check] = []
+    for adapters in by_task.values():
+        most = max(adapters, key=lambda adapter: label_count(adapter) or 0)
+        base = bare_reference(most, case.base_model, dtype=case.dtype, trust_remote_code=case.trust_remote_code)
+        weight_checks += _dequantise(case, base, most)
+        for outputs, batch in zip(bare, batches, strict=True):
+            outputs |= _torch(case, base, batch)
+        greedy += _generate(case, base, row=len(greedy))
+    on.append(bare)
+    if unknown := sorted(set(case.outputs).difference(*(by_batch[0] for by_batch in on))):
+        raise UserError(
+            f"{case.model} gives {', '.join(case.outputs)}, and PyTorch's models of its adapters have no counterpart "
+            f"for {', '.join(unknown)}. Expected a model that loratrf-export made for the same tasks."
+        )
+    return _TorchOutputs(batches, tasks, on, off, greedy, weight_checks)
+
+
+def _torch(case: _Case, reference: BaseModel, batch: Inputs, *, adapter_on: bool = True) -> Outputs:
+    """What a reference gives for `batch`, by the graph's names."""
+    part = part_of(reference.task, case.swappable.tasks, reference.path)
+    if part is None or SENTENCE_EMBEDDING in part.outputs:
+        reference = dataclasses.replace(reference, embedding=case.embedding)
+    return named_as(run_torch(reference, batch, adapter_on=adapter_on), part)
 
 
 def _dequantise(case: _Case, reference: BaseModel, adapter: Adapter) -> list[Check]:
     """Gives a reference the graph's own weights where these are quantised; the check that they are the model's own."""
-    return [dequantise_reference(case.graph, reference, adapter, merged=False)] if case.quantised else []
+    if not case.quantised:
+        return []
+    part = part_of(reference.task, case.swappable.tasks, reference.path)
+    named = functools.partial(part.path, trunk=case.swappable.trunk) if part else str
+    return [dequantise_reference(case.graph, reference, adapter, merged=False, named=named, saved=False)]
 
 
 def _generate(case: _Case, reference: BaseModel, row: int) -> list[Greedy]:
@@ -240,7 +273,6 @@ def _run_onnx(case: _Case, batches: Sequence[Inputs], plans: Sequence[_Plan], st
 def _judge(
     case: _Case, expected: _TorchOutputs, plans: Sequence[_Plan], runs: Mapping[Variant, Sequence[Run]]
 ) -> list[Check]:
-    masks = [padding_mask(batch) for batch in expected.batches]
     checks: list[Check] = []
 
     def add(found: Sequence[Check], name: str) -> None:
@@ -248,32 +280,63 @@ def _judge(
 
     for variant, by_plan in runs.items():
         for plan, run in zip(plans, by_plan, strict=True):
-            right = _pick(expected.on, plan.ids, case.outputs)
-            add(parity_checks(variant, run, case.outputs, right, masks, case.tolerance), plan.name)
+            for name in case.outputs:
+                if isinstance(run, UserError):
+                    add(parity_checks(variant, run, [name], [], [], case.tolerance), plan.name)
+                elif (rows := _rows(run, expected.on, plan, expected.batches, name)).right:
+                    add(parity_checks(variant, rows.got, [name], rows.right, rows.masks, case.tolerance), plan.name)
     worked = next(by_plan for by_plan in runs.values() if isinstance(by_plan[0], list))
-    for name, run, on, off in zip(case.adapters, worked, expected.on, expected.off, strict=False):
+    for plan, run in list(zip(plans, worked, strict=True))[: len(case.adapters)]:
         assert isinstance(run, list)
-        add(effect_checks(run, case.outputs, on, off, masks, case.tolerance), name)
+        for name in case.outputs:
+            rows, off = (_rows(run, sides, plan, expected.batches, name) for sides in (expected.on, expected.off))
+            if rows.right:
+                add(effect_checks(rows.got, [name], rows.right, off.right, rows.masks, case.tolerance), plan.name)
     return [*checks, *expected.weight_checks]
 
 
 def _rounding(case: _Case, expected: _TorchOutputs, mixed: _Plan, *, library: bool) -> list[Check]:
     """The file's own int8 products, on mixed rows."""
     fed = [batch | {ADAPTER_IDS: ids} for batch, ids in zip(expected.batches, mixed.ids, strict=True)]
-    exact = _pick(expected.on, mixed.ids, case.outputs)
-    masks = [padding_mask(batch) for batch in expected.batches]
-    found = rounding_checks(case.model, fed, case.outputs, exact, masks, None, library=library)
+
+    def against(run: list[Outputs], name: str) -> tuple[list[Outputs], list[Outputs], Masks]:
+        rows = _rows(run, expected.on, mixed, expected.batches, name)
+        return rows.got, rows.right, rows.masks
+
     return [
         check if check.output == "products" else dataclasses.replace(check, output=f"{check.output} ({mixed.name})")
-        for check in found
+        for check in rounding_checks(case.model, fed, case.outputs, against, None, library=library)
     ]
 
 
-def _pick(
-    expected: Sequence[Sequence[Outputs]], ids: Sequence[NDArray[np.int64]], names: Sequence[str]
-) -> list[Outputs]:
-    """By batch, each row's outputs from the run with its own adapter; -1 is the last."""
-    return [
-        {name: np.stack([expected[slot][number][name][row] for row, slot in enumerate(rows)]) for name in names}
-        for number, rows in enumerate(ids)
-    ]
+@dataclass(frozen=True)
+class _Rows:
+    """An output's rows, each a batch of one: what ONNX Runtime and PyTorch gave, and which of its tokens count."""
+
+    got: list[Outputs]
+    right: list[Outputs]
+    masks: list[NDArray[np.bool_] | None]
+
+
+def _rows(
+    run: Sequence[Outputs],
+    expected: Sequence[Sequence[Outputs]],
+    plan: _Plan,
+    batches: Sequence[Inputs],
+    name: str,
+) -> _Rows:
+    """The output `name` of the rows whose adapter, or the base (-1, the last), gives it, with the labels that it has.
+
+    What the run gives for further labels is left away where it is the lowest number, as it must be.
+    """
+    rows = _Rows([], [], [])
+    for number, (ids, batch) in enumerate(zip(plan.ids, batches, strict=True)):
+        mask = padding_mask(batch)
+        for row, slot in enumerate(ids):
+            if name not in expected[slot][number]:
+                continue
+            right, got = expected[slot][number][name][row : row + 1], run[number][name][row : row + 1]
+            rows.right.append({name: right})
+            rows.got.append({name: without_room(got, right.shape[-1])})
+            rows.masks.append(None if mask is None else mask[row : row + 1])
+    return rows

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..ops.schemas import Device
 from ..pytorch.oracle import plain_name, run_torch
+from ..pytorch.shared import named_as
 from .case import Case
 from .checks import worst_batch
 from .figures import relative_error, valid
@@ -57,7 +58,7 @@ def compare_layers(case: Case, number: int, *, library: bool) -> tuple[list[Laye
     for name in case.folded:
         nodes.pop(f"{name}.base_layer", None)
     with _recorded(case.base.model, set(nodes)) as seen:
-        expected = run_torch(case.base, batch)
+        expected = named_as(run_torch(case.base, batch), case.part)
     chosen = {name: nodes[name] for name in seen}
     session, names = _session_with_outputs(case.graph, case.model, chosen, library, case.device)
     got = run_session(session, batch, weights=case.weights)

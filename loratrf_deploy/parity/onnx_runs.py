@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
+from ..formats.tasks import label_count, lowest
 from ..genai.names import POSITION_IDS, is_cache
 from ..ops.schemas import ADAPTER_IDS, Device
 from ..pytorch.base import Inputs, Outputs
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
 
-__all__ = ["NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"]
+__all__ = [
+    "NotComparable",
+    "OnnxRuns",
+    "Run",
+    "run_batches",
+    "run_onnx",
+    "run_session",
+    "session_in_memory",
+    "without_room",
+]
 
 Run: TypeAlias = "list[Outputs] | UserError"
 """Outputs by batch, or why there are none."""
@@ -50,9 +60,10 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     graph = case.graph if case.quantised else None
     for variant, library in LIBRARY.items():
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(
+        run = run_batches(
             case.model, case.batches, case.outputs, library, case.device, weights=case.weights, graph=graph
         )
+        runs[variant] = _own_labels(run, case)
     ran = {variant: run for variant, run in runs.items() if isinstance(run, list)}
     if not ran:
         raise next(run for run in reversed(runs.values()) if isinstance(run, UserError))
@@ -66,6 +77,23 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     return OnnxRuns(runs, worked, ran[worked])
 
 
+def _own_labels(run: Run, case: Case) -> Run:
+    """`run` with the labels that the adapter has, where the model has room for more."""
+    labels = label_count(case.adapter)
+    if isinstance(run, UserError) or not case.room or labels is None:
+        return run
+    return [
+        {name: without_room(value, labels) if "logits" in name else value for name, value in outputs.items()}
+        for outputs in run
+    ]
+
+
+def without_room(value: NDArray[Any], labels: int) -> NDArray[Any]:
+    """`value` (..., N) with its first `labels`; as it is where what it has for the others isn't the lowest number."""
+    room = value[..., labels:]
+    return value[..., :labels] if (room == lowest(value.dtype)).all() else value
+
+
 def _without_adapter(batch: Inputs) -> Inputs:
     return batch | {ADAPTER_IDS: np.full(len(next(iter(batch.values()))), -1)}
 
@@ -77,6 +105,10 @@ def _foreign_default(case: Case) -> NotComparable | None:
     if case.grouped and case.base.untrained:
         return NotComparable(
             f"the base has no {some(case.base.untrained)} of its own, and rows of no adapter get zeros"
+        )
+    if case.room:
+        return NotComparable(
+            "the base's head for as many labels as this adapter has is not in the model, which has room for more"
         )
     if first.sha256 == case.adapter.sha256 or not swappable or case.grouped:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,29 +106,40 @@ def _input(node: ir.Node | None, index: int) -> ir.Value | None:
     return node.inputs[index] if node is not None and index < len(node.inputs) else None
 
 
-def dequantise_reference(graph: ir.Model, base: BaseModel, adapter: Adapter, *, merged: bool) -> Check:
+def dequantise_reference(
+    graph: ir.Model,
+    base: BaseModel,
+    adapter: Adapter,
+    *,
+    merged: bool,
+    named: Callable[[str], str] = str,
+    saved: bool = True,
+) -> Check:
     """Gives the PyTorch model the graph's own dequantised weights, in place; the adapter's stay exact.
 
     So what the quantisation costs is no error, and an error of the adapter can't hide behind it. With `merged` the
     low-rank halves are in the graph's weights, so they are merged here first. Returns the check that the quantised
-    weights are the model's own: each within a step, and the merged adapter in them at its full size.
+    weights are the model's own: each within a step, and the merged adapter in them at its full size. `named` says what
+    the graph calls a module; `saved` whether those that the adapter saves whole are in the graph's weights, or beside.
     """
     from ..pytorch.dora import gains_kept
 
     if merged:
         merge_adapter(base.model)
     with contextlib.nullcontext() if merged else gains_kept(base.model):
-        return _dequantise_into(graph, base, adapter, merged=merged)
+        return _dequantise_into(graph, base, adapter, merged, named, saved)
 
 
-def _dequantise_into(graph: ir.Model, base: BaseModel, adapter: Adapter, *, merged: bool) -> Check:
+def _dequantise_into(
+    graph: ir.Model, base: BaseModel, adapter: Adapter, merged: bool, named: Callable[[str], str], saved: bool
+) -> Check:
     import torch
 
-    modules = _base_modules(base)
-    weights = _Dequantised(graph, {path: len(module.weight) for path, module in modules.items()})
+    modules = _base_modules(base, saved)
+    weights = _Dequantised(graph, {named(path): len(module.weight) for path, module in modules.items()})
     sums = _WeightSums()
     for path, module in modules.items():
-        if found := weights.of(path, len(module.weight)):
+        if found := weights.of(named(path), len(module.weight)):
             layer = adapter.layers.get(path)
             delta = layer.scaled_B() @ layer.A if merged and layer is not None and layer.A is not None else None
             sums.add(path, *found, module.weight.detach().numpy(), delta)
@@ -145,14 +156,16 @@ def _dequantise_into(graph: ir.Model, base: BaseModel, adapter: Adapter, *, merg
     return sums.check()
 
 
-def _base_modules(base: BaseModel) -> dict[str, torch.nn.Linear | torch.nn.Embedding]:
+def _base_modules(base: BaseModel, saved: bool) -> dict[str, torch.nn.Linear | torch.nn.Embedding]:
     """The base's own layers and tables by their paths in it, whatever PEFT wrapped around them."""
     import torch
 
     return {
         plain_name(name).removesuffix(".base_layer").removesuffix(".token_adapter"): module
         for name, module in base.model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and not any(part in name for part in _NOT_BASE)
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+        and not any(part in name for part in _NOT_BASE)
+        and (saved or ".modules_to_save." not in name)
     }
 
 

@@ -6,7 +6,7 @@ where two runs differ by the last bit, a value between two steps goes up in one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ def rounding_checks(
     model: Path,
     batches: Sequence[Inputs],
     outputs: Sequence[str],
-    exact: Sequence[Outputs],
-    masks: Masks,
+    against: Callable[[list[Outputs], str], tuple[Sequence[Outputs], Sequence[Outputs], Masks]],
     weights: Mapping[str, NDArray[Any]] | None,
     *,
     library: bool,
 ) -> list[Check]:
-    """A check of the products in the file `model`, one of each of `outputs`: what rounding changed of the `exact` ones.
+    """A check of the products in the file `model`, one of each of `outputs`: what rounding changed of it.
 
+    `against` is told what the model gave, and an output's name, and says what is to be compared with what, and where.
     None where the file has no product in int8. What rounding costs is a figure, and no failure.
     """
     graph = load_graph(model)
@@ -50,7 +50,8 @@ def rounding_checks(
         return [Check(QUANTISED, name, "failed", str(run)) for name in outputs]
     checks = [_check_products(graph, found, model, batches[0], weights, library=library)]
     for name in outputs:
-        figures = over_batches(run, exact, name, masks, 0.0)
+        got, exact, masks = against(run, name)
+        figures = over_batches(got, exact, name, masks, 0.0)
         finite = np.isfinite(figures.relative)
         reason = f"rounding tokens to int8 changes it by {figures.relative:.1e}" if finite else "NaN or Inf in int8"
         if changed := figures.flips + figures.ties:

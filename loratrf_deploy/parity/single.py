@@ -70,7 +70,12 @@ def check_parity(
         step("rounding to int8")
         library = LIBRARY[runs.worked]
         checks += rounding_checks(
-            case.model, case.batches, case.outputs, expected.on, case.masks, case.weights, library=library
+            case.model,
+            case.batches,
+            case.outputs,
+            lambda run, name: (run, expected.on, case.masks),
+            case.weights,
+            library=library,
         )
     if evaluate_on is not None:
         checks.append(evaluate(case, evaluate_on, base_model, step, library=LIBRARY[runs.worked]))

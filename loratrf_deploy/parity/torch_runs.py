@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..pytorch.base import Outputs
 from ..pytorch.oracle import run_torch
+from ..pytorch.shared import named_as
 from .case import Case
 from .result import Step
 
@@ -28,8 +29,8 @@ def run_pytorch(case: Case, step: Step) -> TorchOutputs:
     on, off = [], []
     for number, batch in enumerate(case.batches, 1):
         step(f"running PyTorch, batch {number} of {len(case.batches)}")
-        on.append(run_torch(case.base, batch))
-        off.append(run_torch(case.base, batch, adapter_on=False))
+        on.append(named_as(run_torch(case.base, batch), case.part))
+        off.append(named_as(run_torch(case.base, batch, adapter_on=False), case.part))
     if unknown := sorted(set(case.outputs) - set(on[0])):
         raise UserError(
             f"{case.model} gives {', '.join(case.outputs)}, PyTorch's model gives {', '.join(on[0])}: no counterpart "
@@ -38,7 +39,9 @@ def run_pytorch(case: Case, step: Step) -> TorchOutputs:
     swappable = case.manifest and case.manifest.swappable
     if not swappable or (swappable.default == "adapter" and not case.grouped):
         return TorchOutputs(on, off, on)
-    own = [weight for weight in swappable.weights if weight.default == "base" or case.grouped]
-    heads = {weight.module for weight in own if not weight.in_layer}
+    if case.grouped:
+        heads = set(case.adapter.modules_to_save)
+    else:
+        heads = {weight.module for weight in swappable.weights if weight.default == "base" and not weight.in_layer}
     without = [run_torch(case.base, batch, adapter_on=False, heads_off=heads) for batch in case.batches]
-    return TorchOutputs(on, off, without)
+    return TorchOutputs(on, off, [named_as(outputs, case.part) for outputs in without])

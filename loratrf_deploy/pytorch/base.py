@@ -99,7 +99,8 @@ class BaseModel:
     `parameters` are the bare base's, by name, with their shapes. `trust_remote_code` says whether Python that came with
     it, or with its tokenizer, may run. `row_shape` is that of an image or a spectrogram, () where rows differ in
     length; with `any_size`, images have any height and width, and it is but an example. `revision` is that of the hub
-    which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it is to.
+    which the adapter names. `embedding` is what `run_torch` makes of the tokens, where it is to. `chosen` are the
+    outputs that it is exported for where its task doesn't say.
     """
 
     model: Any  # PreTrainedModel, or PeftModel from load_reference
@@ -113,11 +114,12 @@ class BaseModel:
     revision: str | None = None
     embedding: Embedding | None = None
     any_size: bool = False
+    chosen: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of what it is exported for; a model may lack one, as the pooled output."""
-        return _OUTPUTS.get(self.task, ("logits",))
+        return self.chosen or _OUTPUTS.get(self.task, ("logits",))
 
     @property
     def main_input(self) -> str:

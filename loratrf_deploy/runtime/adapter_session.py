@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
-from ..formats.manifest import MANIFEST, Swappable, check_files, read_swappable
+from ..formats.manifest import MANIFEST, AdapterId, Swappable, check_files, read_swappable
 from ..formats.swappable import Default
 from ..ops.schemas import ADAPTER_IDS, Device
 from .bound import OnePerRun, Request
@@ -21,10 +22,23 @@ from .slots import OnePerRow
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["AdapterInfo", "AdapterSession"]
+__all__ = ["AdapterInfo", "AdapterSession", "Answer"]
 
 _DEVICES: dict[str, Device] = {PROVIDERS["cuda"]: "cuda"}
 """Where an execution provider keeps its weights; the others work in host memory."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one row of a batch is answered: its adapter's `outputs` by name, without the batch's dimension.
+
+    `task` is the adapter's, `labels` are what the last dimension of its logits stands for, where it classifies. Both
+    are None for a row of the base, which has all outputs, and of files of older versions.
+    """
+
+    outputs: dict[str, NDArray[Any]]
+    task: str | None = None
+    labels: tuple[str, ...] | None = None
 
 
 class AdapterSession:
@@ -53,6 +67,7 @@ class AdapterSession:
     ):
         self._process = OwnProcess(type(self).__name__)
         manifest, swappable = read_swappable(model)
+        self._tasks = swappable.tasks
         check_files(Path(model).parent, manifest)
         self._session = create_session(model, library=library, providers=providers, options=options)
         _check_inputs(model, self._session, swappable)
@@ -126,6 +141,38 @@ class AdapterSession:
         request = Request(inputs, chosen, adapter, adapters, scale)
         return self._way.run(request, self._residents.resident)
 
+    def answers(self, inputs: Mapping[str, Any], adapters: Sequence[Choice | None]) -> list[Answer]:
+        """For each row what `run(inputs, adapters=adapters)` gives of its adapter's own task, with its own labels.
+
+        The arrays of `run` have more, where tasks or numbers of labels differ. Raises UserError as `run` does.
+        """
+        self._process.check()
+        if inputs.keys() != self._names:
+            raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
+        ids: list[AdapterId] = []
+
+        def resident(choice: Choice) -> Any:
+            placed, identity = self._residents.identified(choice)
+            ids.append(identity)
+            return placed
+
+        outputs = self._way.run(Request(inputs, self._outputs, ..., adapters, 1.0), resident)
+        named = iter(ids)
+        return [
+            self._answer({name: value[row] for name, value in outputs.items()}, None if choice is None else next(named))
+            for row, choice in enumerate(adapters)
+        ]
+
+    def _answer(self, row: dict[str, NDArray[Any]], adapter: AdapterId | None) -> Answer:
+        if adapter is None:
+            return Answer(row)
+        part = self._tasks.get(adapter.task or "")
+        own = {name: row[name] for name in part.outputs.values()} if part else row
+        if adapter.labels is not None:
+            count = len(adapter.labels)
+            own = {name: value[..., :count] if "logits" in name else value for name, value in own.items()}
+        return Answer(own, adapter.task, adapter.labels)
+
 
 def _check_inputs(model: str | Path, session: onnxruntime.InferenceSession, swappable: Swappable) -> None:
     """UserError where the graph doesn't take what its loratrf.json says: memory is allocated by the latter."""
@@ -144,4 +191,10 @@ def _check_inputs(model: str | Path, session: onnxruntime.InferenceSession, swap
         raise UserError(
             f"{model} doesn't take what the {MANIFEST} beside it says: {some(wrong)} is no input of it, or has another "
             "shape. They are not of one export: export the model again."
+        )
+    given = {value.name for value in session.get_outputs()}
+    if lost := [name for part in swappable.tasks.values() for name in part.outputs.values() if name not in given]:
+        raise UserError(
+            f"{model} doesn't give what the {MANIFEST} beside it says: {some(lost)} is no output of it. They are not "
+            "of one export: export the model again."
         )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import UserError, some
 from ..formats.adapter_file import AdapterFile, Origin, read_adapter_file
 from ..formats.blend import Blend, blend
-from ..formats.manifest import Manifest, Swappable
+from ..formats.manifest import AdapterId, Manifest, Swappable
 from ..formats.swappable import check_matches, largest_file
 from ..ops.schemas import Device
 
@@ -42,11 +42,16 @@ def check_scale(scale: float) -> None:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A loaded adapter: its file, the memory that its weights take, and whether they are in memory now."""
+    """A loaded adapter: its file, the memory that its weights take, and whether they are in memory now.
+
+    In a model of --adapters also its task, and what the labels of its head are called; None in older files.
+    """
 
     path: Path
     bytes: int
     resident: bool
+    task: str | None = None
+    labels: tuple[str, ...] | None = None
 
 
 class Residents(Generic[P]):
@@ -79,7 +84,13 @@ class Residents(Generic[P]):
         """The loaded adapters by name, the one that was used least recently first."""
         with self._lock:
             return {
-                name: AdapterInfo(entry.path, entry.bytes, entry.weights is not None)
+                name: AdapterInfo(
+                    entry.path,
+                    entry.bytes,
+                    entry.weights is not None,
+                    entry.origin.adapter.task,
+                    entry.origin.adapter.labels,
+                )
                 for name, entry in self._entries.items()
                 if isinstance(name, str) and isinstance(entry, _Loaded)
             }
@@ -128,6 +139,10 @@ class Residents(Generic[P]):
 
         Raises UserError where a name is unknown, or the blend can't be made (`formats.blend`) or exceeds `max_bytes`.
         """
+        return self.identified(choice, scale)[0]
+
+    def identified(self, choice: Choice, scale: float = 1.0) -> tuple[P, AdapterId]:
+        """`resident`, and which adapter that is; of a blend one of its parts, whose heads are the same."""
         wanted: str | Blend = choice  # type: ignore[assignment]
         if not isinstance(choice, str) or scale != 1:  # the usual case first: this is a part of every run
             weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
@@ -140,8 +155,8 @@ class Residents(Generic[P]):
             if entry is None:
                 raise self._unknown(wanted)
             self._entries[wanted] = entry  # now the one that was used last
-            if entry.weights is not None:
-                return entry.weights
+            if entry.weights is not None and entry.origin is not None:
+                return entry.weights, entry.origin.adapter
         with entry.reading:
             placed = entry.weights
             if placed is None:
@@ -149,7 +164,8 @@ class Residents(Generic[P]):
                 with self._lock:
                     entry.weights = placed
                     self._put_aside(entry)
-        return placed
+        assert entry.origin is not None  # of a file, or of the first of the parts that were just blended
+        return placed, entry.origin.adapter
 
     def _values(self, wanted: str | Blend, entry: _Entry[P]) -> Mapping[str, NDArray[Any]]:
         if isinstance(entry, _Loaded):
@@ -163,6 +179,7 @@ class Residents(Generic[P]):
         assert isinstance(wanted, Blend)
         try:
             parts = {part: self._part(part) for part, _ in wanted.parts}
+            entry.origin = self.origin(wanted.parts[0][0])
             values = blend(wanted, parts, self._swappable.weights, self._device)
             entry.bytes = sum(value.nbytes for value in values.values())
             self._check_size(f"The blend {wanted}", entry.bytes)
@@ -249,6 +266,7 @@ class _Entry(Generic[P]):
 
     bytes: int = 0
     weights: P | None = None
+    origin: Origin | None = None
     reading: threading.Lock = field(default_factory=threading.Lock)
 
 
