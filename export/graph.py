@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..errors import UserError
+from ..formats.stages import CROSS
+from ..genai.names import is_cache
 from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
-from ..pytorch.base import max_sequence
+from ..pytorch.base import DECODER_INPUT, max_sequence
 from ..pytorch.shapes import wave_length
 from .options import DEFAULT_OPSET
 
@@ -26,7 +28,10 @@ __all__ = ["PASSES", "finish", "modules_of", "trace"]
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
 
-_AXES = {"pixel_values": ("batch", "channels", "height", "width")}
+_AXES = {
+    "pixel_values": ("batch", "channels", "height", "width"),
+    DECODER_INPUT: ("batch", "decoder_sequence"),
+}
 _TEXT_AXES, _WAVE_AXES = ("batch", "sequence"), ("batch", "samples")
 
 
@@ -115,11 +120,14 @@ def _add_functions(model: ir.Model, opset: int) -> None:
 
 
 def _name_axes(model: ir.Model, opset: int) -> None:
-    """Dynamic axes are named batch and sequence, or samples; torch calls them s18, s41."""
+    """Dynamic axes are named batch and sequence, or samples, a cache's past_sequence; torch calls them s18, s41."""
     graph, names = model.graph, dict[str, str]()
-    rows = _WAVE_AXES if any(value.name == "input_values" for value in graph.inputs) else _TEXT_AXES
+    inputs = [value.name or "" for value in graph.inputs]
+    rows = _WAVE_AXES if "input_values" in inputs else _TEXT_AXES
+    # The mask of a decoder's own tokens covers those in the cache too.
+    behind_cache = "input_ids" in inputs and any(map(_is_past, inputs))
     for value in graph.inputs:
-        for axis, dim in zip(_AXES.get(value.name or "", rows), value.shape or (), strict=False):
+        for axis, dim in zip(_axes(value.name or "", rows, behind_cache), value.shape or (), strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 names.setdefault(dim.value, axis)
 
@@ -132,6 +140,16 @@ def _name_axes(model: ir.Model, opset: int) -> None:
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _axes(name: str, rows: tuple[str, ...], behind_cache: bool) -> tuple[str, ...]:
+    if _is_past(name) or name.startswith(CROSS):
+        return ("batch", "heads", "past_sequence" if _is_past(name) else "sequence", "width")
+    return ("batch", "total_sequence") if behind_cache and name == "attention_mask" else _AXES.get(name, rows)
+
+
+def _is_past(name: str) -> bool:
+    return is_cache(name.removeprefix("input."))
 
 
 def _module(node: ir.Node) -> str:

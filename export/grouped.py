@@ -21,7 +21,7 @@ from ..formats.swappable import OPERATOR_PARTS, RuntimeWeight, layer_weights
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.base import ANSWERS, GENERATION, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
 from ..runtime.slots import Slots
 from .files import check_writable
@@ -141,10 +141,18 @@ class _Contents:
 
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+    from .genai import knows
     from .pool import with_embedding
 
     clock("loading the base model")
     base = load_base(next(iter(adapters.values())), options.base_model, trust_remote_code=options.trust_remote_code)
+    first = next(iter(adapters.values()))
+    if base.task == ANSWERS or (base.task == GENERATION and not knows(first, base, out)):
+        raise UserError(
+            f"--adapters is not for a {type(base.model).__name__}: onnxruntime-genai's builder doesn't make it, and "
+            "several adapters go into one model that generates through it alone. It makes LLaMA, Mistral, Qwen, Gemma, "
+            "Phi and others. Export each adapter by itself: --adapter PATH."
+        )
     base = with_embedding(base, list(adapters.values()), options)
     clock("adapting")
     contents = _contents(adapters, base, options.dtype)

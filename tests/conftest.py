@@ -193,3 +193,22 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         return shown.err
 
     return check
+
+
+@pytest.fixture(scope="session")
+def make_staged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """make_staged(family, kind, **adapter options) -> (base, adapter), folders to read only."""
+    import tiny_stages
+
+    bases = once(lambda family: tiny_stages.make_base(tmp_path_factory.mktemp("staged-base") / family, family))
+    adapters = once(
+        lambda base, kind, **options: tiny_stages.make_adapter(
+            base, tmp_path_factory.mktemp("staged-adapter") / kind, kind, **options
+        )
+    )
+
+    def make(family: str = "gpt2", kind: str = "lora", **options: Any):
+        base = bases(family)
+        return base, adapters(base, kind, **options)
+
+    return make

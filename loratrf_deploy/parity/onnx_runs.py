@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime
 
-__all__ = ["NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"]
+__all__ = [
+    *("NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"),
+    "with_encoder",
+]
 
 Run: TypeAlias = "list[Outputs] | UserError"
 """Outputs by batch, or why there are none."""
@@ -50,8 +53,11 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     graph = case.graph if case.quantised else None
     for variant, library in LIBRARY.items():
         step(f"running ONNX Runtime {variant}")
-        runs[variant] = run_batches(
-            case.model, case.batches, case.outputs, library, case.device, weights=case.weights, graph=graph
+        batches = with_encoder(case, library=library)
+        runs[variant] = (
+            batches
+            if isinstance(batches, UserError)
+            else run_batches(case.model, batches, case.outputs, library, case.device, weights=case.weights, graph=graph)
         )
     ran = {variant: run for variant, run in runs.items() if isinstance(run, list)}
     if not ran:
@@ -64,6 +70,16 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
             case.model, batches, case.outputs, LIBRARY[worked], case.device, graph=graph
         )
     return OnnxRuns(runs, worked, ran[worked])
+
+
+def with_encoder(case: Case, *, library: bool) -> Sequence[Inputs] | UserError:
+    """The batches of `case` with what its encoder makes of each, where it has one; why there are none."""
+    if case.stages is None or case.stages.encoder is None:
+        return case.batches
+    made = run_batches(case.stages.encoder, case.batches, None, library, case.device)
+    if isinstance(made, UserError):
+        return made
+    return [batch | own for batch, own in zip(case.batches, made, strict=True)]
 
 
 def _without_adapter(batch: Inputs) -> Inputs:
@@ -91,7 +107,7 @@ def _foreign_default(case: Case) -> NotComparable | None:
 def run_batches(
     model: Path,
     batches: Sequence[Inputs],
-    outputs: Sequence[str],
+    outputs: Sequence[str] | None,
     library: bool,
     device: Device = "cpu",
     *,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "ANSWERS",
+    "DECODER_INPUT",
     "GENERATION",
     "TASKS",
     "BaseModel",
@@ -35,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "max_sequence",
     "sample_inputs",
+    "start_token",
     "tokenizer_of",
 ]
 
@@ -44,15 +47,20 @@ Outputs = dict[str, NDArray[Any]]
 """What a model gives for a batch, by output name."""
 
 GENERATION = "text-generation"
+ANSWERS = "text2text-generation"
+"""What an encoder reads and a decoder answers: translation, summaries."""
 TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
     "CAUSAL_LM": GENERATION,
+    "SEQ_2_SEQ_LM": ANSWERS,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
 on; image and audio classification have no PEFT task type of their own."""
+DECODER_INPUT = "decoder_input_ids"
+"""The tokens of an answer, which go into the decoder; the model's other inputs are the encoder's."""
 
 _OUTPUTS = {
     "question-answering": ("start_logits", "end_logits"),
@@ -68,6 +76,7 @@ _TASK_OF_CLASS = {
     "ForAudioClassification": "audio-classification",
     "ForCausalLM": GENERATION,
     "LMHeadModel": GENERATION,
+    "MTModel": ANSWERS,
     "Model": "feature-extraction",
 }
 
@@ -169,6 +178,10 @@ def sample_inputs(
         ids[np.arange(batch), lengths - 1] = config.eos_token_id
     ids = np.where(mask == 1, ids, pad)
     values = {"input_ids": ids, "attention_mask": mask}
+    if base.task == ANSWERS:
+        made = rng.integers(0, config.vocab_size, (batch, sequence // 2 + 1))
+        made[:, 0] = start_token(base)
+        return {name: values[name] for name in base.input_names} | {DECODER_INPUT: made}
     if "token_type_ids" in base.input_names:
         types = max(int(getattr(config, "type_vocab_size", 1) or 1), 1)
         values["token_type_ids"] = np.sort(rng.integers(0, types, ids.shape), axis=1)
@@ -189,6 +202,12 @@ def _sample_waves(
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
     values: Inputs = {"input_values": waves * mask.astype(np.float32), "attention_mask": mask}
     return {name: values[name] for name in base.input_names}
+
+
+def start_token(base: BaseModel) -> int:
+    """The token that a decoder's answer begins behind."""
+    own = base.model.generation_config
+    return next((token for token in (own.decoder_start_token_id, own.bos_token_id) if isinstance(token, int)), 0)
 
 
 def max_sequence(config: PreTrainedConfig) -> int | None:
