@@ -101,7 +101,10 @@ def test_every_family(family: str, kind: str, mode: str, staged) -> None:
         with torch.no_grad():
             right = reference.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False)[0]
         given = prompt if session.continues else [reference.generation_config.decoder_start_token_id]
-        assert [*given, *session.generate_tokens(prompt, max_new_tokens=64)] == right.tolist()
+        tokens = list(session.generate_tokens(prompt, max_new_tokens=64))
+        assert [*given, *tokens] == right.tolist()
+        # It ends early where an end is likeliest, and isn't one word over and over.
+        assert len(set(tokens)) > min(len(tokens), 64) / 8
 
 
 def test_several_adapters_and_options_that_stages_do_not_have(refused, make_staged, tmp_path: Path) -> None:
@@ -168,16 +171,16 @@ def test_transformers_own_runner_loads_the_folder(family: str, staged) -> None:
 def test_it_runs_without_torch(staged) -> None:
     made = staged("t5", "loratrf")
     code = "import sys; from loratrf_deploy.cli.generate import main; sys.exit(main(sys.argv[1:]))"
-    without = [*FRAMEWORKS, "onnxruntime_genai"]
-    command = ["--model", str(made.folder), "--prompt", PROMPT, "--max-new-tokens", "9"]
-    shown = run_python(code, *command, without=without)
+    command = ["--model", made.folder, "--prompt", PROMPT, "--max-new-tokens", 9]
+    result = run_python(code, *command, without=(*FRAMEWORKS, "onnxruntime_genai"))
+    assert result.returncode == 0, result.stderr
     tokenizer = load_tokenizer(made.base)
     tokens = [
         token
         for token in StagedSession(made.folder).generate_tokens(tokenizer(PROMPT)["input_ids"], max_new_tokens=9)
         if token != tokenizer.eos_token_id
     ]
-    assert shown.strip("\n") in tokenizer.decode(tokens, skip_special_tokens=True)
+    assert result.stdout.rstrip("\n") in tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 RULES: dict[str, dict[str, Any]] = {

@@ -90,6 +90,8 @@ def make_base(path: str | Path, family: str, seed: int = 0, **sizes: Any) -> Pat
     with torch.no_grad():
         # A head this large makes one token stand out, tied or not: greedy choices are no ties.
         model.get_output_embeddings().weight.mul_(4)
+    # And left alone, small models say the same token for ever.
+    model.generation_config.no_repeat_ngram_size = 2
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

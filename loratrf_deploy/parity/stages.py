@@ -51,7 +51,7 @@ def check_stages(case: Case, expected: TorchOutputs, step: Step) -> list[Check]:
 def _run(
     case: Case, right: Greedy, even: Sequence[int], *, library: bool
 ) -> tuple[list[Outputs], list[int]] | UserError:
-    """The logits of the batches `even`, token by token, and what the model makes of the prompt; why there is nothing."""
+    """The logits of the batches `even`, token by token, and what the model makes of the prompt, or why not."""
     if library:
         try:
             library_path()
