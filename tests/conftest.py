@@ -195,20 +195,24 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
     return check
 
 
-@pytest.fixture(scope="session")
-def make_staged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """make_staged(family, kind, **adapter options) -> (base, adapter), folders to read only."""
+def _staged_base(folder: Path, family: str) -> None:
     import tiny_stages
 
-    bases = once(lambda family: tiny_stages.make_base(tmp_path_factory.mktemp("staged-base") / family, family))
-    adapters = once(
-        lambda base, kind, **options: tiny_stages.make_adapter(
-            base, tmp_path_factory.mktemp("staged-adapter") / kind, kind, **options
-        )
-    )
+    tiny_stages.make_base(folder / family, family)
 
-    def make(family: str = "gpt2", kind: str = "lora", **options: Any):
-        base = bases(family)
-        return base, adapters(base, kind, **options)
+
+def _staged_adapter(folder: Path, base: Path, kind: str) -> None:
+    import tiny_stages
+
+    tiny_stages.make_adapter(base, folder / kind, kind)
+
+
+@pytest.fixture(scope="session")
+def make_staged(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
+    """make_staged(family, kind) -> (base, adapter), folders to read only."""
+
+    def make(family: str = "gpt2", kind: str = "lora") -> tuple[Path, Path]:
+        base = made_once(_staged_base, family) / family
+        return base, made_once(_staged_adapter, base, kind) / kind
 
     return make
