@@ -174,13 +174,9 @@ def test_it_runs_without_torch(staged) -> None:
     command = ["--model", made.folder, "--prompt", PROMPT, "--max-new-tokens", 9]
     result = run_python(code, *command, without=(*FRAMEWORKS, "onnxruntime_genai"))
     assert result.returncode == 0, result.stderr
-    tokenizer = load_tokenizer(made.base)
-    tokens = [
-        token
-        for token in StagedSession(made.folder).generate_tokens(tokenizer(PROMPT)["input_ids"], max_new_tokens=9)
-        if token != tokenizer.eos_token_id
-    ]
-    assert result.stdout.rstrip("\n") in tokenizer.decode(tokens, skip_special_tokens=True)
+    # Random weights make bytes that are no text: the stream decides how those look.
+    assert result.stdout == StagedSession(made.folder).generate([PROMPT], max_new_tokens=9)[0] + "\n"
+    assert StagedSession(made.folder).encode(PROMPT) == load_tokenizer(made.base)(PROMPT)["input_ids"]
 
 
 RULES: dict[str, dict[str, Any]] = {
