@@ -1,5 +1,5 @@
 # make demo: the main job on real input. make demo-llm: the same of a language model. make test: lint, types and the
-# whole test suite. All make what they need.
+# tests, but for further families of each task (slow). All make what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
@@ -40,7 +40,7 @@ endif
 
 test: lint $(VENV)/.smollm2
 	@# One process per core; torch's own threads would only fight over them.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .

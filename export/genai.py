@@ -32,12 +32,13 @@ from .adapted import fold, layer_rows
 from .behind import insert
 from .builder_config import in_builders_words, mend, rotations, write_rotations
 from .options import ExportOptions
+from .proven import no_tokenizer
 from .swappable import weights_to_inputs
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
 
-__all__ = ["PRECISIONS", "build", "build_graph", "check_precision", "save", "write_genai"]
+__all__ = ["PRECISIONS", "build", "build_graph", "check_precision", "knows", "save", "write_genai"]
 
 PRECISIONS = {
     ("cpu", "none", "float32"): "fp32",
@@ -83,7 +84,7 @@ def write_genai(
 
     The folder gets what `build_graph` and `save` say. `base` is used up. Raises UserError for what GenAI can't take.
     """
-    _check_known(adapter, base, out, options)
+    check_precision(options.device, options.quantize, options.dtype)
     step("adapting")
     biases = {}
     if adapter.not_separable is None:
@@ -101,22 +102,21 @@ def write_genai(
     return rows, weights
 
 
-def _check_known(adapter: Adapter, base: BaseModel, out: Path, options: ExportOptions) -> None:
-    """UserError for a model that the builder doesn't know, before anything is merged or written.
+def knows(adapter: Adapter, base: BaseModel, out: Path) -> bool:
+    """Whether the builder knows the model, before anything is merged or written.
 
     The builder has no list to ask, so it is given a checkpoint without weights: what it doesn't know it refuses before
     it looks for them, with NotImplementedError. Whatever else it says means that it went on.
     """
-    precision = check_precision(options.device, options.quantize, options.dtype)
     with tempfile.TemporaryDirectory(prefix=".base-", dir=out.parent) as name:
         stage = Path(name)
         _stage_config(adapter, base, stage)
-        extra = _builder_options((), options, trust_remote_code=base.trust_remote_code)
+        extra = _builder_options((), ExportOptions(), trust_remote_code=base.trust_remote_code)
         try:
-            build(stage, stage / "built" / out.name, precision, options.device, extra)
+            build(stage, stage / "built" / out.name, "fp32", "cpu", extra)
         except UserError as error:
-            if isinstance(error.__cause__, NotImplementedError):
-                raise
+            return not isinstance(error.__cause__, NotImplementedError)
+    return True
 
 
 def _biases_without_place(adapter: Adapter, base: BaseModel) -> dict[str, NDArray[np.float32]]:
@@ -194,10 +194,7 @@ def _stage_config(adapter: Adapter, base: BaseModel, stage: Path) -> tuple[int, 
     """What the builder reads before weights: the configuration and the tokenizer. Its tokens, and where it was."""
     tokenizer, source = tokenizer_of(adapter, base)
     if tokenizer is None:
-        raise UserError(
-            f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
-        )
+        raise no_tokenizer(source)
     base.model.config.architectures = [type(base.model).__name__]
     base.model.config.save_pretrained(stage)
     tokenizer.save_pretrained(stage)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..errors import UserError
+from ..formats.stages import CROSS
+from ..genai.names import is_cache
 from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
-from ..pytorch.base import max_sequence
+from ..pytorch.base import DECODER_INPUT, max_sequence
 from ..pytorch.shapes import SMALLEST_IMAGE, axes_of, text_config, wave_length
 from .options import DEFAULT_OPSET
 
@@ -125,7 +127,8 @@ def _add_functions(model: ir.Model, opset: int) -> None:
 
 
 def _name_axes(model: ir.Model, opset: int) -> None:
-    """Dynamic axes are named as `axes_of` says, batch and sequence for one; torch calls them s18, s41.
+    """Dynamic axes are named as `axes_of` says, batch and sequence for one, a cache's past_sequence; torch calls them
+    s18, s41.
 
     Where convolutions make fewer of them, an output has frames of sound, and the height and width of its own map.
     """
@@ -133,7 +136,7 @@ def _name_axes(model: ir.Model, opset: int) -> None:
     inputs = [value.name or "" for value in graph.inputs]
     for value in graph.inputs:
         shape = value.shape or ()
-        for axis, dim in zip(axes_of(value.name or "", len(shape), inputs), shape, strict=False):
+        for axis, dim in zip(_axes(value.name or "", len(shape), inputs), shape, strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 names.setdefault(dim.value, axis)
 
@@ -152,6 +155,21 @@ def _name_axes(model: ir.Model, opset: int) -> None:
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _axes(name: str, rank: int, inputs: Collection[str]) -> tuple[str, ...]:
+    """As `axes_of`; a decoder's caches, and its mask, which covers the tokens in the cache too."""
+    if _is_past(name) or name.startswith(CROSS):
+        return ("batch", "heads", "past_sequence" if _is_past(name) else "sequence", "width")
+    if name == DECODER_INPUT:
+        return ("batch", "decoder_sequence")
+    if name == "attention_mask" and "input_ids" in inputs and any(map(_is_past, inputs)):
+        return ("batch", "total_sequence")
+    return axes_of(name, rank, inputs)
+
+
+def _is_past(name: str) -> bool:
+    return is_cache(name.removeprefix("input."))
 
 
 def _transpose_unlike_ranks(model: ir.Model, opset: int) -> None:

@@ -22,7 +22,7 @@ from ..formats.tasks import TaskPart, in_graph, label_count, label_layer, label_
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
+from ..pytorch.base import ANSWERS, GENERATION, TOWERS, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
 from ..pytorch.shared import share_trunk
 from ..runtime.slots import Slots
@@ -161,9 +161,17 @@ class _Contents:
 
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+    from .genai import knows
+
     clock("loading the base model")
     shared = _load_shared(adapters, options)
-    base = shared.base
+    base, first = shared.base, next(iter(adapters.values()))
+    if base.task == ANSWERS or (base.task == GENERATION and not knows(first, base, out)):
+        raise UserError(
+            f"--adapters is not for a {type(base.model).__name__}: onnxruntime-genai's builder doesn't make it, and "
+            "several adapters go into one model that generates through it alone. It makes LLaMA, Mistral, Qwen, Gemma, "
+            "Phi and others. Export each adapter by itself: --adapter PATH."
+        )
     clock("adapting")
     contents = _contents(adapters, shared, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder

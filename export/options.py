@@ -27,6 +27,7 @@ __all__ = [
     "check_encodes",
     "check_generates",
     "check_ranks",
+    "check_stages",
 ]
 
 MODES = ("merged", "separate")
@@ -133,6 +134,16 @@ def check_generates(options: ExportOptions) -> None:
         raise UserError(
             "--keep-float is for encoders, and this is a causal language model, whose builder quantises all linear "
             "layers. Leave it out."
+        )
+
+
+def check_stages(options: ExportOptions, architecture: str) -> None:
+    """UserError for options that a model in stages, of `architecture`, isn't exported with."""
+    if flag := options.given(("quantize", "keep_float", "swappable", "device", "bundle_library")):
+        raise UserError(
+            f"{flag} isn't for a {architecture}: onnxruntime-genai's builder doesn't make it, so it is exported in "
+            "stages of ONNX Runtime's own, for --device cpu, merged or separate, in float32 or float16. Leave "
+            f"{flag} out."
         )
 
 

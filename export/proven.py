@@ -49,6 +49,7 @@ __all__ = [
     "collector_off",
     "common_facts",
     "filter_input_of",
+    "no_tokenizer",
     "traced_inputs",
     "write_companions",
     "write_proven",
@@ -135,8 +136,10 @@ def common_facts(
     *,
     swappable: Swappable | None = None,
     versions: Mapping[str, str] | None = None,
+    others: Sequence[str] = (),
 ) -> Manifest:
-    """The manifest of the model written to `out`; `layers` are its adapted ones, `versions` of further packages."""
+    """The manifest of the model written to `out`; `layers` are its adapted ones, `versions` of further packages,
+    `others` further files that run."""
     grouped = swappable is not None and bool(swappable.slots)
     alone = None if grouped else adapters[0]
     packages = ("torch", "transformers", "peft", "onnx_ir")
@@ -155,7 +158,7 @@ def common_facts(
             peft_type=alone.peft_type if alone else None,
         ),
         base=BaseId(Path(base.path).name, base_sha256(Path(base.path))),
-        model=ModelId.of(out),
+        model=ModelId.of(out, others),
         layers=tuple(layers),
         quantize=options.quantize,
         device=options.device,
@@ -171,6 +174,14 @@ def filter_input_of(adapters: Sequence[Adapter]) -> FilterInput:
         if any(layer.A is not None and layer.tau is not None for layer in adapter.layers.values()):
             return adapter.filter_input
     return adapters[0].filter_input if len(adapters) == 1 else "adapted"
+
+
+def no_tokenizer(source: Path | str) -> UserError:
+    """What to say where a model that generates has no tokenizer in `source`."""
+    return UserError(
+        f"There is no tokenizer in {source}, and generation needs one. Save it with the base model or the adapter: "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)."
+    )
 
 
 def check_tokens(adapter: Adapter, base: BaseModel) -> None:

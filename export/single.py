@@ -16,18 +16,19 @@ from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
-from ..pytorch.base import GENERATION, BaseModel, load_base
+from ..pytorch.base import ANSWERS, GENERATION, BaseModel, load_base, tokenizer_of
 from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks, check_stages
 from .proven import (
     Clock,
     ExportResult,
     check_tokens,
     collector_off,
     common_facts,
+    no_tokenizer,
     traced_inputs,
     write_companions,
     write_proven,
@@ -98,11 +99,21 @@ def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptio
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     base = with_embedding(base, [adapter], options)
     adapter = with_gains(adapter, base.model)
-    write = _write_generating if base.task == GENERATION else _write_encoder
+    write = _writer(adapter, base, out)
     manifest, values = write(adapter, base, out, clock, options)
     if manifest.swappable is not None:
         write_adapter_file(out.with_name(str(manifest.swappable.file)), values, Origin.of(adapter, manifest))
     return manifest
+
+
+def _writer(
+    adapter: Adapter, base: BaseModel, out: Path
+) -> Callable[[Adapter, BaseModel, Path, Clock, ExportOptions], tuple[Manifest, Values]]:
+    from .genai import knows
+
+    if base.task == GENERATION:
+        return _write_generating if knows(adapter, base, out) else _write_stages
+    return _write_stages if base.task == ANSWERS else _write_encoder
 
 
 def _write_generating(
@@ -173,6 +184,33 @@ def _write_encoder(
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, adapter, out.parent)
     return common_facts(base, [adapter], out, options, opset, layers, swappable=swappable), values
+
+
+def _write_stages(
+    adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
+) -> tuple[Manifest, Values]:
+    """Writes a model that generates and that onnxruntime-genai's builder doesn't make; it has no run-time weights."""
+    import torch
+
+    from .stages import save_stages, trace_stages
+
+    check_always_active(adapter)
+    check_stages(options, type(base.model).__name__)
+    tokenizer, source = tokenizer_of(adapter, base)
+    if tokenizer is None:
+        raise no_tokenizer(source)
+    check_tokens(adapter, base)
+    opset = options.opset or DEFAULT_OPSET
+    clock("adapting")
+    layers = _attach(adapter, base, options.merges, getattr(torch, options.dtype))
+    clock("tracing")
+    with collector_off():
+        components = trace_stages(base, opset)
+    clock("writing")
+    others = save_stages(components, out)
+    write_companions(base, adapter, out.parent)
+    base.model.generation_config.save_pretrained(out.parent)
+    return common_facts(base, [adapter], out, options, opset, layers, others=others), {}
 
 
 def _attach(adapter: Adapter, base: BaseModel, merge: bool, dtype: Any) -> list[LayerRow]:

@@ -193,3 +193,26 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         return shown.err
 
     return check
+
+
+def _staged_base(folder: Path, family: str) -> None:
+    import tiny_stages
+
+    tiny_stages.make_base(folder / family, family)
+
+
+def _staged_adapter(folder: Path, base: Path, kind: str) -> None:
+    import tiny_stages
+
+    tiny_stages.make_adapter(base, folder / kind, kind)
+
+
+@pytest.fixture(scope="session")
+def make_staged(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
+    """make_staged(family, kind) -> (base, adapter), folders to read only."""
+
+    def make(family: str = "gpt2", kind: str = "lora") -> tuple[Path, Path]:
+        base = made_once(_staged_base, family) / family
+        return base, made_once(_staged_adapter, base, kind) / kind
+
+    return make

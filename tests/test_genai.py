@@ -18,7 +18,6 @@ import transformers
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter
-from loratrf_deploy.export import genai as export_genai
 from loratrf_deploy.export.behind import insert
 from loratrf_deploy.export.genai import check_precision
 from loratrf_deploy.export.onto import convert_adapter
@@ -291,25 +290,6 @@ def test_parity_notices_quantised_weights_without_the_adapter(make_llm: Make, tm
 
 
 # What is refused.
-
-
-@pytest.mark.parametrize("mode", ["merged", "separate"])
-def test_an_architecture_that_the_builder_does_not_know(mode, refused, monkeypatch, tmp_path) -> None:
-    """Before anything is merged, and before a checkpoint is written, which may take minutes and gigabytes."""
-    import peft
-
-    config = transformers.GPT2Config(vocab_size=301, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
-    model = transformers.GPT2LMHeadModel(config)
-    model.save_pretrained(tmp_path / "base")
-    tiny_llm.make_tokenizer().save_pretrained(tmp_path / "base")
-    lora = peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
-    peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
-    monkeypatch.setattr(export_genai, "fold", None)
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", None)
-    command = ["--adapter", tmp_path / "adapter", "--base-model", tmp_path / "base", "--mode", mode]
-    message = refused(tmp_path / "model.onnx", *command)
-    assert "GPT2LMHeadModel" in message
-    assert "LLaMA" in message
 
 
 @pytest.mark.parametrize(

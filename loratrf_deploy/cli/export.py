@@ -18,6 +18,7 @@ from ..export.onto import Converted, convert_adapter
 from ..export.options import DEFAULTS, MODES, POOLING, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
 from ..export.single import export_adapter
+from ..formats.stages import STAGES_FILE
 from ..ops.dtypes import DTYPES
 from ..reports.formats import print_report
 from ..runtime.session import PROVIDERS
@@ -271,11 +272,15 @@ def _swappable_row(result: ExportResult) -> dict[str, str]:
 def _print_summary(result: ExportResult) -> None:
     manifest = result.manifest
     kinds = ", ".join(f"{count} {op}" for op, count in manifest.operators.items()) or "none"
-    weights = sum(size for name, size in result.sizes.items() if name.startswith(result.model.name))
+    weights = result.sizes[result.model.name] + sum(file.bytes for file in manifest.model.files.values())
+    staged = STAGES_FILE in result.sizes
     rows = {
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
         "mode": manifest.summary,
         **_swappable_row(result),
+        "runs": "with loratrf-generate, or transformers' ExportedModel (onnxruntime-genai's builder doesn't make it)"
+        if staged
+        else "",
         "layers": f"{len(manifest.layers)} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",
         "parity": "" if result.parity else "not checked (--no-check)",

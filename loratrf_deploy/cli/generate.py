@@ -8,14 +8,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import UserError, printable
+from ..formats.stages import STAGES_FILE
+from ..genai.folder import CONFIG_FILE
 from ..runtime.generation_session import GenerationSession, Prompt
 from ..runtime.residents import Choice
+from ..runtime.staged_session import StagedSession
 from .shared import Parser, command, count, named_paths, positive, print_json, require_extra
 
 __all__ = ["main"]
+
+Session: TypeAlias = "GenerationSession | StagedSession"
 
 
 @command
@@ -25,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The text goes to stdout, the speed to stderr; --json has both, when all is done.
     """
     args = _parser().parse_args(argv)
-    require_extra("genai")
-    session = GenerationSession(args.model, trust_library=args.trust_library)
+    session = _open(args)
     for name, path in named_paths(args.adapter, "--adapter").items():
         session.load(name, path)
     names: list[Choice | None] = [*session.adapters] or [None]
@@ -44,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print_json({"answers": [vars(answer) for answer in answers]})
     return 0
+
+
+def _open(args: argparse.Namespace) -> Session:
+    """The session that the folder's files are for."""
+    folder = args.model.parent if args.model.suffix == ".onnx" else args.model
+    if not (folder / CONFIG_FILE).is_file() and (folder / STAGES_FILE).is_file():
+        require_extra("cpu")
+        if args.rows or args.chat:
+            raise UserError(
+                f"{'--rows' if args.rows else '--chat'} is for folders of ONNX Runtime GenAI, and {folder} is a model "
+                "in stages, with one adapter and no chat template. Leave it out."
+            )
+        return StagedSession(folder)
+    require_extra("genai")
+    return GenerationSession(args.model, trust_library=args.trust_library)
 
 
 @dataclass
@@ -67,8 +86,9 @@ class _Answer:
 class _Talk:
     """A session with the options of one command line."""
 
-    def __init__(self, session: GenerationSession, args: argparse.Namespace):
+    def __init__(self, session: Session, args: argparse.Namespace):
         self._session, self._shown, self._chat = session, not args.json, args.chat
+        self._repeats = not args.chat and session.continues
         self._options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
         if args.temperature is not None:
             self._options |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
@@ -78,11 +98,11 @@ class _Talk:
     def answer(self, text: str, adapter: Choice | None, *, labelled: bool) -> _Answer:
         """Shows what follows `text` under `adapter` as it is made."""
         self._show(f"[{adapter}] " if labelled else "")
-        if not self._chat:
+        if self._repeats:
             self._show(text)
         answer = self._stream(self._prompt(text), adapter)
         self._show("\n")
-        if not self._chat:
+        if self._repeats:
             answer.text = text + answer.text
         if self._shown:
             print(answer.speed, file=sys.stderr)
@@ -92,6 +112,7 @@ class _Talk:
         """Shows what follows `text` under each of `adapters`, all of them rows of one batch."""
         begin = time.perf_counter()
         which: dict[str, Any] = {"adapters": adapters} if self._session.takes_adapters else {}
+        assert isinstance(self._session, GenerationSession)  # others have no rows, see _open
         made = self._session.generate([self._prompt(text)] * len(adapters), **which, **self._options)
         seconds = time.perf_counter() - begin
         tokens = [len(self._session.encode(row)) for row in made]

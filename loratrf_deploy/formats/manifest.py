@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,9 +116,12 @@ class ModelId:
             raise ValueError(foreign[0])
 
     @classmethod
-    def of(cls, model: Path) -> ModelId:
-        """That of the model at `model`, whose files of weights are called as it is, and something behind a dot."""
-        beside = sorted(path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}."))
+    def of(cls, model: Path, others: Sequence[str] = ()) -> ModelId:
+        """That of the model at `model`, whose files of weights are called as it is, and something behind a dot; and of
+        `others`, which run with it."""
+        beside = sorted(
+            path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}.") or path.name in others
+        )
         return cls(file_sha256(model), {path.name: FileId.of(path) for path in beside})
 
 

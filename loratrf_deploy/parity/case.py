@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
 from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
+from ..formats.stages import CROSS, Stages, stages_of
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, is_cache
@@ -51,7 +52,7 @@ TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 
 """Largest relative error, max|a-b| / max|b|, by dtype of the weights; bfloat16 is 8 times as coarse as float16."""
 
 GENERATION_TOLERANCE = 1e-4
-"""Of float32 causal language models: rounding adds up over many more layers than an encoder has."""
+"""Of float32 models that generate: rounding adds up over many more layers than an encoder has."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class Case:
 
     `weights` are the adapter's for a swappable model, which `manifest` describes; both are empty otherwise. A grouped
     model has the adapter in the one slot of these weights; in one of several tasks `part` is that of the adapter's, and
-    `outputs` are its own. `folded`
-    layers have their low-rank half, or a bias of it, in the graph's weights. `genai_config` is there where the model
-    generates. Where the base is `quantised`, `graph` is
-    the one in the file, made to compute in float32, `base` has its dequantised weights, and `weight_checks` say whether
-    these are its own.
+    `outputs` are its own. `folded` layers have their low-rank half, or a bias of it, in the graph's weights.
+    `genai_config` is there where the model generates with onnxruntime-genai, `stages` where it does so by itself:
+    `graph` is the decoder's then. Where the base is `quantised`, `graph` is the one in the file, made to compute in
+    float32, `base` has its dequantised weights, and `weight_checks` say whether these are its own.
     """
 
     model: Path
     graph: ir.Model
     genai_config: dict[str, Any] | None
+    stages: Stages | None
     dtype: DType
     tolerance: float
     device: Device
@@ -117,7 +118,7 @@ def prepare(
     step("reading the model")
     graph = load_graph(model)
     check_described(model)
-    dtype, genai_config = model_dtype(graph), decoder_config(model)
+    dtype, genai_config, stages = model_dtype(graph), decoder_config(model), stages_of(model)
     embedding = embedding_of(model, graph)
     read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
     swaps = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
@@ -125,7 +126,8 @@ def prepare(
     task, trunk = TASKS.get(read.task_type or ""), swappable.trunk if swappable else ""
     part = part_of(task, swappable.tasks, read.path) if swappable else None
     step("loading PyTorch's model")
-    folded = _folded(in_graph(read, part, trunk), graph)
+    graphs = [graph] if stages is None or stages.encoder is None else [graph, load_graph(stages.encoder)]
+    folded = _folded(in_graph(read, part, trunk), graphs)
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
     if part is None or SENTENCE_EMBEDDING in part.outputs:
         base = replace(base, embedding=embedding)
@@ -133,10 +135,10 @@ def prepare(
     weight_checks = []
     if quantised := exact_arithmetic(graph):
         step("dequantising")
-        merged, graphs = bool(folded or read.not_separable), partial(part.path, trunk=trunk) if part else str
+        merged, named = bool(folded or read.not_separable), partial(part.path, trunk=trunk) if part else str
         weight_checks = [
             dequantise_reference(
-                graph, base, read, merged=merged, named=graphs, saved=not (swappable and swappable.slots)
+                graph, base, read, merged=merged, named=named, saved=not (swappable and swappable.slots)
             )
         ]
     weights = {}
@@ -153,8 +155,9 @@ def prepare(
         model=model,
         graph=graph,
         genai_config=genai_config,
+        stages=stages,
         dtype=dtype,
-        tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
+        tolerance=tolerance_of(dtype, generates=bool(genai_config or stages)) if tolerance is None else tolerance,
         device=device,
         adapter=read,
         base=base,
@@ -170,9 +173,9 @@ def prepare(
     )
 
 
-def tolerance_of(dtype: DType, genai_config: dict[str, Any] | None) -> float:
-    """The tolerance of a model of `dtype`; one with a `genai_config` is a causal language model."""
-    return GENERATION_TOLERANCE if genai_config and dtype == "float32" else TOLERANCES[dtype]
+def tolerance_of(dtype: DType, *, generates: bool) -> float:
+    """The tolerance of a model of `dtype`, which may be one that `generates`."""
+    return GENERATION_TOLERANCE if generates and dtype == "float32" else TOLERANCES[dtype]
 
 
 def output_names(graph: ir.Model) -> tuple[str, ...]:
@@ -229,9 +232,10 @@ def model_dtype(model: ir.Model) -> DType:
     return max(sizes, key=lambda name: sizes[name], default="float32")
 
 
-def _folded(adapter: Adapter, graph: ir.Model) -> set[str]:
-    """Layers whose low-rank half lies in the weights of the graph, not in an operator."""
-    ops = {node.metadata_props.get("module"): node.op_type for node in graph.graph if node.domain == DOMAIN}
+def _folded(adapter: Adapter, graphs: Sequence[ir.Model]) -> set[str]:
+    """Layers whose low-rank half lies in the weights of the graphs, not in an operator."""
+    nodes = [node for graph in graphs for node in graph.graph if node.domain == DOMAIN]
+    ops = {node.metadata_props.get("module"): node.op_type for node in nodes}
     return {
         name
         for name, layer in adapter.layers.items()
@@ -250,7 +254,8 @@ def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: B
 def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
     """UserError where the graph takes what the base doesn't: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
-    if foreign := sorted({name for name in names if not is_cache(name)} - {*batches[0], ADAPTER_IDS, POSITION_IDS}):
+    own = {name for name in names if not is_cache(name) and not name.startswith(CROSS)}
+    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."

@@ -30,7 +30,9 @@ from .result import LIBRARY, NO_ADAPTER, Check, Status, Variant
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["TOKENS", "Greedy", "check_greedy", "check_greedy_rows", "linked_folder", "torch_greedy"]
+__all__ = [
+    *("TOKENS", "Greedy", "check_greedy", "check_greedy_rows", "compare_tokens", "linked_folder", "torch_greedy"),
+]
 
 TOKENS = 64
 _PROMPT = 12
@@ -139,7 +141,7 @@ def check_greedy(case: Case) -> list[Check]:
         except (UserError, RuntimeError) as error:  # GenAI's own errors are plain RuntimeErrors
             checks.append(Check(variant, right.what, _status(error), _without_folder(error)))
             continue
-        checks.append(_compare_tokens(variant, right.what, got, expected[variant], case.tolerance))
+        checks.append(compare_tokens(variant, right.what, got, expected[variant], case.tolerance))
     return checks
 
 
@@ -178,7 +180,7 @@ def check_greedy_rows(
             checks += [Check(variant, f"{right.what} ({name})", _status(error), reason) for name, right in rows.items()]
             continue
         checks += [
-            _compare_tokens(variant, f"{right.what} ({name})", own, right, tolerance)
+            compare_tokens(variant, f"{right.what} ({name})", own, right, tolerance)
             for own, (name, right) in zip(got, rows.items(), strict=True)
         ]
     return checks
@@ -206,7 +208,7 @@ def _without_folder(error: Exception) -> str:
     return str(UserError(re.sub(r"/\.?loratrf-parity-\w+", "", str(error))))
 
 
-def _compare_tokens(variant: Variant, name: str, got: list[int], right: Greedy, tolerance: float) -> Check:
+def compare_tokens(variant: Variant, name: str, got: list[int], right: Greedy, tolerance: float) -> Check:
     tokens = right.tokens
     equal = next((at for at, pair in enumerate(zip(got, tokens, strict=False)) if pair[0] != pair[1]), len(got))
     share = equal / len(tokens)

@@ -171,7 +171,7 @@ def _prepare(
         adapters=loaded,
         base_model=base_model,
         dtype=dtype,
-        tolerance=tolerance_of(dtype, genai_config) if tolerance is None else tolerance,
+        tolerance=tolerance_of(dtype, generates=bool(genai_config)) if tolerance is None else tolerance,
         trust_remote_code=trust_remote_code,
         outputs=output_names(graph),
     )

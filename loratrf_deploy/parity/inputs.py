@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..pytorch.base import GENERATION, Inputs, load_tokenizer, max_sequence, sample_inputs
+from ..pytorch.base import (
+    ANSWERS,
+    DECODER_INPUT,
+    GENERATION,
+    Inputs,
+    load_tokenizer,
+    max_sequence,
+    sample_inputs,
+    start_token,
+)
 from ..pytorch.shapes import MAIN_INPUTS, SMALLEST_IMAGE, text_config, wave_length
 
 if TYPE_CHECKING:
@@ -45,8 +54,10 @@ def default_inputs(base: BaseModel) -> list[Inputs]:
 
 
 def padding_mask(batch: Inputs) -> NDArray[np.bool_] | None:
-    """(B,S), True at tokens that count; None for images."""
-    return batch["attention_mask"].astype(bool) if "attention_mask" in batch else None
+    """(B,S), True at tokens that count; None for images, and where outputs are of a decoder, which has no padding."""
+    if "attention_mask" not in batch or DECODER_INPUT in batch:
+        return None
+    return batch["attention_mask"].astype(bool)
 
 
 def read_inputs(path: str | Path, base: BaseModel, folder: Path) -> list[Inputs]:
@@ -143,6 +154,9 @@ def _tokens(batch: Inputs, base: BaseModel) -> Inputs:
         if limit is not None and (array.min() < 0 or array.max() >= limit):
             raise UserError(f"{name} has values from {array.min()} to {array.max()}, the model takes 0 to {limit - 1}.")
         completed[name] = array.astype(np.int64)
+    if base.task == ANSWERS:
+        start = np.full((len(completed[main]), 1), start_token(base))
+        completed[DECODER_INPUT] = np.asarray(batch.get(DECODER_INPUT, start), np.int64)
     _check_length(completed[main].shape[-1], base)
     return completed
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from ..ops.schemas import Device
 from ..pytorch.oracle import plain_name, run_torch
 from ..pytorch.shared import named_as
 from .case import Case
 from .checks import worst_batch
 from .figures import relative_error, valid
-from .onnx_runs import OnnxRuns, run_session, session_in_memory
+from .onnx_runs import OnnxRuns, run_session, session_in_memory, with_encoder
 from .result import LIBRARY, Check, LayerError, LayerTrace
 from .torch_runs import TorchOutputs
 
@@ -61,7 +63,10 @@ def compare_layers(case: Case, number: int, *, library: bool) -> tuple[list[Laye
         expected = named_as(run_torch(case.base, batch), case.part)
     chosen = {name: nodes[name] for name in seen}
     session, names = _session_with_outputs(case.graph, case.model, chosen, library, case.device)
-    got = run_session(session, batch, weights=case.weights)
+    entered = with_encoder(replace(case, batches=(batch,)), library=library)
+    if isinstance(entered, UserError):
+        raise entered
+    got = run_session(session, entered[0], weights=case.weights)
 
     layers, skipped = [], 0
     for name, node in nodes.items():

@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
-    "NotComparable",
-    "OnnxRuns",
-    "Run",
-    "run_batches",
-    "run_onnx",
-    "run_session",
-    "session_in_memory",
-    "without_room",
+    *("NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"),
+    *("with_encoder", "without_room"),
 ]
 
 Run: TypeAlias = "list[Outputs] | UserError"
@@ -60,9 +54,14 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     graph = case.graph if case.quantised else None
     for variant, library in LIBRARY.items():
         step(f"running ONNX Runtime {variant}")
-        run = run_batches(
-            case.model, case.batches, case.outputs, library, case.device, weights=case.weights, graph=graph
-        )
+        batches = with_encoder(case, library=library)
+        run: Run
+        if isinstance(batches, UserError):
+            run = batches
+        else:
+            run = run_batches(
+                case.model, batches, case.outputs, library, case.device, weights=case.weights, graph=graph
+            )
         runs[variant] = _own_labels(run, case)
     ran = {variant: run for variant, run in runs.items() if isinstance(run, list)}
     if not ran:
@@ -94,6 +93,16 @@ def without_room(value: NDArray[Any], labels: int) -> NDArray[Any]:
     return value[..., :labels] if (room == lowest(value.dtype)).all() else value
 
 
+def with_encoder(case: Case, *, library: bool) -> Sequence[Inputs] | UserError:
+    """The batches of `case` with what its encoder makes of each, where it has one; why there are none."""
+    if case.stages is None or case.stages.encoder is None:
+        return case.batches
+    made = run_batches(case.stages.encoder, case.batches, None, library, case.device)
+    if isinstance(made, UserError):
+        return made
+    return [batch | own for batch, own in zip(case.batches, made, strict=True)]
+
+
 def _without_adapter(batch: Inputs) -> Inputs:
     return batch | {ADAPTER_IDS: np.full(len(next(iter(batch.values()))), -1)}
 
@@ -123,7 +132,7 @@ def _foreign_default(case: Case) -> NotComparable | None:
 def run_batches(
     model: Path,
     batches: Sequence[Inputs],
-    outputs: Sequence[str],
+    outputs: Sequence[str] | None,
     library: bool,
     device: Device = "cpu",
     *,

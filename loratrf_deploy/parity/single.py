@@ -23,6 +23,7 @@ from .layers import trace_layers
 from .onnx_runs import run_onnx
 from .result import LIBRARY, ParityReport, Step, versions
 from .rounding import rounding_checks
+from .stages import check_stages
 from .torch_runs import run_pytorch
 
 __all__ = ["check_parity"]
@@ -82,6 +83,8 @@ def check_parity(
     if case.genai_config is not None:
         step("generating")
         checks += check_greedy(case)
+    if case.stages is not None:
+        checks += check_stages(case, expected, step)
     step("comparing layers")
     trace = trace_layers(case, expected, runs, checks)
     return ParityReport(

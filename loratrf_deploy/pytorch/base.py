@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "ANSWERS",
+    "DECODER_INPUT",
     "GENERATION",
     "TASKS",
     "TOWERS",
@@ -39,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "max_sequence",
     "sample_inputs",
+    "start_token",
     "tokenizer_of",
 ]
 
@@ -48,18 +51,23 @@ Outputs = dict[str, NDArray[Any]]
 """What a model gives for a batch, by output name."""
 
 GENERATION = "text-generation"
+ANSWERS = "text2text-generation"
+"""What an encoder reads and a decoder answers: translation, summaries."""
 TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
     "CAUSAL_LM": GENERATION,
+    "SEQ_2_SEQ_LM": ANSWERS,
 }
 """PEFT's task type -> the task's name on the hub. An adapter without one takes its task from the class it was trained
 on: PEFT has no task type for most tasks."""
 
 TOWERS = "zero-shot-image-classification"
 """Texts and images in one model, each embedded by a tower of its own: CLIP and SigLIP."""
+DECODER_INPUT = "decoder_input_ids"
+"""The tokens of an answer, which go into the decoder; the model's other inputs are the encoder's."""
 
 _OUTPUTS = {
     "question-answering": ("start_logits", "end_logits"),
@@ -83,6 +91,7 @@ _TASK_OF_CLASS = {
     "ForCausalLM": GENERATION,
     "LMHeadModel": GENERATION,
     "ModelWithProjection": "feature-extraction",
+    "MTModel": ANSWERS,
     "Model": "feature-extraction",
 }
 _OTHERS = (
@@ -188,6 +197,10 @@ def sample_inputs(
         rows |= tokens(config, rng, batch * choices, sequence, padding=padding, ends=ends)
         if base.task == "multiple-choice":
             rows = {name: value.reshape(batch, choices, -1) for name, value in rows.items()}
+    if base.task == ANSWERS:
+        made = rng.integers(0, config.vocab_size, (batch, rows["input_ids"].shape[1] // 2 + 1))
+        made[:, 0] = start_token(base)
+        return {name: rows[name] for name in names} | {DECODER_INPUT: made}
     if "pixel_values" in names:
         # Not as many as texts: two towers count them apart.
         count = batch % 3 + 1 if "input_ids" in names else batch
@@ -197,6 +210,12 @@ def sample_inputs(
     elif "input_values" in names:
         rows |= waves(base.model.config, rng, batch, sequence, padding=padding)
     return {name: rows[name] for name in names}
+
+
+def start_token(base: BaseModel) -> int:
+    """The token that a decoder's answer begins behind."""
+    own = base.model.generation_config
+    return next((token for token in (own.decoder_start_token_id, own.bos_token_id) if isinstance(token, int)), 0)
 
 
 def _task(adapter: Adapter, config: PreTrainedConfig) -> str:

@@ -78,6 +78,9 @@ class GenerationSession:
         """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
         return "adapter" if self._swappable is None else "base" if self._slots else self._swappable.default
 
+    continues = True
+    """What is made goes on from the prompt, where a `StagedSession` may answer it."""
+
     @property
     def takes_adapters(self) -> bool:
         """Whether adapters can be loaded: the model was exported with --swappable or --adapters."""
