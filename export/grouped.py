@@ -161,17 +161,9 @@ class _Contents:
 
 
 def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
-    from .genai import knows
-
     clock("loading the base model")
-    shared = _load_shared(adapters, options)
-    base, first = shared.base, next(iter(adapters.values()))
-    if base.task == ANSWERS or (base.task == GENERATION and not knows(first, base, out)):
-        raise UserError(
-            f"--adapters is not for a {type(base.model).__name__}: onnxruntime-genai's builder doesn't make it, and "
-            "several adapters go into one model that generates through it alone. It makes LLaMA, Mistral, Qwen, Gemma, "
-            "Phi and others. Export each adapter by itself: --adapter PATH."
-        )
+    shared = _load_shared(adapters, out, options)
+    base = shared.base
     clock("adapting")
     contents = _contents(adapters, shared, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder
@@ -195,7 +187,7 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
     return manifest
 
 
-def _load_shared(adapters: Mapping[str, Adapter], options: ExportOptions) -> _Base:
+def _load_shared(adapters: Mapping[str, Adapter], out: Path, options: ExportOptions) -> _Base:
     """The adapters' base, with a head for each of their tasks. UserError where one doesn't fit it."""
     from .pool import with_embedding
 
@@ -207,6 +199,7 @@ def _load_shared(adapters: Mapping[str, Adapter], options: ExportOptions) -> _Ba
         # The first of those with the most labels: what others lack is padded.
         most = max(members.values(), key=lambda adapter: label_count(adapter) or 0)
         base = load_base(most, options.base_model, trust_remote_code=options.trust_remote_code)
+        _check_generates(most, base, out)
         if base.task not in bases or bases[base.task].model.config.num_labels < base.model.config.num_labels:
             bases[base.task] = base
         task_of |= dict.fromkeys(members, base.task)
@@ -219,6 +212,18 @@ def _load_shared(adapters: Mapping[str, Adapter], options: ExportOptions) -> _Ba
     labels = {name: label_names(adapter, task_of[name], known[task_of[name]]) for name, adapter in adapters.items()}
     base, parts, trunk = share_trunk(bases) if len(bases) > 1 else (bases[pools], {}, "")
     return _Base(base, task_of, labels, parts, trunk)
+
+
+def _check_generates(adapter: Adapter, base: BaseModel, out: Path) -> None:
+    """UserError for a model that generates, and not through onnxruntime-genai."""
+    from .genai import knows
+
+    if base.task == ANSWERS or (base.task == GENERATION and not knows(adapter, base, out)):
+        raise UserError(
+            f"--adapters is not for a {type(base.model).__name__}: onnxruntime-genai's builder doesn't make it, and "
+            "several adapters go into one model that generates through it alone. It makes LLaMA, Mistral, Qwen, Gemma, "
+            "Phi and others. Export each adapter by itself: --adapter PATH."
+        )
 
 
 def _check_fits(adapter: Adapter, base: BaseModel) -> None:

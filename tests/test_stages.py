@@ -248,6 +248,7 @@ def test_parity_notices_a_cache_that_is_lost(staged, monkeypatch: pytest.MonkeyP
         (lambda folder: (folder / "encoder.onnx.data").unlink(), "encoder.onnx.data is missing"),
         (lambda folder: (folder / "encoder.onnx").write_bytes(b"no model"), "is not the file that loratrf.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "Give and take tokens: StagedSession.generate_tokens"),
         (lambda folder: (folder / "generation_config.json").write_text("["), "is damaged"),
     ],
 )

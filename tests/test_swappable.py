@@ -416,6 +416,7 @@ def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tm
         "default": "base",
         "weights": 22,
         "slots": {},
+        "answers": {},
         "files": [adapter_file(exported).name],
         "other_files": ["foreign.onnx_adapter"],
     }

@@ -155,6 +155,11 @@ class StagedSession:
                 from tokenizers import Tokenizer
             except ModuleNotFoundError as error:
                 raise UserError("Text needs tokenizers, not installed here: `pip install tokenizers`.") from error
+            if not (self._folder / "tokenizer.json").is_file():
+                raise UserError(
+                    f"{self._folder} has no tokenizer.json, which text goes through here: the base's tokenizer, such "
+                    "as Marian's own of sentencepiece, makes none. Give and take tokens: StagedSession.generate_tokens."
+                )
             raw = read_regular(self._folder / "tokenizer.json")
             try:
                 tokenizer = Tokenizer.from_str(raw.decode())
