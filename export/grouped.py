@@ -113,7 +113,7 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
         if dora := [layer.name for layer in adapter.layers.values() if layer.magnitude is not None]:
             raise UserError(
                 f"The adapter {name} is a DoRA, which rescales the outputs of the base's layers ({some(dora)}), and "
-                "rows of a batch share these. Export it by itself: --adapter PATH, with --swappable base to swap it."
+                "rows of a batch share these. Export it by itself: --adapter PATH."
             )
         if base_model is None and adapter.base_model != first.base_model:
             raise UserError(

@@ -43,8 +43,8 @@ def quantise(
     Q (N,K) int8 and w (N) float32 are fixed, w = max|W|/64 of each output; s = max|x|/127 is each token's own, taken as
     the model runs, so that an answer doesn't depend on the batch that it is in. Rows of an embedding have a scale each,
     max|row|/127. All of it is standard ONNX. Requires a graph from `finish`; the torch model `traced` tells the layers
-    that it doesn't name; weights that are inputs of it stay. Raises
-    UserError where nothing is left to quantise, or a pattern matches nothing that would be.
+    that it doesn't name; weights that are inputs of it stay. Raises UserError where nothing is left to quantise, or a
+    pattern matches nothing that would be.
     """
     graph, layers = model.graph, _Layers(traced)
     worth = {node: names for node in graph if (names := _worth_it(node, saved, layers))}

@@ -109,9 +109,10 @@ def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptio
 def _writer(
     adapter: Adapter, base: BaseModel, out: Path
 ) -> Callable[[Adapter, BaseModel, Path, Clock, ExportOptions], tuple[Manifest, Values]]:
-    from .genai import knows
-
+    """What writes the model of `base`; GenAI's builder is asked whether it knows one that generates."""
     if base.task == GENERATION:
+        from .genai import knows
+
         return _write_generating if knows(adapter, base, out) else _write_stages
     return _write_stages if base.task == ANSWERS else _write_encoder
 

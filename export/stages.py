@@ -151,28 +151,22 @@ def save_stages(components: Mapping[str, ExportedComponent], out: Path) -> tuple
     stored: dict[str, ir.ExternalTensor] = {}
     for stage, name in files.items():
         program, path = components[stage].program, out.with_name(name)
-        own = []
+        own: list[tuple[ir.Value, Any, str]] = []
         for value in program.graph.initializers.values():
             tensor = value.const_value
             if tensor.nbytes < _SMALL:
                 continue
-            if (known := stored.get(_digest(tensor))) is not None:
-                value.const_value = ir.ExternalTensor(
-                    known.location,
-                    known.offset,
-                    known.length,
-                    known.dtype,
-                    shape=known.shape,
-                    name=value.name or "",
-                    base_dir=known.base_dir,
-                )
+            digest = _digest(tensor) if len(files) > 1 else ""
+            if (known := stored.get(digest)) is not None:
+                value.const_value = _at_the_place_of(known, value)
             else:
-                own.append(value)
-        tensors = [value.const_value for value in own]
+                own.append((value, tensor, digest))
+        tensors = [tensor for _, tensor, _ in own]
         external = ir.external_data.convert_tensors_to_external(tensors, path.parent, f"{name}.data")
-        for value, tensor, was in zip(own, external, tensors, strict=True):
-            stored.setdefault(_digest(was), tensor)
+        for (value, _, digest), tensor in zip(own, external, strict=True):
             value.const_value = tensor
+            if digest:
+                stored.setdefault(digest, tensor)
         ir.save(program, path)
     entries = {
         stage: {"file": name, "metadata": dataclasses.asdict(components[stage].metadata)}
@@ -181,6 +175,18 @@ def save_stages(components: Mapping[str, ExportedComponent], out: Path) -> tuple
     content = {"schema_version": 1, "export_format": "onnx", "components": entries}
     (out.parent / STAGES_FILE).write_text(json.dumps(content, indent=2) + "\n")
     return (ENCODER_FILE, f"{ENCODER_FILE}.data") if ENCODER in files else ()
+
+
+def _at_the_place_of(known: ir.ExternalTensor, value: ir.Value) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        known.location,
+        known.offset,
+        known.length,
+        known.dtype,
+        shape=known.shape,
+        name=value.name or "",
+        base_dir=known.base_dir,
+    )
 
 
 def _digest(tensor: Any) -> str:

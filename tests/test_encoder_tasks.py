@@ -27,18 +27,7 @@ from shared import read_json
 # Of torch's attention, which WavLM calls with masks of two types.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-WAVES = SIZES | {
-    "conv_dim": (16, 16),
-    "conv_kernel": (5, 3),
-    "conv_stride": (4, 2),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "feat_extract_norm": "layer",
-    "vocab_size": 7,
-    "pad_token_id": 0,
-}
+SIZES, WAVES = tiny.SIZES, tiny.WAVES | {"feat_extract_norm": "layer", "vocab_size": 7, "pad_token_id": 0}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "is_gated_act": True}
 VISION = SIZES | {"image_size": 16, "patch_size": 4}
 SEGFORMER = {

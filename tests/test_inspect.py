@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from loratrf_deploy import UserError
 from loratrf_deploy.cli import inspect as inspect_cli
+from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.formats.inspection import inspect_path
+from shared import edit_tensors
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 VALUE = "bert.encoder.layer.0.attention.self.value"
@@ -72,6 +74,20 @@ def test_adapter_that_only_merges(make_tiny, capsys):
     assert "trainable_token_indices" in inspect_path(adapter)["not_separable"]
     assert inspect_cli.main([str(adapter)]) == 0
     assert "only merged" in capsys.readouterr().out
+
+
+def test_a_dora_whose_gains_alone_matter_is_not_idle(make_export, tmp_path):
+    exported = make_export(kind="lora", use_dora=True, swappable="base")
+    adapter = shutil.copytree(exported.adapter, tmp_path / "gains")
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: {name: value * ("lora_B" not in name) for name, value in tensors.items()},
+    )
+    file = tmp_path / "gains.onnx_adapter"
+    convert_adapter(adapter, exported.model, file, base_model=exported.base)
+    facts = inspect_path(file)
+    assert {layer["rank"] for layer in facts["layers"]} == {0}
+    assert facts["warnings"] == []
 
 
 def test_model_by_file_and_by_folder(make_export):

@@ -22,16 +22,7 @@ from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.pytorch.shapes import wave_length
 from shared import edit_json
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-WAVES = SIZES | {
-    "conv_dim": (16, 16),
-    "conv_kernel": (5, 3),
-    "conv_stride": (4, 2),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "classifier_proj_size": 16,
-}
+SIZES, WAVES = tiny.SIZES, tiny.WAVES | {"classifier_proj_size": 16}
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
 BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 66}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}

@@ -225,6 +225,19 @@ def make_tokenizer(family: str) -> Any:
     )
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+"""Of one layer, as most configurations call them."""
+WAVES = SIZES | {
+    "conv_dim": (16, 16),
+    "conv_kernel": (5, 3),
+    "conv_stride": (4, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+}
+"""Of Wav2Vec2's kind."""
+
+
 def bert(dtype: torch.dtype = torch.float32) -> Any:
     """In memory, 16 wide, with biases, which transformers starts at zero."""
     import transformers

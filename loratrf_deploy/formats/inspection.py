@@ -129,7 +129,9 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
         ranks = {"B": "rank", "D": "filter_rank"}
         if (part := suffixes[suffix]) in ranks and value.any():
             layer[ranks[part]] = int(value.shape[1])
+    gains = [value for name, value in file.values.items() if name.endswith(f".{LAYER_PARTS['gain']}")]
     idle = not any(layer["rank"] or layer["filter_rank"] for layer in layers.values())
+    idle = idle and all((value == 1).all() for value in gains)
     only = f" Only what it brings whole can matter: {some(saved)}." if saved else ""
     return {
         "kind": "adapter file",

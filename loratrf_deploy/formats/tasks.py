@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,16 @@ from ..adapters.json_text import parse_json
 from ..errors import UserError, cut, one_line
 from ..files import read_regular
 
-__all__ = ["TaskPart", "in_graph", "label_count", "label_layer", "label_names", "lowest", "padded", "part_of"]
+__all__ = [
+    *("HEADS", "TaskPart", "in_graph", "label_count", "label_layer", "label_names", "lowest", "padded", "part_of"),
+]
 
 V = TypeVar("V")
 
-_HEADS = ("classifier", "score", "qa_outputs", "classification_head")
-_LAYERS = ("out_proj", "", "1")
-"""Where in such a head its last layer is."""
+HEADS = ("classifier", "score", "qa_outputs", "classification_head")
+"""What transformers calls the head of a model that classifies texts or their tokens."""
+_LAYERS = ("out_proj", "", "1", "classifier")
+"""Where in a head its last layer is."""
 _CONFIG = "config.json"
 _LONGEST = 1 << 20
 
@@ -80,10 +83,11 @@ def part_of(task: str | None, tasks: Mapping[str, TaskPart], what: object) -> Ta
     )
 
 
-def label_layer(adapter: Adapter) -> str | None:
-    """The saved layer whose rows are the labels, such as classifier.out_proj; None where the adapter brings no head."""
+def label_layer(adapter: Adapter, heads: Collection[str] = HEADS) -> str | None:
+    """The saved layer whose rows are the labels, such as classifier.out_proj; None where the adapter brings none of
+    `heads`."""
     for path, tensors in adapter.modules_to_save.items():
-        if path.rpartition(".")[2] in _HEADS:
+        if path.rpartition(".")[2] in heads:
             for layer in _LAYERS:
                 inner = f"{layer}." if layer else ""
                 if f"{inner}weight" in tensors:
@@ -91,9 +95,9 @@ def label_layer(adapter: Adapter) -> str | None:
     return None
 
 
-def label_count(adapter: Adapter) -> int | None:
-    """The number of labels of the head that the adapter brings, None where it brings none."""
-    layer = label_layer(adapter)
+def label_count(adapter: Adapter, heads: Collection[str] = HEADS) -> int | None:
+    """The number of labels of the one of `heads` that the adapter brings, None where it brings none."""
+    layer = label_layer(adapter, heads)
     for path, tensors in adapter.modules_to_save.items():
         for name, value in tensors.items():
             if f"{path}.{name}" == f"{layer}.weight":

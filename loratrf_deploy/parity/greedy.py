@@ -209,6 +209,10 @@ def _without_folder(error: Exception) -> str:
 
 
 def compare_tokens(variant: Variant, name: str, got: list[int], right: Greedy, tolerance: float) -> Check:
+    """The check `name` whether `got` are the tokens of `right`.
+
+    Where they part, PyTorch's scores s of the two decide: s(right) - s(got) <= 2·tolerance·max|s| is a tie, and passes.
+    """
     tokens = right.tokens
     equal = next((at for at, pair in enumerate(zip(got, tokens, strict=False)) if pair[0] != pair[1]), len(got))
     share = equal / len(tokens)

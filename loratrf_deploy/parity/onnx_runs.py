@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("NotComparable", "OnnxRuns", "Run", "run_batches", "run_onnx", "run_session", "session_in_memory"),
-    *("with_encoder", "without_room"),
+    *("no_library", "with_encoder", "without_room"),
 ]
 
 Run: TypeAlias = "list[Outputs] | UserError"
@@ -129,6 +129,15 @@ def _foreign_default(case: Case) -> NotComparable | None:
     )
 
 
+def no_library() -> NotComparable | None:
+    """Why nothing can run with the custom-op library here, None where it can."""
+    try:
+        library_path()
+    except UserError as error:
+        return NotComparable(str(error))
+    return None
+
+
 def run_batches(
     model: Path,
     batches: Sequence[Inputs],
@@ -144,11 +153,8 @@ def run_batches(
 
     `graph` stands for the model in the file: the same one, made to compute exactly, on the CPU.
     """
-    if library:
-        try:
-            library_path()
-        except UserError as error:
-            return NotComparable(str(error))
+    if library and (absent := no_library()):
+        return absent
     try:
         if graph is None:
             session = create_session(model, library=library, providers=[PROVIDERS[device]])

@@ -10,12 +10,11 @@ import numpy as np
 
 from ..errors import UserError
 from ..pytorch.base import DECODER_INPUT, Inputs, Outputs, max_sequence
-from ..runtime.session import library_path
 from ..runtime.staged_session import StagedSession
 from .case import Case
 from .checks import parity_checks
 from .greedy import TOKENS, Greedy, compare_tokens
-from .onnx_runs import NotComparable
+from .onnx_runs import no_library
 from .result import LIBRARY, Check, Step
 from .torch_runs import TorchOutputs
 
@@ -52,11 +51,8 @@ def _run(
     case: Case, right: Greedy, even: Sequence[int], *, library: bool
 ) -> tuple[list[Outputs], list[int]] | UserError:
     """The logits of the batches `even`, token by token, and what the model makes of the prompt, or why not."""
-    if library:
-        try:
-            library_path()
-        except UserError as error:
-            return NotComparable(str(error))
+    if library and (absent := no_library()):
+        return absent
     try:
         session = StagedSession(case.model, library=library)
         steps = [_step_by_step(session, case.batches[at]) for at in even]

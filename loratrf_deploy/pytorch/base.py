@@ -236,8 +236,7 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     if trained:
         raise UserError(
             f"The adapter {adapter.path} was trained on a {trained}, which this version can't export. Supported: "
-            f"{known}, {_OTHERS}. To set another task_type doesn't help: its weights are "
-            "of that model."
+            f"{known}, {_OTHERS}. To set another task_type doesn't help: its weights are of that model."
         )
     classes = some(list(map(str, config.architectures or ["none"])))
     raise UserError(

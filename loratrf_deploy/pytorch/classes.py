@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
 from ..errors import UserError, some
+from ..formats.tasks import HEADS, label_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,7 +75,7 @@ def _check_encoder(adapter: Adapter) -> None:
 
 def fit_head(adapter: Adapter, config: PreTrainedConfig, task: str) -> None:
     """Gives `config` as many labels, or letters of CTC, as the head has that the adapter brings, in place."""
-    if (rows := _head_rows(adapter, _HEADS.get(task, _CLASSIFIERS))) is None:
+    if (rows := label_count(adapter, _HEADS.get(task, (*HEADS, "decode_head")))) is None:
         return
     if task == "automatic-speech-recognition":
         config.vocab_size = rows
@@ -86,19 +87,9 @@ def fit_head(adapter: Adapter, config: PreTrainedConfig, task: str) -> None:
 
 _NO_OBJECT = ("detr", "table-transformer", "yolos")
 """Detectors whose head has one more row, for "no object"."""
-_CLASSIFIERS = ("classifier", "score", "qa_outputs", "classification_head", "decode_head")
-_HEADS = {
+_HEADS: dict[str, tuple[str, ...]] = {
     "automatic-speech-recognition": ("lm_head",),
     "object-detection": ("class_labels_classifier",),
     # Its head has one output, a score; labels are the choices.
     "multiple-choice": (),
 }
-
-
-def _head_rows(adapter: Adapter, heads: tuple[str, ...]) -> int | None:
-    for path, tensors in adapter.modules_to_save.items():
-        if path.rsplit(".", 1)[-1] in heads:
-            for name in ("out_proj.weight", "weight", "1.weight", "classifier.weight"):
-                if name in tensors:
-                    return int(tensors[name].shape[0])
-    return None

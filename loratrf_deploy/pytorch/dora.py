@@ -23,8 +23,7 @@ def with_gains(adapter: Adapter, model: torch.nn.Module) -> Adapter:
 
     gain = g, offset = (1 - g)⊙b where the layer has a bias, and B becomes g⊙s·B, so that y = gain⊙h + offset +
     (x Aᵀ)Bᵀ is DoRA's with h = W x + b. A bias that the adapter trains is b. `model` may be PEFT's own, unmerged. Norms
-    in float64. Requires `check_fits` to have passed; raises UserError for
-    rows of zeros, which have no direction.
+    in float64. Requires `check_fits` to have passed; raises UserError for rows of zeros, which have no direction.
     """
     layers = {
         path: layer if layer.magnitude is None else _with_gain(layer, model, adapter.biases.get(f"{path}.bias"))

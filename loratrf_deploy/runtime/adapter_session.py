@@ -127,10 +127,7 @@ class AdapterSession:
         is the adapter's own at every scale. `outputs` None takes all. Raises UserError for an unknown adapter or input,
         a blend that can't be made (`formats.blend`) or exceeds `max_bytes` alone, or inputs that ONNX Runtime refuses.
         """
-        self._process.check()
-        # What is not asked costs nothing: a run of a small model takes no longer than some hundred of such lines.
-        if inputs.keys() != self._names:
-            raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
+        self._check(inputs)
         chosen = self._outputs if outputs is None else list(outputs)
         if outputs is not None and (foreign := [name for name in chosen if name not in self._outputs]):
             raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
@@ -146,9 +143,7 @@ class AdapterSession:
 
         The arrays of `run` have more, where tasks or numbers of labels differ. Raises UserError as `run` does.
         """
-        self._process.check()
-        if inputs.keys() != self._names:
-            raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
+        self._check(inputs)
         ids: list[AdapterId] = []
 
         def resident(choice: Choice) -> Any:
@@ -162,6 +157,12 @@ class AdapterSession:
             self._answer({name: value[row] for name, value in outputs.items()}, None if choice is None else next(named))
             for row, choice in enumerate(adapters)
         ]
+
+    def _check(self, inputs: Mapping[str, Any]) -> None:
+        self._process.check()
+        # What is not asked costs nothing: a run of a small model takes no longer than some hundred of such lines.
+        if inputs.keys() != self._names:
+            raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
 
     def _answer(self, row: dict[str, NDArray[Any]], adapter: AdapterId | None) -> Answer:
         if adapter is None:
