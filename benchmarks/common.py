@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -23,13 +22,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from loratrf_deploy.bench.rounds import WARM_UP as WARM_UP
+from loratrf_deploy.bench.rounds import cpu_name as cpu_name
+from loratrf_deploy.bench.rounds import interleaved as interleaved
+from loratrf_deploy.bench.rounds import ratio
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))  # minilm, glue and train_glue
 
-WARM_UP = 2
-"""Rounds at the start that don't count."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All linear layers of a LLaMA's decoder layer."""
@@ -96,13 +98,6 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join([head(columns), *map(line, rows)])
 
 
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 # Time.
 
 
@@ -118,25 +113,6 @@ def shuffled(names: Iterable[str], seed: object) -> list[str]:
     order = list(names)
     random.Random(str(seed)).shuffle(order)
     return order
-
-
-def interleaved(
-    calls: dict[str, Callable[..., Any]], rounds: int, inputs: Callable[[int], Sequence[Any]] = lambda round_: ()
-) -> dict[str, list[float]]:
-    """Seconds by name, one call each per round, in a random order; a round's calls share the same `inputs(round)`."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + WARM_UP):
-        given = inputs(round_)
-        for name in shuffled(calls, round_):
-            seconds = timed(lambda name=name, given=given: calls[name](*given))  # type: ignore[misc]
-            if round_ >= WARM_UP:
-                times[name].append(seconds)
-    return times
-
-
-def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """The median of the rounds' own ratios."""
-    return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def ratios(times: dict[str, list[float]], reference: str) -> dict[str, float]:

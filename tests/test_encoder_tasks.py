@@ -16,6 +16,7 @@ import transformers
 
 import tiny
 from loratrf_deploy import AdapterSession, UserError, create_session, read_adapter
+from loratrf_deploy.bench.rows import random_rows
 from loratrf_deploy.cli.parity import main as parity_main
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.parity.inputs import complete
@@ -267,6 +268,16 @@ def assert_computes(made: Path, out: Path, name: str, merge: bool = False) -> No
 def test_it_computes_what_peft_does(kinds: Callable, name: str) -> None:
     made, out = kinds(name, mode="separate")
     assert_computes(made, out, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_can_be_timed_without_pytorch(kinds: Callable, name: str) -> None:
+    """The random rows of loratrf-bench are what the graph takes."""
+    _, out = kinds(name, mode="separate")
+    session = create_session(out / "model.onnx")
+    rows = random_rows(out, session.get_inputs(), 2, 6, np.random.default_rng(0))
+    assert all(np.isfinite(value).all() for value in session.run(None, rows))
+    assert all(len(value) == 2 for value in rows.values())
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in KINDS])

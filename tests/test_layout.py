@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     *("version", "errors", "files", "onnx_file", "ops", "adapters", "genai", "formats", "peft", "runtime", "pytorch"),
-    *("parity", "reports", "export", "cli", "parity_suite", "__init__", "__main__"),
+    *("bench", "parity", "reports", "export", "cli", "parity_suite", "__init__", "__main__"),
 )
 """Folders of the package and modules beside them: each imports only what stands before it, and within itself."""
 LINES = 80

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import some
 from ..formats.inspection import inspect_path
 from ..parity.result import LIBRARY
-from .shared import Parser, command, plain, print_json, print_rows, print_warnings, stdout_console
+from .shared import Parser, command, print_json, print_rows, print_table, print_warnings
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def _show_adapter(facts: dict[str, Any]) -> None:
     print_rows(rows)
     if facts["layers"]:
         head = ("layer", "rank", "filter rank", "in -> out", "parameters", "merged export")
-        _table(head, ([*_cells(layer), f"{layer['parameters']:,}", layer["merged"]] for layer in facts["layers"]))
+        print_table(head, ([*_cells(layer), f"{layer['parameters']:,}", layer["merged"]] for layer in facts["layers"]))
 
 
 def _show_adapter_file(facts: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def _show_adapter_file(facts: dict[str, Any]) -> None:
         "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
     }
     print_rows(rows)
-    _table(("layer", "rank", "filter rank"), (_cells(layer)[:3] for layer in facts["layers"]))
+    print_table(("layer", "rank", "filter rank"), (_cells(layer)[:3] for layer in facts["layers"]))
 
 
 def _adapter_sentence(facts: dict[str, Any]) -> str:
@@ -153,7 +153,7 @@ def _show_model(facts: dict[str, Any]) -> None:
     }
     print_rows(rows)
     head = ("layer", "operator", "rank", "filter rank", "in -> out")
-    _table(head, (_cells(layer, layer["op"]) for layer in facts["layers"]), left=2)
+    print_table(head, (_cells(layer, layer["op"]) for layer in facts["layers"]), left=2)
 
 
 def _parity_sentence(parity: dict[str, Any] | None) -> str:
@@ -166,20 +166,6 @@ def _parity_sentence(parity: dict[str, Any] | None) -> str:
     ]
     largest = f", largest relative error {max(errors):.2e} (tolerance {parity.get('tolerance')})" if errors else ""
     return ("holds" if parity.get("passed") else "failed") + largest
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """`left` columns of text; numbers, aligned right, follow."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(head):
-        text = number < left or name == "merged export"
-        table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="fold")
-    for row in rows:
-        table.add_row(*map(plain, row))
-    stdout_console().print(table)
 
 
 def _cells(layer: dict[str, Any], *more: str) -> list[str]:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("EXTRAS", "Parser", "command", "count", "evaluate_option", "named_paths", "plain", "positive", "print_json"),
-    *("print_rows", "print_warnings", "progress", "require_extra", "stdout_console", "trust_remote_code_option"),
+    *("print_rows", "print_table", "print_warnings", "progress", "require_extra", "stdout_console"),
+    "trust_remote_code_option",
 ]
 
 EXTRAS = {
@@ -179,6 +180,20 @@ def print_rows(rows: Mapping[str, str | None]) -> None:
     for label, text in rows.items():
         if text:
             console.print(f"[bold]{label:<8}[/bold] {plain(text)}")
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """A table on stdout: `left` columns of text; numbers, aligned right, follow."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(head):
+        text = number < left or name == "merged export"
+        table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="fold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    stdout_console().print(table)
 
 
 def print_warnings(warnings: Iterable[str]) -> None:

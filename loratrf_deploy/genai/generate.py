@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ __all__ = [
     "read_config",
 ]
 
-_QUIET = '{"model": {"decoder": {"session_options": {"log_severity_level": 4}}}}'
+_QUIET = {"log_severity_level": 4}
 """What goes wrong is an exception; ONNX Runtime's log would print a stranger's names raw."""
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
@@ -48,9 +49,11 @@ def load_model(folder: str | Path, *, trust_library: bool = False) -> og.Model:
         return model
 
 
-def load_model_and_tokenizer(folder: str | Path, *, trust_library: bool = False) -> tuple[og.Model, og.Tokenizer]:
-    """As `load_model`, with the folder's tokenizer."""
-    with _opened(Path(folder), trust_library) as (model, opened):
+def load_model_and_tokenizer(
+    folder: str | Path, *, trust_library: bool = False, threads: int = 0
+) -> tuple[og.Model, og.Tokenizer]:
+    """As `load_model`, with the folder's tokenizer; `threads` are ONNX Runtime's, 0 as many as the CPU has cores."""
+    with _opened(Path(folder), trust_library, threads) as (model, opened):
         try:
             return model, _genai().Tokenizer(model)
         except Exception as error:  # plain RuntimeErrors
@@ -62,13 +65,14 @@ def load_model_and_tokenizer(folder: str | Path, *, trust_library: bool = False)
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, trust_library: bool) -> Iterator[tuple[og.Model, Path]]:
+def _opened(folder: Path, trust_library: bool, threads: int = 0) -> Iterator[tuple[og.Model, Path]]:
     """The model, and the folder that it was opened in while that is there."""
     og = _genai()
     with safe_folder(folder, trust_library=trust_library) as opened:
         try:
             config = og.Config(str(opened))
-            config.overlay(_QUIET)
+            options = _QUIET | ({"intra_op_num_threads": threads} if threads else {})
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             model = og.Model(config)
         except Exception as error:  # plain RuntimeErrors
             detail = str(error).replace(str(opened), str(folder))

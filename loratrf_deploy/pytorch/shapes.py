@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    *("MAIN_INPUTS", "SMALLEST_IMAGE", "any_size", "axes_of", "main_inputs", "row_shape", "takes_mask"),
-    *("text_config", "wave_length"),
+    *("LARGEST_IMAGE", "MAIN_INPUTS", "SMALLEST_IMAGE", "any_size", "axes_of", "main_inputs", "row_shape"),
+    *("takes_mask", "text_config", "wave_length"),
 ]
 
 MAIN_INPUTS = ("input_ids", "pixel_values", "input_values")
 SMALLEST_IMAGE = 32
 """Height and width of the smallest image for a model of any size: halved five times, one pixel is left."""
-_LARGEST_IMAGE = 16384
+LARGEST_IMAGE = 16384
 
 
 def main_inputs(model: PreTrainedModel, name: str) -> tuple[str, ...]:
@@ -123,10 +123,10 @@ def _two_sides(size: Any, source: Source) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         sides = (0, 0)
-    if not all(0 < side <= _LARGEST_IMAGE for side in sides):
+    if not all(0 < side <= LARGEST_IMAGE for side in sides):
         raise UserError(
             f"The base model {source} has images of size {size!r}, by its config.json (image_size) or "
-            f"preprocessor_config.json. Expected pixels, one number or two, up to {_LARGEST_IMAGE}."
+            f"preprocessor_config.json. Expected pixels, one number or two, up to {LARGEST_IMAGE}."
         )
     return sides[0], sides[1]
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 _CELL = 200
 """Characters of a cell of the table on a terminal."""
 
-__all__ = ["FORMATS", "check_report_path", "print_report", "to_json", "to_junit", "to_markdown", "write_report"]
+__all__ = [
+    "FORMATS",
+    "check_report_path",
+    "print_report",
+    "to_json",
+    "to_junit",
+    "to_markdown",
+    "write_aside",
+    "write_report",
+]
 
 
 def print_report(report: ParityReport, console: Console | None = None) -> None:
@@ -59,7 +68,11 @@ def write_report(report: ParityReport, path: str | Path) -> None:
     """Writes the report in the format that the suffix names, aside and then renamed. Raises UserError."""
     path = Path(path)
     check_report_path(path)
-    text = FORMATS[path.suffix](report)
+    write_aside(FORMATS[path.suffix](report), path)
+
+
+def write_aside(text: str, path: Path) -> None:
+    """Writes `text` to `path`, aside and then renamed. Raises UserError."""
     try:
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
@@ -76,12 +89,15 @@ def write_report(report: ParityReport, path: str | Path) -> None:
         raise UserError(f"The report {path} can't be written: {error.strerror or error}.") from error
 
 
-def check_report_path(path: Path) -> None:
-    """Raises UserError where `path` is no report that can be written; cheap, so that it can come before the work."""
-    if path.suffix not in FORMATS:
-        raise UserError(f"--report {path}: unknown format {path.suffix!r}. Expected one of: {', '.join(FORMATS)}.")
+def check_report_path(path: Path, formats: Collection[str] | None = None) -> None:
+    """UserError where `path` is no report of `formats` that can be written; cheap, so that it can come before the work.
+
+    `formats` None are a parity report's."""
+    formats = FORMATS if formats is None else formats
+    if path.suffix not in formats:
+        raise UserError(f"--report {path}: unknown format {path.suffix!r}. Expected one of: {', '.join(formats)}.")
     if path.is_dir():
-        raise UserError(f"--report {path} is a folder. Expected a file name, for example {path}/parity{path.suffix}.")
+        raise UserError(f"--report {path} is a folder. Expected a file name, for example {path}/report{path.suffix}.")
     if not path.parent.is_dir():
         raise UserError(f"--report {path}: the folder {path.parent} does not exist. Create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):

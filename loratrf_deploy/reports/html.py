@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
-from ..errors import one_line
 from .rows import BASE_OFF_NOTE, COLUMNS, facts, number, reasons, row
+from .svg import escaped, shape, words
 
 if TYPE_CHECKING:
     from ..parity.result import LayerError, ParityReport
@@ -46,22 +45,22 @@ def page(report: ParityReport) -> str:
     status = "passed" if report.passed else "failed"
     body = [
         "<h1>Parity report</h1>",
-        f'<p class="verdict {status}">{_text(report.verdict)}</p>',
+        f'<p class="verdict {status}">{escaped(report.verdict)}</p>',
         "<dl>",
-        *(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts(report)),
+        *(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts(report)),
         "</dl>",
         "<h2>Comparisons</h2>",
         *_table(COLUMNS, [(row(check), check.status) for check in report.checks], figures=range(2, 6)),
-        f'<p class="soft">{_text(BASE_OFF_NOTE)}</p>',
+        f'<p class="soft">{escaped(BASE_OFF_NOTE)}</p>',
     ]
     if found := reasons(report):
-        body += ["<ul>", *(f"<li>{_text(reason)}</li>" for reason in found), "</ul>"]
+        body += ["<ul>", *(f"<li>{escaped(reason)}</li>" for reason in found), "</ul>"]
     if report.layers:
         body += [
             "<h2>Error by layer</h2>",
-            f'<p class="soft">Relative error of each layer\'s output, {_text(report.layers_variant)}, in the order in '
-            "which the layers run, on the batch with the largest error. Hollow points are exactly equal; hover over a "
-            "point for its name.</p>",
+            f'<p class="soft">Relative error of each layer\'s output, {escaped(report.layers_variant)}, in the order '
+            "in which the layers run, on the batch with the largest error. Hollow points are exactly equal; hover over "
+            "a point for its name.</p>",
             *_picture(report),
             f"<details><summary>All {len(report.layers)} layers"
             + (f" ({report.layers_skipped} more have no comparable value)" if report.layers_skipped else "")
@@ -84,7 +83,7 @@ def page(report: ParityReport) -> str:
             "<!DOCTYPE html>",
             '<html lang="en">',
             '<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>',
-            f"<title>Parity: {_text(report.verdict)}</title><style>{_STYLE}</style></head>",
+            f"<title>Parity: {escaped(report.verdict)}</title><style>{_STYLE}</style></head>",
             "<body>",
             *body,
             "</body>",
@@ -100,7 +99,7 @@ def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], str]], figur
 
     def cell(tag: str, column: int, text: str, extra: str = "") -> str:
         kinds = " ".join(filter(None, ("figure" if column in right else "", extra)))
-        return f'<{tag} class="{kinds}">{_text(text)}</{tag}>' if kinds else f"<{tag}>{_text(text)}</{tag}>"
+        return f'<{tag} class="{kinds}">{escaped(text)}</{tag}>' if kinds else f"<{tag}>{escaped(text)}</{tag}>"
 
     lines = ['<div class="scroll"><table>', "<thead><tr>", *(cell("th", i, name) for i, name in enumerate(head))]
     lines.append("</tr></thead><tbody>")
@@ -131,37 +130,37 @@ def _picture(report: ParityReport) -> list[str]:
         share = (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
         return _BOTTOM - share * (_BOTTOM - _TOP)
 
-    out = [f'<svg viewBox="0 0 960 340" role="img" aria-label="{_text(_spoken(report))}">']
+    out = [f'<svg viewBox="0 0 960 340" role="img" aria-label="{escaped(_spoken(report))}">']
     for number_, (begin, end, label) in enumerate(_blocks(layers)):
         left, width = x(begin) - step / 2, (end - begin) * step
         if number_ % 2 == 0:
-            out.append(_shape("rect", x=left, y=_TOP, width=width, height=_BOTTOM - _TOP, fill="var(--band)"))
+            out.append(shape("rect", x=left, y=_TOP, width=width, height=_BOTTOM - _TOP, fill="var(--band)"))
         if width >= 7 * len(label):
-            out.append(_label(left + width / 2, _BOTTOM + 18, label, "middle"))
+            out.append(words(left + width / 2, _BOTTOM + 18, label, "middle"))
     for decade in range(low, high + 1):
         at = y(10.0**decade)
-        out.append(_shape("line", x1=_LEFT, x2=_RIGHT, y1=at, y2=at, stroke="var(--line)"))
+        out.append(shape("line", x1=_LEFT, x2=_RIGHT, y1=at, y2=at, stroke="var(--line)"))
         if (decade - low) % math.ceil((high - low) / 8) == 0:
-            out.append(_label(_LEFT - 8, at + 4, f"1e{decade}", "end"))
+            out.append(words(_LEFT - 8, at + 4, f"1e{decade}", "end"))
     at = y(tolerance)
     dash: dict[str, float | str] = {"stroke": "var(--bad)", "stroke-width": 1.5, "stroke-dasharray": "6 4"}
-    out.append(_shape("line", x1=_LEFT, x2=_RIGHT, y1=at, y2=at, **dash))
-    out.append(_label(_RIGHT, at - 6, f"tolerance {tolerance:g}", "end", "limit"))
+    out.append(shape("line", x1=_LEFT, x2=_RIGHT, y1=at, y2=at, **dash))
+    out.append(words(_RIGHT, at - 6, f"tolerance {tolerance:g}", "end", "limit"))
     radius = min(4.0, max(2.0, step / 2.5))
     for position, layer in enumerate(layers):
         colour = "var(--bad)" if layer.drifts else "var(--dot)"
         where: dict[str, float | str] = {"cx": x(position), "cy": y(layer.relative), "r": radius}
         where |= {"fill": "var(--paper)", "stroke": colour} if layer.relative == 0 else {"fill": colour}
-        title = f"<title>{_text(layer.module)} ({_text(layer.op)}): {number(layer.relative)}</title>"
-        out.append(_shape("circle", title, **where))
+        title = f"<title>{escaped(layer.module)} ({escaped(layer.op)}): {number(layer.relative)}</title>"
+        out.append(shape("circle", title, **where))
     drift = report.first_drift
     if drift is not None:
         position = layers.index(drift)
         at_left = position < len(layers) / 2
         line: dict[str, float | str] = {"stroke": "var(--bad)", "stroke-width": 1}
-        out.append(_shape("line", x1=x(position), x2=x(position), y1=24, y2=y(drift.relative), **line))
-        out.append(_label(x(position), 18, f"drifts first: {drift.module}", "start" if at_left else "end", "name"))
-    out.append(_label((_LEFT + _RIGHT) / 2, 334, "layers in the order in which they run", "middle"))
+        out.append(shape("line", x1=x(position), x2=x(position), y1=24, y2=y(drift.relative), **line))
+        out.append(words(x(position), 18, f"drifts first: {drift.module}", "start" if at_left else "end", "name"))
+    out.append(words((_LEFT + _RIGHT) / 2, 334, "layers in the order in which they run", "middle"))
     return [*out, "</svg>"]
 
 
@@ -194,20 +193,3 @@ def _spoken(report: ParityReport) -> str:
 
 def _word(layer: LayerError) -> str:
     return "over the tolerance" if layer.drifts else ""
-
-
-def _shape(tag: str, inside: str = "", /, **attributes: float | str) -> str:
-    given = " ".join(
-        f'{name}="{value:.1f}"' if isinstance(value, float) else f'{name}="{value}"'
-        for name, value in attributes.items()
-    )
-    return f"<{tag} {given}>{inside}</{tag}>" if inside else f"<{tag} {given}/>"
-
-
-def _label(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}>{_text(text)}</text>'
-
-
-def _text(text: str) -> str:
-    return escape(one_line(text))

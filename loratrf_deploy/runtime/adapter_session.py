@@ -82,6 +82,11 @@ class AdapterSession:
         )
 
     @property
+    def inputs(self) -> list[onnxruntime.NodeArg]:
+        """What `run` takes, as ONNX Runtime has it: name, type and shape of each."""
+        return [value for value in self._session.get_inputs() if value.name in self._names]
+
+    @property
     def default(self) -> Default:
         """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
         return self._way.default

@@ -37,18 +37,21 @@ class GenerationSession:
     `max_bytes` limits the memory of resident adapters: those that were used least recently are put aside, and read
     again from their files when a call names them. The folder is held against the hashes in loratrf.json first, weights
     by samples of their bytes. A custom-op library that the folder brings is native code of whoever made it: unless it
-    is ours byte by byte, ours takes its place; `trust_library` loads the folder's own. Raises UserError where the
-    folder is no exported language model, or not as it was exported.
+    is ours byte by byte, ours takes its place; `trust_library` loads the folder's own. `threads` are ONNX Runtime's, 0
+    as many as the CPU has cores. Raises UserError where the folder is no exported language model, or not as it was
+    exported.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False):
+    def __init__(
+        self, folder: str | Path, *, max_bytes: int | None = None, trust_library: bool = False, threads: int = 0
+    ):
         self._process = OwnProcess(type(self).__name__)
         folder = Path(folder)
         folder = folder.parent if folder.suffix == ".onnx" else folder
         manifest = read_manifest(folder / MANIFEST) if os.path.isfile(folder / MANIFEST) else None
         if manifest is not None:
             check_files(folder, manifest)
-        self._model, self._tokenizer = load_model_and_tokenizer(folder, trust_library=trust_library)
+        self._model, self._tokenizer = load_model_and_tokenizer(folder, trust_library=trust_library, threads=threads)
         config = read_config(folder)["model"]
         self._uneven, self._least = takes_uneven_rows(config), cache_window(config)
         try:
@@ -127,9 +130,12 @@ class GenerationSession:
         adapters: Sequence[Choice | None] | None = None,
         scale: float = 1.0,
         max_new_tokens: int = 128,
+        stop: bool = True,
         **search: Any,
     ) -> list[list[int]]:
         """Each row's new tokens, at most `max_new_tokens`, without the end-of-sequence token that stopped it.
+
+        Without `stop` none is made: as many tokens as asked for.
 
         `adapter` is one loaded name for all rows, or a blend {name: weight}; `adapters` names one per row instead, for
         a model of --adapters. None asks for the model's default (see `default`): where the model takes adapters, one of
@@ -155,10 +161,10 @@ class GenerationSession:
         for batch in [*together.values(), *([at] for at in alone)]:
             own = [choices[at] for at in batch]
             rows = [prompts[at] for at in batch]
-            for tokens in self._decode(rows, own, scale, max_new_tokens, search):
+            for tokens in self._decode(rows, own, scale, max_new_tokens, search, stop=stop):
                 for at, token in zip(batch, tokens, strict=True):
                     made[at].append(int(token))
-        return [self._until_end(row) for row in made]
+        return [self._until_end(row) for row in made] if stop else made
 
     def stream(
         self,
@@ -195,6 +201,8 @@ class GenerationSession:
         count: int,
         search: Mapping[str, Any],
         prefix: Sequence[int] = (),
+        *,
+        stop: bool = True,
     ) -> Iterator[Any]:
         placed: Placed | None = None
         ids, held = None, []
@@ -223,6 +231,7 @@ class GenerationSession:
             rows,
             count,
             pad=self._pad,
+            stop=stop,
             active=None if placed is None else placed.active,
             adapter_ids=ids,
             prefix=prefix,

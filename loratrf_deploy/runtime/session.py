@@ -15,7 +15,9 @@ from ..ops.schemas import Device
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "OwnProcess", "check_providers", "create_session", "library_path", "with_options"]
+__all__ = [
+    *("PROVIDERS", "OwnProcess", "check_providers", "create_session", "library_path", "quiet_options", "with_options"),
+]
 
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's execution providers by the device names of the command lines."""
@@ -44,9 +46,7 @@ def create_session(
     if not os.path.isfile(model):
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
     check_external_data(Path(model))
-    if options is None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is an exception; the log would print a stranger's names raw
+    options = quiet_options() if options is None else options
     if library:
         options.register_custom_ops_library(str(library_path()))
     try:
@@ -61,6 +61,19 @@ def create_session(
             "`nvidia-smi` shows the GPU and the driver."
         )
     return session
+
+
+def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options without a log: what goes wrong is an exception, and the log would print a stranger's names raw.
+
+    `threads` are those of a run, 0 as many as the CPU has cores.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    return options
 
 
 def with_options(providers: Sequence[str]) -> list[tuple[str, dict[str, str]]]:

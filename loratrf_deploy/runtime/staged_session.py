@@ -19,7 +19,7 @@ from ..formats.stages import read_stages
 from ..genai.names import is_cache
 from .generation_session import Prompt
 from .scores import Rules, choose
-from .session import OwnProcess, create_session, library_path
+from .session import OwnProcess, create_session, library_path, quiet_options
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,15 +36,15 @@ class StagedSession:
     Opens the folder of a model that `loratrf-export` wrote in stages, a decoder and maybe an encoder. What
     generation_config.json says of a greedy search holds (`Rules`); beams it doesn't search. The files are held against
     the hashes in loratrf.json, weights by samples of their bytes. `library` says whether the loratrf operators run as
-    fused kernels; None takes them where they are built. Raises UserError where the folder is no such model, or not as
-    it was exported.
+    fused kernels; None takes them where they are built. `threads` are ONNX Runtime's, 0 as many as the CPU has cores.
+    Raises UserError where the folder is no such model, or not as it was exported.
     """
 
     takes_adapters = False
     """As of a `GenerationSession` whose adapter is fixed: there are none to load."""
     adapters: Mapping[str, Any] = {}
 
-    def __init__(self, folder: str | Path, *, library: bool | None = None):
+    def __init__(self, folder: str | Path, *, library: bool | None = None, threads: int = 0):
         self._process = OwnProcess(type(self).__name__)
         folder = Path(folder)
         self._folder = folder = folder.parent if folder.suffix == ".onnx" else folder
@@ -55,8 +55,9 @@ class StagedSession:
             check_files(folder, manifest)
         if library is None:
             library = _is_built()
-        self._decoder = create_session(stages.decoder, library=library)
-        self._encoder = None if stages.encoder is None else create_session(stages.encoder, library=library)
+        files = [stages.decoder, *([stages.encoder] if stages.encoder else [])]
+        opened = [create_session(file, library=library, options=quiet_options(threads)) for file in files]
+        self._decoder, self._encoder = opened[0], opened[1] if stages.encoder else None
         own, general = (_read_json(folder / name) for name in ("generation_config.json", "config.json"))
         try:
             self._rules = Rules.of(own)
