@@ -92,12 +92,14 @@ def _encoder(
         "providers": [PROVIDERS[setting.device]],
         "options": quiet_options(setting.threads),
     }
+    calls: dict[str, Callable[[Any], Any]] = {}
     if manifest is None or manifest.swappable is None:
         fixed = create_session(model, **opened)
-        inputs, calls = fixed.get_inputs(), {name: partial(fixed.run, None)}
+        inputs = fixed.get_inputs()
+        calls[name] = partial(fixed.run, None)
     else:
         session = AdapterSession(model, **opened)
-        inputs, calls = session.inputs, {}
+        inputs = session.inputs
 
         def call(which: Callable[[int], dict[str, Any]]) -> Callable[[Any], Any]:
             return lambda rows: session.run(rows, **which(len(next(iter(rows.values())))))
