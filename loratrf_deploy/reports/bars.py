@@ -17,7 +17,7 @@ _STYLE = (
     "sans-serif; } @media (prefers-color-scheme: dark) { svg { --ink: #e6e9ed; --soft: #9aa4af; --line: #39414b; "
     "--paper: #14181d; --bar: #6cb0ff; } } text { fill: var(--soft); } .head { fill: var(--ink); font-weight: 600; }"
 )
-_WIDTH, _LEFT, _RIGHT, _ROW, _GAP = 960, 300, 800, 20, 46
+_WIDTH, _LEFT, _RIGHT, _ROW, _GAP, _NAME = 960, 300, 800, 20, 46, 42
 
 
 def bars(figures: Sequence[Figures], title: str) -> str:
@@ -36,7 +36,8 @@ def bars(figures: Sequence[Figures], title: str) -> str:
         for row in rows:
             y += _ROW
             end, far = _LEFT + scale * row.p50_ms, _LEFT + scale * row.p99_ms
-            body.append(words(_LEFT - 8, y, row.deployment, "end"))
+            name = row.deployment
+            body.append(words(_LEFT - 8, y, name if len(name) <= _NAME else f"{name[: _NAME - 1]}…", "end"))
             body.append(shape("rect", x=float(_LEFT), y=y - 11, width=end - _LEFT, height=14.0, fill="var(--bar)"))
             body.append(shape("line", x1=end, x2=far, y1=y - 4, y2=y - 4, stroke="var(--soft)"))
             body.append(words(far + 8, y, f"{row.p50_ms:.3g} ms ({row.ratio:.2f})", "start"))
