@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_grouped"]
 
-_OF_ONE = ("mode", "swappable", "device")
+_OF_ONE = ("mode", "swappable", "device", "evaluate", "max_loss")
 _NO_ROWS = {
     TOWERS: "texts and images are counted apart, and every text meets every image",
     "multiple-choice": "its layers see each choice as a row",
@@ -167,7 +167,7 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
     clock("adapting")
     contents = _contents(adapters, shared, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder
-    opset, versions = write(contents, base, out, clock, options)
+    opset, versions, kept = write(contents, base, out, clock, options)
     ids = {name: AdapterId.of(adapter, shared.task_of[name], shared.labels[name]) for name, adapter in adapters.items()}
     swappable = Swappable(
         "adapter",
@@ -180,7 +180,7 @@ def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, optio
     )
     rows = [_row(layer, contents.slots) for layer in contents.layers.values()]
     manifest = common_facts(
-        base, list(adapters.values()), out, options, opset, rows, swappable=swappable, versions=versions
+        base, list(adapters.values()), out, options, opset, rows, swappable=swappable, versions=versions, kept=kept
     )
     for name, own in contents.values.items():
         write_adapter_file(out.with_name(f"{name}{SUFFIX}"), own, Origin.of(adapters[name], manifest, ids[name]))
@@ -264,8 +264,9 @@ def _check_no_saved_modules(adapters: Mapping[str, Adapter]) -> None:
 
 def _write_encoder(
     contents: _Contents, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
-) -> tuple[int, dict[str, str]]:
-    """Traces any model but a causal language model; returns the opset, and versions of further packages: none."""
+) -> tuple[int, dict[str, str], list[str]]:
+    """Traces any model but a causal language model; returns the opset, versions of further packages (none), and the
+    layers that stayed in float32 beside quantised ones."""
     import onnx_ir as ir
     import torch
 
@@ -293,18 +294,19 @@ def _write_encoder(
     if base.embedding is not None:
         pool(program, base.embedding)
     _slots_to_inputs(program.graph, contents)
+    kept: list[str] = []
     if options.quantize != "none":
-        quantise(program, patterns=options.keep_float, traced=base.model)
+        kept = quantise(program, patterns=options.keep_float, traced=base.model)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, contents.first, out.parent)
-    return opset, {}
+    return opset, {}, kept
 
 
 def _write_generating(
     contents: _Contents, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
-) -> tuple[int, dict[str, str]]:
-    """Builds a causal language model; returns the opset, and the version of what built it."""
+) -> tuple[int, dict[str, str], list[str]]:
+    """Builds a causal language model; returns the opset, the version of what built it, and no layers."""
     from .behind import insert
     from .genai import build_graph, save
 
@@ -317,7 +319,7 @@ def _write_generating(
     _add_adapter_ids(model.graph)
     _slots_to_inputs(model.graph, contents)
     save(model, out, options)
-    return model.opset_imports[""], {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
+    return model.opset_imports[""], {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, []
 
 
 def _union(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerAdapter]:

@@ -50,12 +50,14 @@ class ExportOptions:
     feeds them, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes the fusions of ONNX Runtime's
     GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights, int4 for
     causal language models alone; modules of an encoder that match a pattern of `keep_float` ("*.pooler.*") stay as they
-    are. `bundle_library` (a copy of the custom-op library in the folder) is for causal language models, whose folder
-    ONNX Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved into place, on `device` but
-    for causal language models, which are proven on the CPU. `trust_remote_code` runs Python that the base model and the
-    tokenizer bring, which is otherwise refused. `pooling` adds the output sentence_embedding to a model of feature
-    extraction, cut to the first `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as
-    modules.json of adapter or base says.
+    are, and with `max_loss` as many more as it takes for no more than so many percent of the answers to the rows of
+    `evaluate` to change. The proof counts answers on these rows, as in `check_parity`. `bundle_library` (a copy of the
+    custom-op library in the folder) is for causal language models, whose folder ONNX Runtime GenAI loads. `check`
+    proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
+    are proven on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is
+    otherwise refused. `pooling` adds the output sentence_embedding to a model of feature extraction, cut to the first
+    `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as modules.json of adapter or base
+    says.
     """
 
     base_model: str | Path | None = None
@@ -66,6 +68,8 @@ class ExportOptions:
     opset: int | None = None
     quantize: Quantization = "none"
     keep_float: tuple[str, ...] = ()
+    max_loss: float | None = None
+    evaluate: Path | None = None
     bundle_library: bool = False
     check: bool = True
     trust_remote_code: bool = False
@@ -99,6 +103,8 @@ class ExportOptions:
                 f"--keep-float {' '.join(self.keep_float)} says which layers stay float32 beside --quantize int8, got "
                 f"--quantize {self.quantize}. Take int8, or leave --keep-float out."
             )
+        if self.max_loss is not None:
+            self._check_max_loss()
         if self.dtype == "bfloat16" and self.device == "cpu":
             raise UserError(
                 "--dtype bfloat16 is for --device cuda: ONNX Runtime's CPU has no bfloat16 for most operators. Export "
@@ -108,6 +114,15 @@ class ExportOptions:
             raise UserError(
                 f"--swappable has no --dtype {self.dtype}: run-time weights are float32 or float16. Take float16."
             )
+
+    def _check_max_loss(self) -> None:
+        if self.quantize != "int8" or self.evaluate is None:
+            raise UserError(
+                "--max-loss says how many answers int8 may change, and needs both --quantize int8 and rows to count "
+                "on, --evaluate FILE.jsonl. Add what is missing, or leave it out."
+            )
+        if self.max_loss is not None and not 0 <= self.max_loss < 100:
+            raise UserError(f"--max-loss is {self.max_loss:g}, expected percent of the answers: 0 or more, under 100.")
 
     @property
     def merges(self) -> bool:
@@ -130,9 +145,9 @@ def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
 
 def check_generates(options: ExportOptions) -> None:
     """UserError for options that a causal language model isn't exported with."""
-    if options.keep_float:
+    if flag := options.given(("keep_float", "max_loss")):
         raise UserError(
-            "--keep-float is for encoders, and this is a causal language model, whose builder quantises all linear "
+            f"{flag} is for encoders, and this is a causal language model, whose builder quantises all linear "
             "layers. Leave it out."
         )
 

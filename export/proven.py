@@ -137,9 +137,10 @@ def common_facts(
     swappable: Swappable | None = None,
     versions: Mapping[str, str] | None = None,
     others: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> Manifest:
     """The manifest of the model written to `out`; `layers` are its adapted ones, `versions` of further packages,
-    `others` further files that run."""
+    `others` further files that run, `kept` layers that stayed in float32 beside quantised ones."""
     grouped = swappable is not None and bool(swappable.slots)
     alone = None if grouped else adapters[0]
     packages = ("torch", "transformers", "peft", "onnx_ir")
@@ -161,6 +162,7 @@ def common_facts(
         model=ModelId.of(out, others),
         layers=tuple(layers),
         quantize=options.quantize,
+        keep_float=tuple(kept),
         device=options.device,
         swappable=swappable,
         library_sha256=file_sha256(library_path()) if options.bundle_library else None,

@@ -20,7 +20,7 @@ from ..errors import UserError, some
 from ..parity.quantised import WEIGHTS_OF
 from .graph import modules_of
 
-__all__ = ["quantise"]
+__all__ = ["quantisable", "quantise"]
 
 _NARROWEST = 16
 """Rows and columns of a weight that is worth it: what is narrower (a head, token types) is no part of size or time."""
@@ -35,10 +35,11 @@ instruction.
 
 def quantise(
     model: ir.Model, saved: Collection[str] = (), patterns: Sequence[str] = (), traced: nn.Module | None = None
-) -> None:
+) -> list[str]:
     """y ≈ s·w·(round(x/s) Qᵀ): linear layers and embedding tables in int8, in place.
 
-    Modules in `saved` stay, and so do those that match one of `patterns` ("*.layer.0.*", as file names do).
+    Modules in `saved` stay, and so do those that match one of `patterns` ("*.layer.0.*", as file names do), which are
+    returned.
 
     Q (N,K) int8 and w (N) float32 are fixed, w = max|W|/64 of each output; s = max|x|/127 is each token's own, taken as
     the model runs, so that an answer doesn't depend on the batch that it is in. Rows of an embedding have a scale each,
@@ -46,7 +47,42 @@ def quantise(
     that it doesn't name; weights that are inputs of it stay. Raises UserError where nothing is left to quantise, or a
     pattern matches nothing that would be.
     """
-    graph, layers = model.graph, _Layers(traced)
+    graph = model.graph
+    chosen, kept = _chosen(graph, saved, patterns, _Layers(traced))
+    if not chosen:
+        raise UserError(
+            "--quantize int8 finds nothing to quantise: the model has no linear layer or embedding table in float32 of "
+            f"{_NARROWEST} x {_NARROWEST} or more that adapter and --keep-float leave alone. Leave --quantize out."
+        )
+    maker = _Maker(graph)
+    for node, names in chosen.items():
+        make = maker.gathered if node.op_type == "Gather" else maker.multiplied
+        nodes = make(node)
+        for number, new in enumerate(nodes):
+            new.name = f"{node.name}/int8_{number}"
+            new.metadata_props.update(node.metadata_props)
+        last = nodes[-1]
+        last.name = f"{node.name}/int8"
+        last.metadata_props[WEIGHTS_OF] = ",".join(names)
+        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [last.outputs[0]])
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
+        del graph.initializers[name]
+    return kept
+
+
+def quantisable(
+    model: ir.Model, saved: Collection[str] = (), patterns: Sequence[str] = (), traced: nn.Module | None = None
+) -> list[tuple[list[str], int]]:
+    """The layers that `quantise` would have in int8, those of one product together, with their number of weights."""
+    chosen, _ = _chosen(model.graph, saved, patterns, _Layers(traced))
+    return [(names, weight.size) for node, names in chosen.items() if (weight := _constant(node)) is not None]
+
+
+def _chosen(
+    graph: ir.Graph, saved: Collection[str], patterns: Sequence[str], layers: _Layers
+) -> tuple[dict[ir.Node, list[str]], list[str]]:
+    """The nodes to quantise, with their layers; and the layers that `patterns` keep. UserError for one of no use."""
     worth = {node: names for node in graph if (names := _worth_it(node, saved, layers))}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for names in worth.values() for name in names):
@@ -55,30 +91,9 @@ def quantise(
                 f"--keep-float {pattern} matches no layer that --quantize int8 quantises. Expected a pattern such as "
                 f"'*.layer.0.*', with * for any characters. The layers: {known}."
             )
-    chosen = [
-        node
-        for node, names in worth.items()
-        if not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-    ]
-    if not chosen:
-        raise UserError(
-            "--quantize int8 finds nothing to quantise: the model has no linear layer or embedding table in float32 of "
-            f"{_NARROWEST} x {_NARROWEST} or more that adapter and --keep-float leave alone. Leave --quantize out."
-        )
-    maker = _Maker(graph)
-    for node in chosen:
-        make = maker.gathered if node.op_type == "Gather" else maker.multiplied
-        nodes = make(node)
-        for number, new in enumerate(nodes):
-            new.name = f"{node.name}/int8_{number}"
-            new.metadata_props.update(node.metadata_props)
-        last = nodes[-1]
-        last.name = f"{node.name}/int8"
-        last.metadata_props[WEIGHTS_OF] = ",".join(worth[node])
-        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [node.outputs[0]], [last.outputs[0]])
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_input()]:
-        del graph.initializers[name]
+    stay = {node for node, names in worth.items() if any(fnmatchcase(name, own) for name in names for own in patterns)}
+    kept = [name for node in worth if node in stay for name in worth[node]]
+    return {node: names for node, names in worth.items() if node not in stay}, kept
 
 
 class _Layers:
@@ -118,8 +133,7 @@ def _worth_it(node: ir.Node, saved: Collection[str], layers: _Layers) -> list[st
     """The modules of a linear layer or embedding of constant weight; none of other nodes, or where one is saved."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Gather"):
         return []
-    weight = node.inputs[0 if node.op_type == "Gather" else 1]
-    constant = weight.const_value if weight is not None and not weight.is_graph_input() else None
+    constant = _constant(node)
     if constant is None or len(constant.shape) != 2 or constant.dtype != ir.DataType.FLOAT:
         return []
     if min(constant.shape.numpy()) < _NARROWEST:
@@ -130,6 +144,12 @@ def _worth_it(node: ir.Node, saved: Collection[str], layers: _Layers) -> list[st
         return []
     modules = layers.of(node)
     return [] if any(f"{module}.".startswith(f"{path}.") for module in modules for path in saved) else modules
+
+
+def _constant(node: ir.Node) -> ir.TensorProtocol | None:
+    """The weight of a product or a table, None where it is computed or an input."""
+    weight = node.inputs[0 if node.op_type == "Gather" else 1]
+    return weight.const_value if weight is not None and not weight.is_graph_input() else None
 
 
 class _Maker:

@@ -47,14 +47,12 @@ def export_adapter(
     out: str | Path,
     options: ExportOptions = ExportOptions(),
     *,
-    evaluate_on: Path | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportResult:
     """Writes the adapted model as ONNX: `out`, `out`.data, config.json, tokenizer files and loratrf.json beside it.
 
-    `adapter` is a folder in PEFT's layout; the proof counts answers on the rows of `evaluate_on`, as in `check_parity`;
-    `step` is told what is being done. Raises UserError for input at fault, ParityFailed where the proof fails; either
-    way nothing is left behind.
+    `adapter` is a folder in PEFT's layout; `step` is told what is being done. Raises UserError for input at fault,
+    ParityFailed where the proof fails; either way nothing is left behind.
     """
     out = Path(out)
     check_writable(out)
@@ -81,7 +79,8 @@ def export_adapter(
             model,
             loaded,
             options.base_model,
-            evaluate_on=evaluate_on,
+            evaluate_on=options.evaluate,
+            max_loss=options.max_loss,
             device=device,
             trust_remote_code=options.trust_remote_code,
             step=step,
@@ -160,6 +159,7 @@ def _write_encoder(
     from .graph import finish, trace
     from .pool import pool
     from .quantise import quantise
+    from .sparing import spared
     from .swappable import Swap
 
     check_always_active(adapter)
@@ -179,12 +179,18 @@ def _write_encoder(
     if base.embedding is not None:
         pool(program, base.embedding)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
+    write_companions(base, adapter, out.parent)
+    kept: list[str] = []
     if options.quantize != "none":
-        quantise(program, adapter.modules_to_save, options.keep_float, base.model)
+        patterns = options.keep_float
+        if options.max_loss is not None:
+            clock("finding what stays in float32")
+            patterns = spared(program, adapter, base, out.parent, options, values)
+        kept = quantise(program, adapter.modules_to_save, patterns, base.model)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, adapter, out.parent)
-    return common_facts(base, [adapter], out, options, opset, layers, swappable=swappable), values
+    facts = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, kept=kept)
+    return facts, values
 
 
 def _write_stages(

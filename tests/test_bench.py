@@ -18,7 +18,6 @@ from loratrf_deploy.bench.rows import random_prompts, random_rows
 from loratrf_deploy.cli.bench import main
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.export.grouped import export_grouped
-from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.genai.folder import CONFIG_FILE
 from loratrf_deploy.runtime.staged_session import StagedSession
 from shared import edit_json, read_json
@@ -109,8 +108,7 @@ def test_mixed_batches_have_an_adapter_a_row(make_tiny, make_export, tmp_path: P
     base, adapter = make_tiny(kind="lora")
     out = tmp_path / "model.onnx"
     export_grouped({"a": adapter, "b": adapter}, out, ExportOptions(base_model=base, check=False))
-    convert_adapter(adapter, out, tmp_path / "c.onnx_adapter")
-    ones = deployments("g", out, {"c": tmp_path / "c.onnx_adapter"}, Setting(threads=1))
+    ones = deployments("g", out, {}, Setting(threads=1))
     assert [one.name for one in ones] == ["g, base", "g, an adapter a row"]
     rows = ones[0].rows(3, 5, np.random.default_rng(0))
     plain, adapted = (one.calls["run"](rows)["logits"] for one in ones)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,9 +17,11 @@ from peft import PeftModel
 from loratrf_deploy import UserError, create_session
 from loratrf_deploy.cli.export import main as export_main
 from loratrf_deploy.cli.parity import main as parity_main
+from loratrf_deploy.export import ExportOptions, sparing
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.parity.result import EVALUATED
 from shared import read_json
+from tiny import SENTENCES
 
 TEXTS = [
     *("a gripping film that never lets go", "rain fell on the old town hall", "what", "she wrote 3 letters , sent 2"),
@@ -32,13 +36,13 @@ TEXTS = [
 ]
 
 
-def answers(base: Path, adapter: Path) -> list[int]:
+def answers(base: Path, adapter: Path, texts: Sequence[str] = TEXTS) -> list[int]:
     """PEFT's, text by text: nothing that batches or padding could hide."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     model = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
-        return [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in TEXTS]
+        return [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
 
 
 def write(file: Path, labels: list[Any]) -> Path:
@@ -139,3 +143,116 @@ def test_a_file_that_is_not_there(make_export: Callable, tmp_path: Path, capsys)
     assert parity_main([*arguments, "--model", str(exported.model)]) == 2
     said = capsys.readouterr().err
     assert said.count("o file to evaluate on at") == 2
+
+
+def test_int8_keeps_layers_for_the_answers_that_may_change(make_tiny: Callable, tmp_path: Path, capsys) -> None:
+    """Counted against PEFT text by text, on texts of which int8 throughout changes more."""
+    base, adapter = make_tiny("bert", kind="lora")
+    draw = np.random.default_rng(0)
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    texts = [" ".join(draw.choice(words, draw.integers(1, 9))) for _ in range(300)]
+    file = tmp_path / "dev.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    right = answers(base, adapter, texts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    def changed(*more: str) -> tuple[int, dict]:
+        model = tmp_path / str(len(list(tmp_path.iterdir()))) / "model.onnx"
+        command = ["--adapter", adapter, "--base-model", base, "--quantize", "int8", "--evaluate", file, "--out", model]
+        capsys.readouterr()
+        assert export_main([*map(str, command), *more]) == 0
+        session = create_session(model)
+        names = {value.name for value in session.get_inputs()}
+        got = []
+        for text in texts:
+            feeds = {name: value for name, value in tokenizer(text, return_tensors="np").items() if name in names}
+            got.append(int(session.run(["logits"], feeds)[0].argmax()))
+        return sum(a != b for a, b in zip(got, right, strict=True)), read_json(model.with_name("loratrf.json"))
+
+    most, throughout = changed()
+    assert most > 10
+    assert throughout["keep_float"] == []
+    few, spared = changed("--max-loss", "1.5")
+    assert few <= 4  # 1.5 % of 300, down
+    assert 0 < len(spared["keep_float"]) < 10
+    assert f"int8 weights but for {len(spared['keep_float'])} layers" in capsys.readouterr().out
+    swapped, kept = changed("--max-loss", "1.5", "--swappable", "adapter", "--keep-float", "*.layer.1.*")
+    assert swapped <= 4
+    assert {name for name in kept["keep_float"] if ".layer.1." in name} == {
+        f"bert.encoder.layer.1.{name}"
+        for name in (
+            *(f"attention.self.{part}" for part in ("query", "key", "value")),
+            *("attention.output.dense", "intermediate.dense", "output.dense"),
+        )
+    }
+
+
+LOSSES = {"small table": 4.0, "large table": 4.0, "worst": 9.0, "packed": 1.0, "nothing": 0.0}
+
+
+class _Trial:
+    """Layers of which each alone moves two logits apart, and answers to 20 rows change as the sum of them says."""
+
+    def __init__(self, *which: object):
+        self.runs = 0
+
+    def units(self, patterns: object) -> list[tuple[list[str], int]]:
+        return [([name], 10) if name != "large table" else ([name], 1000) for name in LOSSES if name != "packed"] + [
+            (["packed", "with it"], 10)
+        ]
+
+    def logits(self, keep: Any, batches: Any) -> np.ndarray:
+        loss = 0.0 if keep is None else sum(value for name, value in LOSSES.items() if name not in keep)
+        rows = np.arange(20)[:, None] < loss  # as many rows change their answer
+        return np.where(rows, [loss, 0.0], [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("percent", "kept"),
+    [
+        (90, ("*.0",)),
+        (89, ("*.0", "worst")),
+        (44, ("*.0", "worst", "small table")),
+        (24, ("*.0", "worst", "small table", "packed", "with it")),
+        (0, ("*.0", "worst", "small table", "packed", "with it", "large table")),
+    ],
+)
+def test_what_costs_most_for_its_size_stays(monkeypatch: pytest.MonkeyPatch, percent: float, kept: tuple) -> None:
+    monkeypatch.setattr(sparing, "_Trial", _Trial)
+    monkeypatch.setattr(sparing, "read_inputs", lambda *which: [{"input_ids": np.zeros((20, 1))}])
+    options = ExportOptions(quantize="int8", keep_float=("*.0",), max_loss=percent, evaluate=Path("dev.jsonl"))
+    base: Any = SimpleNamespace(task="text-classification")
+    assert sparing.spared(None, None, base, Path(), options, {}) == kept  # type: ignore[arg-type]
+    if percent == 0:
+        monkeypatch.setitem(LOSSES, "nothing", 0.5)
+        with pytest.raises(UserError, match=r"allows 0 of the 20 answers of dev\.jsonl .* no layer can be in int8"):
+            sparing.spared(None, None, base, Path(), options, {})  # type: ignore[arg-type]
+
+
+def test_a_proof_fails_where_more_answers_differ(make_export: Callable, make_tiny: Callable, tmp_path: Path) -> None:
+    exported = make_export("bert", "text-classification", "lora", mode="merged")
+    base, other = make_tiny("bert", "text-classification", "lora", seed=11, lora_alpha=160)
+    differ = sum(a != b for a, b in zip(answers(base, other), answers(base, exported.adapter), strict=True))
+    file = write(tmp_path / "dev.jsonl", [None] * 10)
+    for percent, status in ((10 * differ, "passed"), (10 * differ - 1, "failed")):
+        report = check_parity(exported.model, other, base, evaluate_on=file, max_loss=percent)
+        (check,) = [check for check in report.checks if check.variant == EVALUATED]
+        assert check.status == status
+        assert ("more than --max-loss" in check.reason) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--max-loss", "1"], "needs both --quantize int8 and rows"),
+        (["--max-loss", "1", "--quantize", "int8"], "needs both --quantize int8 and rows"),
+        (["--max-loss", "-1", "--quantize", "int8", "--evaluate", "FILE"], "--max-loss is -1, expected percent"),
+        (["--max-loss", "nan", "--quantize", "int8", "--evaluate", "FILE"], "--max-loss is nan, expected percent"),
+        (["--max-loss", "much"], "invalid float value: 'much'"),
+    ],
+)
+def test_a_loss_at_fault(refused: Callable, make_tiny: Callable, tmp_path: Path, more: list[str], words: str) -> None:
+    base, adapter = make_tiny("bert")
+    file = write(tmp_path / "dev.jsonl", [0] * 10)
+    arguments = [str(file) if word == "FILE" else word for word in more]
+    assert words in refused(tmp_path / "m.onnx", "--adapter", adapter, "--base-model", base, *arguments)

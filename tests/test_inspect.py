@@ -111,6 +111,11 @@ def test_quantisation_is_shown(make_export, tmp_path, capsys):
         (folder / "loratrf.json").write_text(json.dumps(manifest | {"quantize": quantize}))
         assert inspect_cli.main([str(folder)]) == 0
         assert line in capsys.readouterr().out
+    (folder / "loratrf.json").write_text(json.dumps(manifest | {"quantize": "int8", "keep_float": ["a.b", "c.d"]}))
+    assert inspect_cli.main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "separate, int8 weights but for 2 layers, float32, opset" in shown
+    assert "a.b, c.d" in shown
 
 
 def test_merged_lora_needs_nothing(make_export, capsys):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..formats.adapter_file import SUFFIX
 from ..formats.manifest import MANIFEST, Manifest, read_manifest
 from ..formats.stages import stages_of
 from ..genai.folder import decoder_config, read_config
@@ -67,16 +68,16 @@ def model_file(path: Path) -> Path:
 def deployments(name: str, model: Path, adapters: Mapping[str, Path], setting: Setting) -> list[Deployment]:
     """What can be timed of the export at `model`, as it is opened here.
 
-    `adapters` are .onnx_adapter files by name, for a model that takes some; without any, a swappable one's own is
-    taken. Raises UserError where it isn't as it was exported, or can't be opened.
+    `adapters` are .onnx_adapter files by name, for a model that takes some; without any, those that lie beside it are
+    taken, which it was exported with. Raises UserError where it isn't as it was exported, or can't be opened.
     """
     manifest = read_manifest(model.with_name(MANIFEST)) if model.with_name(MANIFEST).is_file() else None
     swappable = manifest.swappable if manifest else None
     if swappable is None and adapters:
         raise UserError(f"{model} takes no adapters at run time: time it without --adapter.")
-    if not adapters and swappable and swappable.file and model.with_name(swappable.file).is_file():
-        own = model.with_name(swappable.file)
-        adapters = {own.stem: own}
+    if not adapters and swappable:
+        beside = [f"{name}{SUFFIX}" for name in swappable.slots] or [str(swappable.file)]
+        adapters = {Path(name).stem: model.with_name(name) for name in beside if model.with_name(name).is_file()}
     if decoder_config(model) is not None:
         return _generation(name, model, adapters, manifest, setting)
     if stages_of(model) is not None:

@@ -168,7 +168,7 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="an .onnx_adapter, for models that take them; repeatable (default: a swappable model's own)",
+        help="an .onnx_adapter, for models that take them; repeatable (default: those that it was exported with)",
     )
     parser.add_argument("--batch", nargs="+", type=count, default=[1, 8], help="rows (default: 1 8)")
     parser.add_argument(

@@ -70,7 +70,7 @@ def _export(args: argparse.Namespace) -> int:
             if args.adapters is not None:
                 result = export_grouped(named_paths(args.adapters), args.out, options, step=step)
             else:
-                result = export_adapter(args.adapter, args.out, options, evaluate_on=args.evaluate, step=step)
+                result = export_adapter(args.adapter, args.out, options, step=step)
     except ParityFailed as failure:
         return _failed(failure, {"model": None, "parity": _parity_facts(failure.report, args.out)}, args)
     if args.json:
@@ -184,6 +184,13 @@ def _parser() -> Parser:
         default=(),
         help="with --quantize int8 of an encoder: layers that stay float32, such as '*.layer.0.*' (the proof names "
         "those that lose most)",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="PERCENT",
+        help="with --quantize int8 and --evaluate FILE: keep the layers in float32 that cost most, as many as it takes "
+        "for no more of the answers to change",
     )
     _add_embedding(parser)
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")

@@ -138,6 +138,7 @@ def _show_model(facts: dict[str, Any]) -> None:
     rows = {
         "model": f"{facts['path']} ({_size(facts['bytes'])} with weights)",
         "export": facts["export"],
+        "float32": some(facts["keep_float"]) if facts["keep_float"] else None,
         "made by": ", ".join(f"{name} {value}" for name, value in versions.items()),
         "adapter": _adapter_sentence(facts),
         "answers": _answers_sentence(facts["swappable"]),

@@ -184,6 +184,7 @@ def _model_facts(folder: Path, model: Path | None, verify: bool) -> dict[str, An
         "verified": verify,
         **manifest.to_dict(),
         "export": manifest.summary,
+        "keep_float": list(manifest.keep_float),
         "swappable": _swappable_facts(manifest, folder),
         "library": library,
         "operators": manifest.operators,

@@ -16,7 +16,7 @@ from ..adapters.json_text import parse_json
 from ..errors import UserError, some
 from ..files import check_kinds, read_regular, readable, stays_inside
 from ..onnx_file import check_external_data
-from ..ops.library import library_path
+from ..ops.library import is_built, library_path
 
 __all__ = [
     "CONFIG_FILE",
@@ -115,10 +115,7 @@ def safe_folder(folder: Path, *, trust_library: bool = False) -> Iterator[Path]:
         )
     for model in folder.glob("*.onnx"):
         check_external_data(model)
-    try:
-        ours: Path | None = library_path()
-    except UserError:
-        ours = None
+    ours = library_path() if is_built() else None
     if all(_is_ours(folder / name, ours) for name in libraries(config)):
         yield folder
         return

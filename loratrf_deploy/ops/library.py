@@ -6,7 +6,14 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["library_path"]
+__all__ = ["is_built", "library_path"]
+
+_PATH = Path(__file__).parents[1] / "libloratrf_ort.so"
+
+
+def is_built() -> bool:
+    """Whether the custom-op library is there."""
+    return _PATH.is_file()
 
 
 def library_path() -> Path:
@@ -14,11 +21,10 @@ def library_path() -> Path:
 
     Raises UserError where the package was installed without building it.
     """
-    path = Path(__file__).parents[1] / "libloratrf_ort.so"
-    if not path.is_file():
+    if not is_built():
         raise UserError(
-            f"The custom-op library is not built: {path} does not exist. Build it with `pip install .` from the "
+            f"The custom-op library is not built: {_PATH} does not exist. Build it with `pip install .` from the "
             "repository (needs a C++17 compiler and cmake), or open the model without it (library=False): operators "
             "then run by their definitions in the file."
         )
-    return path
+    return _PATH

@@ -16,23 +16,30 @@ from .inputs import padding_mask, read_inputs, rows
 from .onnx_runs import run_batches
 from .result import EVALUATED, Check, Step
 
-__all__ = ["evaluate"]
+__all__ = ["OUTPUT", "check_classifies", "evaluate"]
 
-_OUTPUT = "logits"
+OUTPUT = "logits"
+"""Whose largest entry is a row's answer."""
 
 
-def evaluate(case: Case, file: Path, base_model: str | Path | None, step: Step, *, library: bool) -> Check:
+def evaluate(
+    case: Case,
+    file: Path,
+    base_model: str | Path | None,
+    step: Step,
+    *,
+    max_loss: float | None = None,
+    library: bool,
+) -> Check:
     """On the rows of `file`: answers, argmax of the logits, that differ from PyTorch's; and shares that are right.
 
     Rows are those of `read_inputs`, with a "label" each, or in none: a number, or a name that the model's config has.
     PyTorch computes in float32 with the base's own weights, so what types and quantisation cost is seen here, and
-    nowhere else in a proof; it is a figure and no failure. Raises UserError for a model that doesn't classify whole
+    nowhere else in a proof; it is a figure and no failure, but where more than `max_loss` percent of the answers
+    differ. Raises UserError for a model that doesn't classify whole
     rows, and for rows and labels at fault.
     """
-    if not case.base.task.endswith("-classification") or case.base.task == "token-classification":
-        raise UserError(
-            f"--evaluate counts answers of models that classify, and this one's task is {case.base.task}. Leave it out."
-        )
+    check_classifies(case.base.task)
     step("evaluating PyTorch")
     trusted = case.base.trust_remote_code
     reference = load_reference(case.adapter, base_model, trust_remote_code=trusted)
@@ -41,15 +48,26 @@ def evaluate(case: Case, file: Path, base_model: str | Path | None, step: Step, 
     labels = _labels(file, count, reference.model.config)
     expected = [run_torch(reference, batch) for batch in batches]
     step("evaluating the export")
-    run = run_batches(case.model, batches, (_OUTPUT,), library, case.device, weights=case.weights)
+    run = run_batches(case.model, batches, (OUTPUT,), library, case.device, weights=case.weights)
     if isinstance(run, UserError):
-        return Check(EVALUATED, _OUTPUT, "failed", str(run))
-    figures = over_batches(run, expected, _OUTPUT, [padding_mask(batch) for batch in batches], 0.0)
-    right, got = (np.concatenate([part[_OUTPUT].argmax(-1) for part in parts]) for parts in (expected, run))
-    reason = f"{np.count_nonzero(right != got)} of {count} answers of {file.name} differ from PyTorch's in float32"
+        return Check(EVALUATED, OUTPUT, "failed", str(run))
+    figures = over_batches(run, expected, OUTPUT, [padding_mask(batch) for batch in batches], 0.0)
+    right, got = (np.concatenate([part[OUTPUT].argmax(-1) for part in parts]) for parts in (expected, run))
+    differ = np.count_nonzero(right != got)
+    reason = f"{differ} of {count} answers of {file.name} differ from PyTorch's in float32"
     if labels is not None:
         reason += f"; right are {np.mean(got == labels):.4f} of them, of PyTorch's {np.mean(right == labels):.4f}"
-    return Check(EVALUATED, _OUTPUT, "passed", reason, figures)
+    if max_loss is not None and differ > max_loss / 100 * count:
+        return Check(EVALUATED, OUTPUT, "failed", f"{reason}: more than --max-loss {max_loss:g} % of them", figures)
+    return Check(EVALUATED, OUTPUT, "passed", reason, figures)
+
+
+def check_classifies(task: str) -> None:
+    """UserError for a model that doesn't classify whole rows."""
+    if not task.endswith("-classification") or task == "token-classification":
+        raise UserError(
+            f"--evaluate counts answers of models that classify, and this one's task is {task}. Leave it out."
+        )
 
 
 def _labels(file: Path, count: int, config: Any) -> NDArray[np.int64] | None:

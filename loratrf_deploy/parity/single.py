@@ -36,6 +36,7 @@ def check_parity(
     inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None = None,
     *,
     evaluate_on: Path | None = None,
+    max_loss: float | None = None,
     tolerance: float | None = None,
     device: Device = "cpu",
     trust_remote_code: bool = False,
@@ -45,13 +46,14 @@ def check_parity(
 
     `adapter` is a folder, or what `read_adapter` gave. `inputs`: batches by input name, ids (batch, sequence) integers
     or pixels (batch, channels, H, W); or a JSON-lines file of texts or arrays; None makes random ones of several sizes,
-    padding included. `evaluate_on`: such a file with labels, on whose rows answers are counted. `tolerance` None takes
-    the one of the model's dtype. The base's weights are rounded to the model's dtype, the arithmetic is float32. Both
-    maxima are over all batches; where an output has a row per token, padded tokens are left out (nothing reads them,
-    and attention libraries differ on them), but must be finite. A swappable model is given the adapter's weights as
-    --onto converts them, and is also run without. `device` "cuda" runs ONNX Runtime on the GPU; PyTorch stays on the
-    CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is otherwise refused. Raises
-    UserError where model, adapter, base or inputs are at fault; a model that doesn't compute the same is a report.
+    padding included. `evaluate_on`: such a file with labels, on whose rows answers are counted; the proof fails where
+    more than `max_loss` percent of them differ. `tolerance` None takes the one of the model's dtype. The base's weights
+    are rounded to the model's dtype, the arithmetic is float32. Both maxima are over all batches; where an output has a
+    row per token, padded tokens are left out (nothing reads them, and attention libraries differ on them), but must be
+    finite. A swappable model is given the adapter's weights as --onto converts them, and is also run without. `device`
+    "cuda" runs ONNX Runtime on the GPU; PyTorch stays on the CPU. `trust_remote_code` runs Python that the base model
+    and the tokenizer bring, which is otherwise refused. Raises UserError where model, adapter, base or inputs are at
+    fault; a model that doesn't compute the same is a report.
     """
     begin = time.perf_counter()
     case = prepare(
@@ -79,7 +81,8 @@ def check_parity(
             library=library,
         )
     if evaluate_on is not None:
-        checks.append(evaluate(case, evaluate_on, base_model, step, library=LIBRARY[runs.worked]))
+        library = LIBRARY[runs.worked]
+        checks.append(evaluate(case, evaluate_on, base_model, step, max_loss=max_loss, library=library))
     if case.genai_config is not None:
         step("generating")
         checks += check_greedy(case)

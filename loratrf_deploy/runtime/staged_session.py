@@ -17,9 +17,10 @@ from ..files import read_regular
 from ..formats.manifest import MANIFEST, check_files, check_graph, read_manifest
 from ..formats.stages import read_stages
 from ..genai.names import is_cache
+from ..ops.library import is_built
 from .generation_session import Prompt
 from .scores import Rules, choose
-from .session import OwnProcess, create_session, library_path, quiet_options
+from .session import OwnProcess, create_session, quiet_options
 
 if TYPE_CHECKING:
     import tokenizers
@@ -54,7 +55,7 @@ class StagedSession:
             check_graph(stages.decoder, manifest)
             check_files(folder, manifest)
         if library is None:
-            library = _is_built()
+            library = is_built()
         files = [stages.decoder, *([stages.encoder] if stages.encoder else [])]
         opened = [create_session(file, library=library, options=quiet_options(threads)) for file in files]
         self._decoder, self._encoder = opened[0], opened[1] if stages.encoder else None
@@ -222,14 +223,6 @@ class Running:
             if is_cache(name):
                 self._kept[f"past_key_values.{name.removeprefix('present.')}"] = value
         return given["logits"].numpy()
-
-
-def _is_built() -> bool:
-    try:
-        library_path()
-    except UserError:
-        return False
-    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
