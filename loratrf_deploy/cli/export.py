@@ -177,21 +177,7 @@ def _parser() -> Parser:
         default="none",
         help="of the base weights; adapters stay in full precision. int4 is for causal language models",
     )
-    parser.add_argument(
-        "--keep-float",
-        nargs="+",
-        metavar="PATTERN",
-        default=(),
-        help="with --quantize int8 of an encoder: layers that stay float32, such as '*.layer.0.*' (the proof names "
-        "those that lose most)",
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=float,
-        metavar="PERCENT",
-        help="with --quantize int8 and --evaluate FILE: keep the layers in float32 that cost most, as many as it takes "
-        "for no more of the answers to change",
-    )
+    _add_int8(parser)
     _add_embedding(parser)
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
     generating.add_argument(
@@ -208,6 +194,24 @@ def _parser() -> Parser:
         "conversion (--onto) with --check, which needs the base at hand",
     )
     return parser
+
+
+def _add_int8(parser: Parser) -> None:
+    parser.add_argument(
+        "--keep-float",
+        nargs="+",
+        metavar="PATTERN",
+        default=(),
+        help="with --quantize int8 of an encoder: layers that stay float32, such as '*.layer.0.*' (the proof names "
+        "those that lose most)",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="PERCENT",
+        help="with --quantize int8 and --evaluate FILE: keep the layers in float32 that cost most, as many as it takes "
+        "for no more of the answers to change",
+    )
 
 
 def _add_embedding(parser: Parser) -> None:
