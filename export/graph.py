@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..errors import UserError
+from ..errors import UserError, some
 from ..formats.stages import CROSS
 from ..genai.names import is_cache
-from ..ops.schemas import DOMAIN, FUNCTIONS, VERSION, function_body
+from ..ops.schemas import DOMAIN, FUNCTIONS, OPERATOR, VERSION, function_body
 from ..pytorch.base import DECODER_INPUT, max_sequence
 from ..pytorch.shapes import SMALLEST_IMAGE, axes_of, text_config, wave_length
 from .options import DEFAULT_OPSET
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["PASSES", "finish", "modules_of", "trace"]
+__all__ = ["PASSES", "finish", "inline", "modules_of", "trace"]
 
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and later; the oldest runtime we support is 1.21."""
@@ -36,15 +36,16 @@ def trace(
     model: PreTrainedModel,
     inputs: Mapping[str, torch.Tensor],
     opset: int = DEFAULT_OPSET,
-    device: str = "cpu",
+    device: str | None = "cpu",
     outputs: Collection[str] = (),
     *,
     any_size: bool = False,
 ) -> ir.Model:
-    """The ONNX IR of `model` on `inputs` (name -> tensor), ORT fusions for `device` in; batch and sequence are dynamic.
+    """The ONNX IR of `model` on `inputs` (name -> tensor), with the fusions of ONNX Runtime for `device`, None without.
 
-    Of images height and width are too, with `any_size`. Of what `model` gives only `outputs` stay, where it gives one
-    of them. Raises UserError where torch can't trace or ONNX can't express the model.
+    Batch and sequence are dynamic. Of images height and width are too, with `any_size`. Of what `model` gives only
+    `outputs` stay, where it gives one of them. Raises UserError where torch can't trace or ONNX can't express the
+    model.
     """
     import torch
     from transformers.exporters.configs import OnnxConfig
@@ -104,6 +105,29 @@ def finish(model: ir.Model, opset: int = DEFAULT_OPSET) -> None:
     """Makes a traced graph one to ship, in place: `PASSES`, one after the other. Requires a graph from `trace`."""
     for run in PASSES:
         run(model, opset)
+
+
+def inline(model: ir.Model) -> None:
+    """What the loratrf operators are defined as stands in their place, so that ONNX's own operators are all there is.
+
+    In place; the node that gives an operator's output says in "operator" which it was. Requires a graph from `finish`,
+    traced without fusions. Raises UserError where others are left.
+    """
+    from onnx_ir.passes.common import InlinePass
+
+    given = {
+        node.outputs[0].name: node.metadata_props | {OPERATOR: node.op_type}
+        for node in model.graph
+        if node.domain == DOMAIN
+    }
+    InlinePass()(model)
+    for node in model.graph:
+        node.metadata_props.update(given.get(node.outputs[0].name, {}))
+    model.graph.opset_imports.pop(DOMAIN, None)
+    if foreign := sorted({f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain}):
+        raise UserError(
+            f"--portable is for ONNX's own operators alone, and this model has {some(foreign)}. Export it without."
+        )
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
@@ -170,6 +194,16 @@ def _axes(name: str, rank: int, inputs: Collection[str]) -> tuple[str, ...]:
 
 def _is_past(name: str) -> bool:
     return is_cache(name.removeprefix("input."))
+
+
+def _drop_unread_outputs(model: ir.Model, opset: int) -> None:
+    """No node gives what nobody reads at the end of its outputs.
+
+    Fusions declare all four of SkipLayerNormalization, and OpenVINO's execution provider refuses those of training.
+    """
+    for node in model.graph.all_nodes():
+        read = [number for number, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+        node.resize_outputs(max(read, default=0) + 1)
 
 
 def _transpose_unlike_ranks(model: ir.Model, opset: int) -> None:
@@ -323,6 +357,7 @@ def _sign(model: ir.Model, opset: int) -> None:
 
 PASSES: tuple[Callable[[ir.Model, int], None], ...] = (
     _add_functions,
+    _drop_unread_outputs,
     _transpose_unlike_ranks,
     _name_axes,
     _keep_modules_only,

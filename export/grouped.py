@@ -270,7 +270,7 @@ def _write_encoder(
     import onnx_ir as ir
     import torch
 
-    from .graph import finish, trace
+    from .graph import finish, inline, trace
     from .pool import pool
     from .positions import positions_by_row
     from .quantise import quantise
@@ -288,7 +288,8 @@ def _write_encoder(
     inputs = traced_inputs(base, dtype)
     clock("tracing")
     with collector_off(), positions_by_row(base.model):
-        program = trace(base.model, inputs, opset, outputs=base.outputs, any_size=base.any_size)
+        fusions = None if options.portable else options.device
+        program = trace(base.model, inputs, opset, fusions, base.outputs, any_size=base.any_size)
         _add_adapter_ids(program.graph)
         finish(program, opset)
     if base.embedding is not None:
@@ -297,6 +298,8 @@ def _write_encoder(
     kept: list[str] = []
     if options.quantize != "none":
         kept = quantise(program, patterns=options.keep_float, traced=base.model)
+    if options.portable:
+        inline(program)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     write_companions(base, contents.first, out.parent)

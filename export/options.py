@@ -51,13 +51,14 @@ class ExportOptions:
     GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights, int4 for
     causal language models alone; modules of an encoder that match a pattern of `keep_float` ("*.pooler.*") stay as they
     are, and with `max_loss` as many more as it takes for no more than so many percent of the answers to the rows of
-    `evaluate` to change. The proof counts answers on these rows, as in `check_parity`. `bundle_library` (a copy of the
-    custom-op library in the folder) is for causal language models, whose folder ONNX Runtime GenAI loads. `check`
-    proves parity with PyTorch before anything is moved into place, on `device` but for causal language models, which
-    are proven on the CPU. `trust_remote_code` runs Python that the base model and the tokenizer bring, which is
-    otherwise refused. `pooling` adds the output sentence_embedding to a model of feature extraction, cut to the first
-    `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as modules.json of adapter or base
-    says.
+    `evaluate` to change. The proof counts answers on these rows, as in `check_parity`. `portable` is for other engines:
+    ONNX's own operators alone, without fusions of ONNX Runtime's, and with the definitions of ours in their place.
+    `bundle_library` (a copy of the custom-op library in the folder) is for causal language models, whose folder ONNX
+    Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved into place, on `device` but for
+    causal language models, which are proven on the CPU. `trust_remote_code` runs Python that the base model and the
+    tokenizer bring, which is otherwise refused. `pooling` adds the output sentence_embedding to a model of feature
+    extraction, cut to the first `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as
+    modules.json of adapter or base says.
     """
 
     base_model: str | Path | None = None
@@ -70,6 +71,7 @@ class ExportOptions:
     keep_float: tuple[str, ...] = ()
     max_loss: float | None = None
     evaluate: Path | None = None
+    portable: bool = False
     bundle_library: bool = False
     check: bool = True
     trust_remote_code: bool = False
@@ -145,6 +147,11 @@ def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
 
 def check_generates(options: ExportOptions) -> None:
     """UserError for options that a causal language model isn't exported with."""
+    if options.portable:
+        raise UserError(
+            "--portable is for ONNX's own operators alone, and onnxruntime-genai's builder makes ONNX Runtime's (its "
+            "attention has a cache). Leave it out."
+        )
     if flag := options.given(("keep_float", "max_loss")):
         raise UserError(
             f"{flag} is for encoders, and this is a causal language model, whose builder quantises all linear "
@@ -154,7 +161,7 @@ def check_generates(options: ExportOptions) -> None:
 
 def check_stages(options: ExportOptions, architecture: str) -> None:
     """UserError for options that a model in stages, of `architecture`, isn't exported with."""
-    if flag := options.given(("quantize", "keep_float", "swappable", "device", "bundle_library")):
+    if flag := options.given(("quantize", "keep_float", "swappable", "device", "portable", "bundle_library")):
         raise UserError(
             f"{flag} isn't for a {architecture}: onnxruntime-genai's builder doesn't make it, so it is exported in "
             "stages of ONNX Runtime's own, for --device cpu, merged or separate, in float32 or float16. Leave "

@@ -88,7 +88,7 @@ def pool(model: ir.Model, embedding: Embedding) -> None:
     if embedding.dimensions is not None:
         row = tape.op("Slice", [row, _ints(tape, 0), _ints(tape, embedding.dimensions), _ints(tape, 1)])
     if embedding.normalize:
-        length = tape.op("Max", [tape.op("ReduceL2", [row, _ints(tape, 1)]), _float(tape, 1e-12)])
+        length = tape.op("Clip", [tape.op("ReduceL2", [row, _ints(tape, 1)]), _float(tape, 1e-12)])
         row = tape.op("Div", [row, length])
     for number, node in enumerate(tape.nodes):
         node.name = f"{SENTENCE_EMBEDDING}/{node.op_type}_{number}"
@@ -105,7 +105,7 @@ def _mean(tape: Tape, hidden: ir.Value, mask: ir.Value) -> ir.Value:
     kept = tape.op("Where", [counted, tokens, _float(tape, 0.0)])
     total = tape.op("ReduceSum", [kept, _ints(tape, 1)], {"keepdims": 0})
     weights = tape.op("Cast", [mask], {"to": ir.DataType.FLOAT})
-    count = tape.op("Max", [tape.op("ReduceSum", [weights, _ints(tape, 1)]), _float(tape, 1.0)])
+    count = tape.op("Clip", [tape.op("ReduceSum", [weights, _ints(tape, 1)]), _float(tape, 1.0)])
     return tape.op("Div", [total, count])
 
 

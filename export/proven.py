@@ -163,6 +163,7 @@ def common_facts(
         layers=tuple(layers),
         quantize=options.quantize,
         keep_float=tuple(kept),
+        portable=options.portable,
         device=options.device,
         swappable=swappable,
         library_sha256=file_sha256(library_path()) if options.bundle_library else None,

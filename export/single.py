@@ -156,7 +156,7 @@ def _write_encoder(
     import onnx_ir as ir
     import torch
 
-    from .graph import finish, trace
+    from .graph import finish, inline, trace
     from .pool import pool
     from .quantise import quantise
     from .sparing import spared
@@ -174,7 +174,8 @@ def _write_encoder(
     clock("tracing")
     with collector_off():
         inputs = traced_inputs(base, options.dtype)
-        program = trace(base.model, inputs, opset, options.device, base.outputs, any_size=base.any_size)
+        fusions = None if options.portable else options.device
+        program = trace(base.model, inputs, opset, fusions, base.outputs, any_size=base.any_size)
         finish(program, opset)
     if base.embedding is not None:
         pool(program, base.embedding)
@@ -187,6 +188,8 @@ def _write_encoder(
             clock("finding what stays in float32")
             patterns = spared(program, adapter, base, out.parent, options, values)
         kept = quantise(program, adapter.modules_to_save, patterns, base.model)
+    if options.portable:
+        inline(program)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
     facts = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, kept=kept)

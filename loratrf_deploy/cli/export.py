@@ -177,6 +177,12 @@ def _parser() -> Parser:
         default="none",
         help="of the base weights; adapters stay in full precision. int4 is for causal language models",
     )
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="encoders of ONNX's own operators alone, for OpenVINO, WebGPU and other engines: without ONNX Runtime's "
+        "fusions, and with the definitions of ours in their place",
+    )
     _add_int8(parser)
     _add_embedding(parser)
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")

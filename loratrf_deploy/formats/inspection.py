@@ -188,7 +188,7 @@ def _model_facts(folder: Path, model: Path | None, verify: bool) -> dict[str, An
         "swappable": _swappable_facts(manifest, folder),
         "library": library,
         "operators": manifest.operators,
-        "custom_operators": sorted(set(manifest.operators) - {"merged"}),
+        "custom_operators": [] if manifest.portable else sorted(set(manifest.operators) - {"merged"}),
         "warnings": warnings,
     }
 

@@ -194,8 +194,9 @@ class Manifest:
     `library_sha256` is that of the custom-op library put into the folder: it tells a change, and is no ground to trust
     the library, since whoever changes the one can change the other. `companions` are the sha256 of the files that the
     export wrote beside model and adapters, such as config.json: the next one may replace these. None in older files.
-    `keep_float` are layers that stayed in float32 beside quantised ones.
-    `embedding` says how the output sentence_embedding is made of the tokens; None where there is none.
+    `keep_float` are layers that stayed in float32 beside quantised ones. A `portable` graph has the definitions of the
+    loratrf operators in their place. `embedding` says how the output sentence_embedding is made of the tokens; None
+    where there is none.
     """
 
     loratrf_deploy: str
@@ -211,6 +212,7 @@ class Manifest:
     parity: ParitySummary | None = None
     quantize: Quantization = "none"
     keep_float: tuple[str, ...] = ()
+    portable: bool = False
     device: Device = "cpu"
     swappable: Swappable | None = None
     library_sha256: str | None = None
@@ -223,7 +225,8 @@ class Manifest:
         but = f" but for {len(self.keep_float)} layers" if self.keep_float else ""
         quantized = "" if self.quantize == "none" else f"{self.quantize} weights{but}, "
         embedding = f", {self.embedding.summary}" if self.embedding else ""
-        return f"{self.mode}, {quantized}{self.dtype}, opset {self.opset}, {self.task}{embedding}"
+        portable = "portable, " if self.portable else ""
+        return f"{self.mode}, {portable}{quantized}{self.dtype}, opset {self.opset}, {self.task}{embedding}"
 
     @property
     def operators(self) -> dict[str, int]:

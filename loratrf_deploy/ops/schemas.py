@@ -21,6 +21,7 @@ __all__ = [
     "FUNCTIONS",
     "MAX_CUDA_RANK",
     "MAX_RANK",
+    "OPERATOR",
     "OPS",
     "VERSION",
     "Device",
@@ -31,6 +32,8 @@ __all__ = [
 
 DOMAIN = "com.loratrf"
 VERSION = 1
+OPERATOR = "operator"
+"""The metadata of the node that gives what an operator gave, where its definition stands in its place."""
 Device = Literal["cpu", "cuda"]
 """Where the kernels run."""
 FilterInput = Literal["adapted", "base"]
@@ -192,7 +195,7 @@ class _Body:
 
     def norm(self, value: ir.Value) -> ir.Value:
         squares = self.op("ReduceSum", self.op("Mul", value, value), self.constant([-1]), keepdims=1)
-        return self.op("Max", self.op("Sqrt", squares), self.constant(EPSILON))
+        return self.op("Clip", self.op("Sqrt", squares), self.constant(EPSILON))  # WebGPU has no Max
 
     def task_filter(self, z: ir.Value, w: dict[str, ir.Value]) -> ir.Value:
         dot = self.op("ReduceSum", self.op("Mul", z, w["tau"]), self.constant([-1]), keepdims=1)

@@ -22,7 +22,7 @@ from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPERATOR, OPS, Device
 from ..pytorch.base import TASKS, BaseModel, Inputs
 from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import load_reference
@@ -234,8 +234,10 @@ def model_dtype(model: ir.Model) -> DType:
 
 def _folded(adapter: Adapter, graphs: Sequence[ir.Model]) -> set[str]:
     """Layers whose low-rank half lies in the weights of the graphs, not in an operator."""
-    nodes = [node for graph in graphs for node in graph.graph if node.domain == DOMAIN]
-    ops = {node.metadata_props.get("module"): node.op_type for node in nodes}
+    ops: dict[str | None, str] = {}
+    for node in [node for graph in graphs for node in graph.graph]:
+        if op := node.op_type if node.domain == DOMAIN else node.metadata_props.get(OPERATOR):
+            ops[node.metadata_props.get("module")] = op
     return {
         name
         for name, layer in adapter.layers.items()
