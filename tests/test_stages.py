@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,11 +17,10 @@ import torch
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.cli.generate import main as generate_main
 from loratrf_deploy.cli.inspect import main as inspect_main
-from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.formats.manifest import MANIFEST, read_manifest
 from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
-from loratrf_deploy.pytorch.base import load_tokenizer
+from loratrf_deploy.pytorch.base import load_base, load_tokenizer
 from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.runtime.scores import Rules, choose
 from loratrf_deploy.runtime.staged_session import Running, StagedSession
@@ -33,31 +31,6 @@ OPERATORS = {
     "lora": {"merged": None, "separate": "LowRank"},
     "loratrf": {"merged": "TaskFilter", "separate": "LoraTrf"},
 }
-
-
-class Staged(NamedTuple):
-    base: Path
-    adapter: Path
-    model: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.model.parent
-
-
-def _prove(folder: Path, adapter: Path, base: Path, mode: Any) -> None:
-    export_adapter(adapter, folder / "model.onnx", ExportOptions(base_model=base, mode=mode))
-
-
-@pytest.fixture(scope="session")
-def staged(make_staged: Callable[..., tuple[Path, Path]], made_once: Callable[..., Path]) -> Callable[..., Staged]:
-    """staged(family, kind, mode): exported and proven, once; to read only."""
-
-    def make(family: str = "gpt2", kind: str = "lora", mode: str = "separate") -> Staged:
-        base, adapter = make_staged(family, kind)
-        return Staged(base, adapter, made_once(_prove, adapter, base, mode) / "model.onnx")
-
-    return make
 
 
 FAMILIES = [
@@ -120,6 +93,14 @@ def test_several_adapters_and_options_that_stages_do_not_have(refused, make_stag
         message = refused(out, "--adapters", f"a={adapter}", "--base-model", base)
         assert f"--adapters is not for a {word}" in message
     assert "the name that the encoder's file gets" in refused(tmp_path / "out" / "encoder.onnx", *command)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_without_a_task_type_the_class_says_it(family: str, make_staged) -> None:
+    base, adapter = make_staged(family, "lora", task_type=None)
+    loaded = load_base(read_adapter(adapter), base)
+    assert loaded.task == "text2text-generation"
+    assert type(loaded.model).__name__.endswith("ForConditionalGeneration")
 
 
 def test_a_weight_of_both_graphs_is_stored_once(staged) -> None:
