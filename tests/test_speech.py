@@ -91,6 +91,10 @@ def test_transcripts_are_those_of_peft(kind: str, mode: str, options: dict[str, 
         wanted = Speech.of(2, tiny_stages.SPOKEN, {}).tokens(**search)
         assert [token if token is not None else front[1] for token in wanted] == front
         assert len(set(tokens)) > min(len(tokens), 64) / 8
+    # Several at once, each in its own language, as long as it takes.
+    several = [_voice(0.3 + 0.2 * seed, 16000, seed).astype(np.float32) for seed in range(4)]
+    alone = [list(session.generate_tokens(one, max_new_tokens=None)) for one in several]
+    assert session.generate_rows(several, max_new_tokens=None) == alone
     languages = tiny_stages.SPOKEN["lang_to_id"]
     assert found[1:3] == [languages["<|fr|>"], languages["<|de|>"]]
 

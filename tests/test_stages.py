@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -103,6 +104,27 @@ def test_without_a_task_type_the_class_says_it(family: str, make_staged) -> None
     assert type(loaded.model).__name__.endswith("ForConditionalGeneration")
 
 
+_EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+
+
+def test_adapters_on_experts_are_not_kept_separate(refused, make_staged, tmp_path: Path) -> None:
+    base, adapter = make_staged("mixtral", "lora", **_EXPERTS)
+    command = ["--adapter", adapter, "--base-model", base, "--mode", "separate"]
+    message = refused(tmp_path / "out" / "model.onnx", *command)
+    assert "can't be kept separate: target_parameters" in message
+    assert "Export it merged: --mode merged" in message
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_merge(staged) -> None:
+    made = staged("mixtral", "lora", "merged", **_EXPERTS)
+    parity = read_manifest(made.folder / MANIFEST).parity
+    assert parity is not None
+    assert {check["status"] for check in parity.checks} == {"passed"}
+    merged = [row.module for row in read_manifest(made.folder / MANIFEST).layers]
+    assert len([name for name in merged if "experts" in name]) == 4
+
+
 def test_a_weight_of_both_graphs_is_stored_once(staged) -> None:
     made = staged("t5", "loratrf")
     encoder = onnx.load(made.folder / "encoder.onnx", load_external_data=False)
@@ -147,6 +169,44 @@ def test_transformers_own_runner_loads_the_folder(family: str, staged) -> None:
     with torch.no_grad():
         right = reference(**wanted).logits
     assert (got - right).abs().max() < 1e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_rows_of_a_batch_are_those_of_peft(family: str, staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several lengths, as PEFT's own generate() has them padded: on the left, of an encoder on the right."""
+    made = staged(family, *(("loratrf",) if family == "t5" else ()))
+    reference, session = load_reference(read_adapter(made.adapter), made.base).model, StagedSession(made.folder)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 280, length).tolist() for length in (7, 3, 12, 3, 7)]
+    ids, mask = np.full((5, 12), 2), np.zeros((5, 12), np.int64)
+    for row, prompt in enumerate(prompts):
+        where = slice(0, len(prompt)) if family == "t5" else slice(12 - len(prompt), 12)
+        ids[row, where], mask[row, where] = prompt, 1
+    # A token that comes somewhere in the first row ends the others too, where they come to it.
+    stops = (1, list(session.generate_tokens(prompts[0], max_new_tokens=9))[-1])
+    session._rules = dataclasses.replace(session._rules, stops=stops)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad():
+        made_by_peft = reference.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=list(stops))
+    right = made_by_peft[:, 1 if family == "t5" else 12 :].tolist()
+    batches = list[int]()
+    begin = StagedSession.begin
+
+    def counted(self: StagedSession, inputs: Any) -> Running:
+        batches.append(len(inputs["input_ids"]))
+        return begin(self, inputs)
+
+    monkeypatch.setattr(StagedSession, "begin", counted)
+    got = session.generate_rows(prompts, max_new_tokens=40)
+    assert batches == ([5] if family == "t5" else [2, 2, 1])
+    for own, wanted in zip(got, right, strict=True):
+        assert own == wanted[: len(own)]
+        assert set(wanted[len(own) :]) <= {2}  # padding
+    assert len({len(own) for own in got}) > 1  # some ended before others
+    drawn = session.generate_rows(prompts, max_new_tokens=9, do_sample=True, random_seed=3)
+    alone = [list(session.generate_tokens(row, max_new_tokens=9, do_sample=True, random_seed=3)) for row in prompts]
+    assert drawn == alone
+    assert session.generate_rows([]) == session.generate([]) == []
 
 
 def test_it_runs_without_torch(staged) -> None:

@@ -169,6 +169,6 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     up, down = wanted // step, rate // step
     # The transform takes the end for what is before the beginning: a tenth of a second of silence keeps them apart.
     blocks = math.ceil((len(samples) + rate // 10) / down)
-    spectrum = np.fft.rfft(samples, blocks * down)
-    longer = np.fft.irfft(spectrum[: blocks * up // 2 + 1], blocks * up) * (up / down)
+    # Of the frequencies the inverse takes as many as there is room for.
+    longer = np.fft.irfft(np.fft.rfft(samples, blocks * down), blocks * up) * (up / down)
     return longer[: math.ceil(len(samples) * up / down)].astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -128,19 +128,42 @@ class StagedSession:
             raise UserError(f"{self._folder} is a model of texts, and {path} is to be sound for it. Give it a text.")
         return read_wave(path, self._sound)
 
-    def generate(self, prompts: Sequence[Given], *, max_new_tokens: int = 128, **search: Any) -> list[str]:
+    def generate(self, prompts: Sequence[Given], *, max_new_tokens: int | None = 128, **search: Any) -> list[str]:
         """What the model makes of each of `prompts`, as text; `search` as in `generate_tokens`."""
         if isinstance(prompts, str):
             raise TypeError("generate() takes a list of prompts: generate([prompt], ...)")
-        return ["".join(self.stream(prompt, max_new_tokens=max_new_tokens, **search)) for prompt in prompts]
+        rows = self.generate_rows([self.encode(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, **search)
+        return ["".join(self._pieces(row)) for row in rows]
+
+    def generate_rows(
+        self, prompts: Sequence[Sequence[int] | Samples], *, max_new_tokens: int | None = 128, **search: Any
+    ) -> list[list[int]]:
+        """What `generate_tokens` makes of each of `prompts`, many of them at once; `search` as there.
+
+        An encoder's prompts are one batch, shorter ones masked where they end. A decoder that goes on from its prompts
+        counts positions from where its cache begins, so that those of one length are a batch.
+        """
+        batches: dict[int, list[int]] = {}
+        for at, prompt in enumerate(prompts):
+            batches.setdefault(len(prompt) if self.continues else 0, []).append(at)
+        made: list[list[int]] = [[] for _ in prompts]
+        for batch in batches.values():
+            for tokens in self._rows([prompts[at] for at in batch], max_new_tokens, **search):
+                for at, token in zip(batch, tokens, strict=True):
+                    made[at] += [] if token is None else [token]
+        return made
 
     def stream(self, prompt: Given, *, max_new_tokens: int | None = 128, **search: Any) -> Iterator[str]:
         """Yields the text that the model makes of `prompt` as it is made; `search` as in `generate_tokens`."""
+        yield from self._pieces(self.generate_tokens(self.encode(prompt), max_new_tokens=max_new_tokens, **search))
+
+    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of `tokens`, as they come."""
+        tokenizer = self._text()
         from tokenizers.decoders import DecodeStream
 
         text = DecodeStream(skip_special_tokens=True)
-        tokenizer = self._text()
-        for token in self.generate_tokens(self.encode(prompt), max_new_tokens=max_new_tokens, **search):
+        for token in tokens:
             if token not in self._rules.stops and not (self._speech and self._speech.is_time(token)):
                 # A token that is part of a character waits for the rest of it.
                 yield text.step(tokenizer, token) or ""
@@ -166,25 +189,65 @@ class StagedSession:
         drawn, see `choose`. Raises UserError for an empty prompt, tokens that the model doesn't know, or more than it
         has positions for.
         """
-        first = self._first(prompt, language, task)
-        max_new_tokens = self._room(len(prompt), len(first), max_new_tokens)
-        if self._sound is None:
-            prompt_ids = np.array([prompt], np.int64)
-            running = self.begin({"input_ids": prompt_ids, "attention_mask": np.ones_like(prompt_ids)})
-        else:
-            running = self.begin({_FEATURES: self._sound(np.asarray(prompt))[None]})
-        before, ids = self._detected(running, first)
-        rules = self._rules if stop else replace(self._rules, min_new_tokens=max_new_tokens)
-        begin, rng = len(before), np.random.default_rng(random_seed) if do_sample else None
-        for made in range(max_new_tokens):
-            scores = running.step(ids)[0, -1].astype(np.float32)
-            scores = rules.apply(scores, before, begin, last=made == max_new_tokens - 1)
-            token = choose(scores, rng, temperature, top_p)
-            yield token
-            if token in rules.stops:
+        rows = self._rows(
+            [prompt],
+            max_new_tokens,
+            stop=stop,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            random_seed=random_seed,
+            language=language,
+            task=task,
+        )
+        for tokens in rows:
+            yield from (token for token in tokens if token is not None)
+
+    def _rows(
+        self,
+        prompts: Sequence[Sequence[int] | Samples],
+        max_new_tokens: int | None,
+        *,
+        stop: bool = True,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        random_seed: int | None = None,
+        language: str | None = None,
+        task: str | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Yields a token for each of `prompts` (of one length where there is no encoder), None behind its last one."""
+        firsts = [self._first(prompt, language, task) for prompt in prompts]
+        count = self._room(max(map(len, prompts)), len(firsts[0]), max_new_tokens)
+        running = self.begin(self._inputs(prompts))
+        rows, ids = self._detected(running, firsts)
+        rules = self._rules if stop else replace(self._rules, min_new_tokens=count)
+        begin, goes_on = len(rows[0]), [True] * len(rows)
+        rngs = [np.random.default_rng(random_seed) if do_sample else None for _ in rows]
+        for made in range(count):
+            scores, last = running.step(ids)[:, -1].astype(np.float32), made == count - 1
+            tokens: list[int | None] = [
+                choose(rules.apply(own, row, begin, last=last), rng, temperature, top_p) if going else None
+                for own, row, rng, going in zip(scores, rows, rngs, goes_on, strict=True)
+            ]
+            yield tokens
+            goes_on = [token is not None and token not in rules.stops for token in tokens]
+            if not any(goes_on):
                 return
-            before.append(token)
-            ids = np.array([[token]], np.int64)
+            # Behind its end a row is padded; nobody looks at what follows.
+            ids = np.array([[token or 0] for token in tokens], np.int64)
+            for row, (token,) in zip(rows, ids.tolist(), strict=True):
+                row.append(token)
+
+    def _inputs(self, prompts: Sequence[Sequence[int] | Samples]) -> dict[str, NDArray[Any]]:
+        """What the first graph takes of `prompts`."""
+        if self._sound is not None:
+            return {_FEATURES: np.stack([self._sound(np.asarray(prompt)) for prompt in prompts])}
+        ids = np.zeros((len(prompts), max(map(len, prompts))), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        return {"input_ids": ids, "attention_mask": mask}
 
     def begin(self, inputs: Mapping[str, NDArray[Any]]) -> Running:
         """A decoder with an empty cache, and what the encoder makes of `inputs` where there is one."""
@@ -216,7 +279,8 @@ class StagedSession:
             if not (self._folder / "tokenizer.json").is_file():
                 raise UserError(
                     f"{self._folder} has no tokenizer.json, which text goes through here: the base's tokenizer, such "
-                    "as Marian's own of sentencepiece, makes none. Give and take tokens: StagedSession.generate_tokens."
+                    "as Marian's own of sentencepiece, makes none. Give and take tokens: StagedSession.generate_tokens "
+                    "with transformers beside it, AutoTokenizer.from_pretrained(base), and sentencepiece."
                 )
             raw = read_regular(self._folder / "tokenizer.json")
             try:
@@ -240,15 +304,18 @@ class StagedSession:
             raise UserError(f"The prompt has token {foreign[0]}, the model knows 0 to {self._vocabulary - 1}.")
         return list(map(int, prompt)) if self._start is None else [self._start]
 
-    def _detected(self, running: Running, first: Sequence[int | None]) -> tuple[list[int], NDArray[np.int64]]:
-        """`first` with the likeliest language where one is to be detected, and what of it `running` hasn't seen."""
-        known = [token for token in first if token is not None]
-        if self._speech is None or len(known) == len(first):
-            return known, np.array([known], np.int64)
-        scores = running.step(np.array([known[:1]], np.int64))[0, -1]
+    def _detected(
+        self, running: Running, firsts: Sequence[Sequence[int | None]]
+    ) -> tuple[list[list[int]], NDArray[np.int64]]:
+        """`firsts` with the likeliest language where one is to be detected, and what of them `running` hasn't seen."""
+        rows = [[token for token in first if token is not None] for first in firsts]
+        if self._speech is None or None not in firsts[0]:
+            return rows, np.array(rows, np.int64)
+        scores = running.step(np.array(rows, np.int64)[:, :1])[:, -1]
         languages = list(self._speech.languages.values())
-        known.insert(1, languages[int(scores[languages].argmax())])
-        return known, np.array([known[1:]], np.int64)
+        for row, own in zip(rows, scores[:, languages].argmax(axis=-1), strict=True):
+            row.insert(1, languages[int(own)])
+        return rows, np.array(rows, np.int64)[:, 1:]
 
     def _room(self, given: int, first: int, count: int | None) -> int:
         """How many tokens are made behind `first` ones of a prompt of `given`: `count`, or None for all there is room
