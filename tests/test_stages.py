@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.pytorch.base import load_base, load_tokenizer
 from loratrf_deploy.pytorch.oracle import load_reference
+from loratrf_deploy.runtime.chat import render
 from loratrf_deploy.runtime.scores import Rules, choose
 from loratrf_deploy.runtime.staged_session import Running, StagedSession
 from shared import FRAMEWORKS, edit_json, run_python
@@ -311,9 +313,63 @@ def test_prompts_that_cannot_be(capsys, staged) -> None:
     ):
         with pytest.raises(UserError, match=expected):
             list(session.generate_tokens(prompt, max_new_tokens=count))
-    for option in ("--rows", "--chat"):
+    for option, expected in (("--rows", "--rows is for folders of ONNX"), ("--chat", "has no chat template")):
         assert generate_main(["--model", str(folder), "--prompt", PROMPT, option]) == 2
-        assert f"{option} is for folders of ONNX Runtime GenAI" in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
+
+
+_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+  {%- if message['role'] not in ['user', 'assistant'] %}
+    {{- raise_exception('no ' + message['role'] + ' here') }}
+  {%- endif %}
+    [{{ message['role'] | upper }}] {{ message['content'] | trim }} {{ {'ü': loop.index} | tojson }}
+  {% if loop.last %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}[ASSISTANT]{% endif %}"""
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "several"])
+def test_a_chat_goes_through_the_template_as_in_transformers(where: str, capsys, staged, tmp_path: Path) -> None:
+    folder = shutil.copytree(staged().folder, tmp_path / "copy")
+    if where == "chat_template.jinja":
+        (folder / where).write_text(_TEMPLATE)
+    else:
+        several = [{"name": "tools", "template": "no"}, {"name": "default", "template": _TEMPLATE}]
+        edit_json(folder / "tokenizer_config.json", chat_template=several if where == "several" else _TEMPLATE)
+    session, tokenizer = StagedSession(folder), load_tokenizer(folder)
+    chat = [{"role": role, "content": f" {text} "} for role, text in (("user", PROMPT), ("assistant", "ä"))]
+    for messages in (chat[:1], chat):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert render(folder, messages) == text
+        right = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert session.encode(messages) == right
+    capsys.readouterr()
+    assert generate_main(["--model", str(folder), "--prompt", PROMPT, "--chat", "--max-new-tokens", "5"]) == 0
+    answer = capsys.readouterr().out
+    assert answer == session.generate([[{"role": "user", "content": PROMPT}]], max_new_tokens=5)[0] + "\n"
+    for bad, expected in (([{"role": "king", "content": ""}], "no king here"), ([{}], "has no attribute 'role'")):
+        with pytest.raises(UserError, match=expected):
+            session.encode(bad)
+
+
+def test_a_template_of_a_stranger(staged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(staged().folder, tmp_path / "copy")
+    for template in (
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(1000000) %}{% endfor %}",
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=r"unsafe|[Rr]ange too big"):
+            render(folder, [{"role": "user", "content": ""}])
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is no file of a tokenizer"):
+        render(folder, [])
+    (folder / "chat_template.jinja").write_text("")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match="pip install jinja2"):
+        render(folder, [])
 
 
 def test_inspect_verifies_the_encoder_too(capsys, staged, tmp_path: Path) -> None:

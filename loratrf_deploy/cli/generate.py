@@ -63,10 +63,10 @@ def _open(args: argparse.Namespace) -> Session:
     folder = args.model.parent if args.model.suffix == ".onnx" else args.model
     if not (folder / CONFIG_FILE).is_file() and (folder / STAGES_FILE).is_file():
         require_extra("cpu")
-        if args.rows or args.chat:
+        if args.rows:
             raise UserError(
-                f"{'--rows' if args.rows else '--chat'} is for folders of ONNX Runtime GenAI, and {folder} is a model "
-                "in stages, with one adapter and no chat template. Leave it out."
+                f"--rows is for folders of ONNX Runtime GenAI, and {folder} is a model in stages, with one adapter. "
+                "Leave it out."
             )
         return StagedSession(folder)
     require_extra("genai")
@@ -81,10 +81,10 @@ def _sound(session: Session, args: argparse.Namespace) -> Samples:
     """The samples of --audio. UserError where there are none, or the model is one of texts."""
     if not isinstance(session, StagedSession) or not session.hears:
         raise UserError(f"--audio is for models of sound, such as Whisper, and {args.model} is one of texts: --prompt.")
-    if args.audio is None or args.prompt is not None:
+    if args.audio is None or args.prompt is not None or args.chat:
         raise UserError(
             f"{args.model} is a model of sound, which transcribes and doesn't go on from texts. Give it --audio FILE, "
-            "a WAV file, and no --prompt."
+            "a WAV file, without --prompt and --chat."
         )
     return session.hear(args.audio)
 

@@ -18,6 +18,7 @@ from ..formats.manifest import MANIFEST, check_files, check_graph, read_manifest
 from ..formats.stages import read_stages
 from ..genai.names import is_cache
 from ..ops.library import is_built
+from .chat import render
 from .generation_session import Prompt
 from .scores import Rules, choose
 from .session import OwnProcess, create_session, quiet_options
@@ -255,7 +256,8 @@ class StagedSession:
         return Running(self._decoder, self._encoder, inputs)
 
     def encode(self, prompt: Given) -> Any:
-        """The tokens of a text; sound as it is. Raises UserError for a chat, and a text for a model of sound."""
+        """The tokens of a text, or of a chat through the tokenizer's template; sound as it is. Raises UserError for a
+        chat without a template, and a text for a model of sound."""
         if self.hears:
             if isinstance(prompt, np.ndarray):
                 return prompt
@@ -264,10 +266,8 @@ class StagedSession:
                 "StagedSession.transcribe(file), or loratrf-generate --audio FILE."
             )
         if not isinstance(prompt, str):
-            raise UserError(
-                "A chat goes through the tokenizer's template, which models in stages don't have here. Give the text "
-                "as the template makes it."
-            )
+            # The template has the special tokens in it.
+            return list(self._text().encode(render(self._folder, prompt), add_special_tokens=False).ids)
         return list(self._text().encode(prompt).ids)
 
     def _text(self) -> tokenizers.Tokenizer:
