@@ -270,7 +270,11 @@ def test_texts_are_no_sound(capsys, staged, tmp_path: Path) -> None:
         assert generate_main(["--model", str(folder), *options]) == 2
         assert expected in capsys.readouterr().err
     session = StagedSession(folder)
-    for call in (lambda: session.transcribe(file), lambda: list(session.generate_tokens([5], language="de"))):
+    for call in (
+        lambda: session.transcribe(file),
+        lambda: session.generate([np.zeros(9, np.float32)]),
+        lambda: list(session.generate_tokens([5], language="de")),
+    ):
         with pytest.raises(UserError, match="is a model of texts"):
             call()
 

@@ -265,6 +265,8 @@ class StagedSession:
                 f"{self._folder} is a model of sound, which doesn't go on from texts. Give a WAV file to transcribe: "
                 "StagedSession.transcribe(file), or loratrf-generate --audio FILE."
             )
+        if isinstance(prompt, np.ndarray):
+            raise UserError(f"{self._folder} is a model of texts, and the prompt is sound. Give it a text.")
         if not isinstance(prompt, str):
             # The template has the special tokens in it.
             return list(self._text().encode(render(self._folder, prompt), add_special_tokens=False).ids)
