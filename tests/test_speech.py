@@ -256,6 +256,8 @@ def test_sound_that_cannot_be(capsys, staged, tmp_path: Path) -> None:
     np.testing.assert_array_equal(session.hear(tmp_path / "cut.wav"), heard[: len(heard) - 1001])
     with pytest.raises(UserError, match="Give a WAV file to transcribe"):
         session.generate(["hello"])
+    with pytest.raises(UserError, match=r"The prompt has 2.0 s of sound"):
+        session.transcribe(np.zeros(32000, np.float32))
     with pytest.raises(UserError, match=r"shape \(2, 3\)"):
         list(session.generate_tokens(np.zeros((2, 3), np.float32)))
 

@@ -97,13 +97,12 @@ class Spectrogram:
         """(mels, frames) of what it makes."""
         return self.feature_size, self.chunk_length * self.sampling_rate // self.hop_length
 
-    def check_length(self, seconds: float, what: str) -> None:
-        """UserError where `what` has more `seconds` than go in at once."""
+    def check_length(self, seconds: float, what: str, advice: str) -> None:
+        """UserError, which ends in `advice`, where `what` has more `seconds` than go in at once."""
         if seconds > self.chunk_length:
             raise UserError(
                 f"{what} has {seconds:.1f} s of sound, the model takes {self.chunk_length} s at a time. Cut it, best "
-                "where nobody speaks, and give the parts one after the other: `ffmpeg -i LONG.wav -f segment "
-                f"-segment_time {max(self.chunk_length - 1, 1)} part%03d.wav`."
+                f"where nobody speaks, and give the parts one after the other{advice}."
             )
 
     def __call__(self, samples: Samples) -> NDArray[np.float32]:
@@ -114,7 +113,7 @@ class Spectrogram:
                 f"The sound has shape {samples.shape} of {samples.dtype}, expected numbers from -1 to 1, one channel "
                 f"of at least one sample at {self.sampling_rate} Hz."
             )
-        self.check_length(len(samples) / self.sampling_rate, "The sound")
+        self.check_length(len(samples) / self.sampling_rate, "The prompt", "")
         padded = np.full(self.chunk_length * self.sampling_rate, self.padding_value, np.float64)
         padded[: len(samples)] = samples
         padded = np.pad(padded, self.n_fft // 2, "reflect")
@@ -156,7 +155,8 @@ def read_wave(path: str | Path, spectrogram: Spectrogram) -> Samples:
     frames = np.frombuffer(pcm[: len(pcm) // (2 * channels) * 2 * channels], "<i2").reshape(-1, channels)
     if not len(frames):
         raise UserError(f"{path} has no sound in it: its header is all there is.")
-    spectrogram.check_length(len(frames) / rate, str(path))
+    cut = f"`ffmpeg -i LONG.wav -f segment -segment_time {max(spectrogram.chunk_length - 1, 1)} part%03d.wav`"
+    spectrogram.check_length(len(frames) / rate, str(path), f": {cut}")
     samples = frames.astype(np.float32).mean(axis=1) / np.float32(32768)
     return resample(samples, rate, spectrogram.sampling_rate)
 

@@ -52,6 +52,8 @@ class StagedSession:
     takes_adapters = False
     """As of a `GenerationSession` whose adapter is fixed: there are none to load."""
     adapters: Mapping[str, Any] = {}
+    spectrogram: Spectrogram | None
+    """What a model of sound hears, and at which sampling_rate; None of a model of texts."""
 
     def __init__(self, folder: str | Path, *, library: bool | None = None, threads: int = 0):
         self._process = OwnProcess(type(self).__name__)
@@ -68,7 +70,7 @@ class StagedSession:
         opened = [create_session(file, library=library, options=quiet_options(threads)) for file in files]
         self._decoder, self._encoder = opened[0], opened[1] if stages.encoder else None
         own, general = (_read_json(folder / name) for name in ("generation_config.json", "config.json"))
-        self._sound, self._speech = self._hearing(), None
+        self.spectrogram, self._speech = self._hearing(), None
         try:
             self._rules = Rules.of(own)
             starts = (own.get("decoder_start_token_id"), general.get("decoder_start_token_id"), own.get("bos_token_id"))
@@ -76,7 +78,7 @@ class StagedSession:
             self._start = None if self._encoder is None else start
             self._vocabulary = int(general["vocab_size"])
             self._longest = next((int(general[name]) for name in _LENGTHS if general.get(name)), None)
-            if self._sound is not None:
+            if self.spectrogram is not None:
                 self._speech = Speech.of(start, own, general)
                 if foreign := [token for token in self._speech.known if not 0 <= token < self._vocabulary]:
                     raise ValueError(f"token {foreign[0]} of {self._vocabulary}")
@@ -103,7 +105,7 @@ class StagedSession:
     @property
     def hears(self) -> bool:
         """Whether prompts are sound."""
-        return self._sound is not None
+        return self.spectrogram is not None
 
     @property
     def continues(self) -> bool:
@@ -125,9 +127,9 @@ class StagedSession:
     def hear(self, path: str | Path) -> Samples:
         """The samples of a WAV file (16-bit PCM), its channels mixed, at the model's rate. Raises UserError for other
         files, sound that is too long, and models of texts."""
-        if self._sound is None:
+        if self.spectrogram is None:
             raise UserError(f"{self._folder} is a model of texts, and {path} is to be sound for it. Give it a text.")
-        return read_wave(path, self._sound)
+        return read_wave(path, self.spectrogram)
 
     def generate(self, prompts: Sequence[Given], *, max_new_tokens: int | None = 128, **search: Any) -> list[str]:
         """What the model makes of each of `prompts`, as text; `search` as in `generate_tokens`."""
@@ -242,8 +244,8 @@ class StagedSession:
 
     def _inputs(self, prompts: Sequence[Sequence[int] | Samples]) -> dict[str, NDArray[Any]]:
         """What the first graph takes of `prompts`."""
-        if self._sound is not None:
-            return {_FEATURES: np.stack([self._sound(np.asarray(prompt)) for prompt in prompts])}
+        if self.spectrogram is not None:
+            return {_FEATURES: np.stack([self.spectrogram(np.asarray(prompt)) for prompt in prompts])}
         ids = np.zeros((len(prompts), max(map(len, prompts))), np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
