@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import wave
 from pathlib import Path
@@ -17,6 +18,7 @@ from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.cli.generate import main as generate_main
 from loratrf_deploy.formats.manifest import MANIFEST, read_manifest
 from loratrf_deploy.ops.schemas import DOMAIN
+from loratrf_deploy.parity.inputs import read_inputs
 from loratrf_deploy.pytorch.base import load_base
 from loratrf_deploy.pytorch.oracle import load_reference
 from loratrf_deploy.runtime.sound import Spectrogram, read_wave, resample
@@ -260,6 +262,23 @@ def test_sound_that_cannot_be(capsys, staged, tmp_path: Path) -> None:
         session.transcribe(np.zeros(32000, np.float32))
     with pytest.raises(UserError, match=r"shape \(2, 3\)"):
         list(session.generate_tokens(np.zeros((2, 3), np.float32)))
+
+
+def test_parity_takes_features_and_no_texts(make_staged, tmp_path: Path) -> None:
+    base, adapter = make_staged("whisper", "loratrf")
+    loaded, file = load_base(read_adapter(adapter), base), tmp_path / "rows.jsonl"
+    features = np.random.default_rng(0).standard_normal((16, 100))
+    file.write_text(json.dumps({"input_features": features.tolist(), "decoder_input_ids": [[2, 5, 7]]}))
+    (batch,) = read_inputs(file, loaded, tmp_path)
+    np.testing.assert_allclose(batch["input_features"], features[None], rtol=1e-6)
+    assert batch["decoder_input_ids"].tolist() == [[2]]  # the start alone: what is answered is no input of the user's
+    for row, expected in (
+        ({"text": "hello"}, "is a text, and the model takes none. Give its inputs instead: input_features"),
+        ({"input_features": features[:, :99].tolist()}, r"expected numbers of shape \(16, 100\)"),
+    ):
+        file.write_text(json.dumps(row))
+        with pytest.raises(UserError, match=expected):
+            read_inputs(file, loaded, tmp_path)
 
 
 def test_texts_are_no_sound(capsys, staged, tmp_path: Path) -> None:

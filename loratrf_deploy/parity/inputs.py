@@ -250,12 +250,15 @@ def _array(name: str, value: Any) -> NDArray[Any]:
 
 
 def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
-    tokenizer = None
-    if "input_ids" in base.input_names:
-        trusted = base.trust_remote_code
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted) or load_tokenizer(
-            base.path, trust_remote_code=trusted, revision=base.revision
+    if "input_ids" not in base.input_names:
+        raise UserError(
+            f"{path}, line {line}: the row is a text, and the model takes none. Give its inputs instead: "
+            f"{', '.join(base.input_names)}."
         )
+    trusted = base.trust_remote_code
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted) or load_tokenizer(
+        base.path, trust_remote_code=trusted, revision=base.revision
+    )
     if tokenizer is None:
         raise UserError(
             f"{path}, line {line}: the row is a text, but neither {folder} nor the base model {base.path} has a "
