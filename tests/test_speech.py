@@ -1,4 +1,4 @@
-"""Whisper: from a WAV file to a transcript, on ONNX Runtime and numpy alone."""
+"""Whisper: from a WAV file to a transcript, without torch."""
 
 from __future__ import annotations
 

@@ -366,6 +366,12 @@ def test_a_template_of_a_stranger(staged, tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match="is no file of a tokenizer"):
         render(folder, [])
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to("../secret.txt")
+    with pytest.raises(UserError, match=r"secret\.txt"):
+        render(folder, [])
+    (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.jinja").write_text("")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match="pip install jinja2"):

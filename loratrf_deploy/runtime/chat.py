@@ -58,10 +58,10 @@ def _read(folder: Path) -> tuple[str, dict[str, str]]:
     config: Any = {}
     try:
         if os.path.isfile(path := folder / _CONFIG):
-            config = parse_json(read_regular(path))
+            config = parse_json(read_regular(path, folder))
         template = config.get("chat_template")
         if os.path.isfile(path := folder / _TEMPLATE):
-            template = read_regular(path).decode()
+            template = read_regular(path, folder).decode()
         elif isinstance(template, list):  # several, by their names
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         tokens = {name: value for name in _TOKENS if (value := config.get(name)) is not None}
