@@ -22,7 +22,7 @@ from ..formats.tasks import TaskPart, in_graph, label_count, label_layer, label_
 from ..ops.dtypes import DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import ANSWERS, GENERATION, TOWERS, BaseModel, load_base
+from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
 from ..pytorch.shared import share_trunk
 from ..runtime.slots import Slots
@@ -218,11 +218,11 @@ def _check_generates(adapter: Adapter, base: BaseModel, out: Path) -> None:
     """UserError for a model that generates, and not through onnxruntime-genai."""
     from .genai import knows
 
-    if base.task == ANSWERS or (base.task == GENERATION and not knows(adapter, base, out)):
+    if base.answers or (base.task == GENERATION and not knows(adapter, base, out)):
         raise UserError(
-            f"--adapters is not for a {type(base.model).__name__}: onnxruntime-genai's builder doesn't make it, and "
-            "several adapters go into one model that generates through it alone. It makes LLaMA, Mistral, Qwen, Gemma, "
-            "Phi and others. Export each adapter by itself: --adapter PATH."
+            f"--adapters is not for a {type(base.model).__name__}: it isn't made by onnxruntime-genai's builder, and "
+            "several adapters go into one model that generates through that alone. It makes LLaMA, Mistral, Qwen, "
+            "Gemma, Phi and others. Export each adapter by itself: --adapter PATH."
         )
 
 

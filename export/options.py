@@ -163,8 +163,8 @@ def check_stages(options: ExportOptions, architecture: str) -> None:
     """UserError for options that a model in stages, of `architecture`, isn't exported with."""
     if flag := options.given(("quantize", "keep_float", "swappable", "device", "portable", "bundle_library")):
         raise UserError(
-            f"{flag} isn't for a {architecture}: onnxruntime-genai's builder doesn't make it, so it is exported in "
-            "stages of ONNX Runtime's own, for --device cpu, merged or separate, in float32 or float16. Leave "
+            f"{flag} isn't for a {architecture}: it isn't made by onnxruntime-genai's builder, but exported in stages "
+            "of ONNX Runtime's own, for --device cpu, merged or separate, in float32 or float16. Leave "
             f"{flag} out."
         )
 

@@ -27,7 +27,7 @@ from ..formats.manifest import (
 from ..ops.dtypes import DType
 from ..ops.library import library_path
 from ..ops.schemas import FilterInput
-from ..pytorch.base import BaseModel, sample_inputs, tokenizer_of
+from ..pytorch.base import TRANSCRIPTION, BaseModel, sample_inputs, tokenizer_of
 from ..pytorch.processors import processor_files
 from ..pytorch.quiet import quiet
 from ..pytorch.vocabulary import token_table
@@ -206,18 +206,18 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
 def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     """config.json, and what makes inputs and reads answers, the adapter's own where it has one: tokenizer, processor.
 
-    The tokenizer of CTC reads answers: it knows the letters. Images and sound have a processor's settings.
+    The tokenizer of sound reads answers: it knows the letters. Images and sound have a processor's settings.
     """
     base.model.config.save_pretrained(folder)
     texts = "input_ids" in base.input_names
-    if texts or base.task == "automatic-speech-recognition":
+    if texts or base.task == TRANSCRIPTION:
         tokenizer, _ = tokenizer_of(adapter, base)
         if tokenizer and texts:
             # What the tokenizer returns is what the graph takes: a caller passes it on as it is.
             tokenizer.model_input_names = [name for name in base.input_names if not name.startswith("pixel_")]
         if tokenizer:
             tokenizer.save_pretrained(folder)
-    if set(base.input_names) & {"pixel_values", "input_values"}:
+    if set(base.input_names) & {"pixel_values", "input_values", "input_features"}:
         for name, text in processor_files(adapter, base).items():
             (folder / name).write_text(text, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
-from ..pytorch.base import ANSWERS, GENERATION, BaseModel, load_base, tokenizer_of
+from ..pytorch.base import GENERATION, BaseModel, load_base, tokenizer_of
 from ..pytorch.embedding import as_embedder
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
@@ -113,7 +113,7 @@ def _writer(
         from .genai import knows
 
         return _write_generating if knows(adapter, base, out) else _write_stages
-    return _write_stages if base.task == ANSWERS else _write_encoder
+    return _write_stages if base.answers else _write_encoder
 
 
 def _write_generating(
@@ -202,7 +202,7 @@ def _write_stages(
     """Writes a model that generates and that onnxruntime-genai's builder doesn't make; it has no run-time weights."""
     import torch
 
-    from .stages import save_stages, trace_stages
+    from .stages import check_hears, save_stages, trace_stages
 
     check_always_active(adapter)
     check_stages(options, type(base.model).__name__)
@@ -210,6 +210,8 @@ def _write_stages(
     if tokenizer is None:
         raise no_tokenizer(source)
     check_tokens(adapter, base)
+    if base.row_shape:
+        check_hears(adapter, base)
     opset = options.opset or DEFAULT_OPSET
     clock("adapting")
     layers = _attach(adapter, base, options.merges, getattr(torch, options.dtype))

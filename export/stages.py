@@ -20,20 +20,40 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..adapters.adapter import Adapter
 from ..errors import UserError
 from ..formats.stages import CROSS, DECODER, ENCODER, ENCODER_FILE, STAGES_FILE
 from ..pytorch.base import BaseModel
+from ..pytorch.processors import processor_files
+from ..runtime.sound import Spectrogram
 from .graph import finish
 
 if TYPE_CHECKING:
     from transformers.exporters.base import ExportedComponent
 
-__all__ = ["save_stages", "trace_stages"]
+__all__ = ["check_hears", "save_stages", "trace_stages"]
 
 _BATCH, _PAST, _NEW, _LONG = 2, 3, 4, 5
 """Sizes that are traced with, each its own: torch takes sizes that are equal for one and the same."""
 _SMALL = 256
 """Bytes below which a constant stays in its graph: ONNX Runtime infers shapes from some."""
+
+
+def check_hears(adapter: Adapter, base: BaseModel) -> None:
+    """UserError where what is beside `adapter`, or `base`, makes of sound something else than the model takes."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    files = {name: text.encode() for name, text in processor_files(adapter, base).items()}
+    if (shape := Spectrogram.find(files, base.path).shape) != base.row_shape:
+        raise UserError(
+            f"The feature extractor of {base.path} makes {shape} (mels, frames), and the model takes {base.row_shape}. "
+            "Save its own beside it: WhisperFeatureExtractor.from_pretrained(...).save_pretrained(folder)."
+        )
+    # generate() knows languages by their English names too; who runs the model knows those of lang_to_id.
+    config = base.model.generation_config
+    language = getattr(config, "language", None)
+    if isinstance(language, str):
+        config.language = TO_LANGUAGE_CODE.get(language.lower(), language)
 
 
 def trace_stages(base: BaseModel, opset: int) -> dict[str, ExportedComponent]:
@@ -90,6 +110,8 @@ def trace_stages(base: BaseModel, opset: int) -> dict[str, ExportedComponent]:
         return {"logits": given.logits, "past_key_values": given.past_key_values.self_attention_cache}
 
     entered = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if base.row_shape:  # sound, whose every row is as long, so that there is no mask
+        entered = {base.main_input: torch.zeros((_BATCH, *base.row_shape), dtype=model.dtype)}
     with torch.no_grad():
         caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
         past = whole(**entered, decoder_input_ids=ids[:, :_PAST], past_key_values=caches, use_cache=True)
@@ -98,7 +120,7 @@ def trace_stages(base: BaseModel, opset: int) -> dict[str, ExportedComponent]:
         "decoder_input_ids": ids[:, :_NEW],
         "past_key_values": caches.self_attention_cache,
         "cross_key_values": caches.cross_attention_cache,
-        "attention_mask": entered["attention_mask"],
+        **{name: value for name, value in entered.items() if name == "attention_mask"},
     }
     return {DECODER: _trace(base, decode_behind, inputs, opset), ENCODER: _trace(base, encode, entered, opset)}
 

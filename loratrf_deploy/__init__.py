@@ -1,9 +1,9 @@
 """LoRA and LoRATRF adapters in production on ONNX Runtime.
 
 Running a model needs onnxruntime alone: `create_session("model.onnx")`, or `AdapterSession("model.onnx")` where its
-adapters swap at run time; `GenerationSession(folder)` generates text with onnxruntime-genai. Making and proving one
-(`export_adapter`, `check_parity`) needs the `export` extra, as does training an adapter (`loratrf_deploy.peft`); these
-are imported only when asked for.
+adapters swap at run time; `GenerationSession(folder)` generates text with onnxruntime-genai, `StagedSession(folder)`
+with onnxruntime alone what was exported in stages. Making and proving one (`export_adapter`, `check_parity`) needs the
+`export` extra, as does training an adapter (`loratrf_deploy.peft`); these are imported only when asked for.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from .runtime.adapter_session import AdapterSession, Answer
 from .runtime.generation_session import GenerationSession
 from .runtime.residents import AdapterInfo
 from .runtime.session import create_session, library_path
+from .runtime.staged_session import StagedSession
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "ExportOptions",
     "GenerationSession",
     "LayerAdapter",
+    "StagedSession",
     "UserError",
     "__version__",
     "check_parity",

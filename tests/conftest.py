@@ -23,6 +23,10 @@ class Exported(NamedTuple):
     adapter: Path
     model: Path
 
+    @property
+    def folder(self) -> Path:
+        return self.model.parent
+
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -201,18 +205,35 @@ def _staged_base(folder: Path, family: str) -> None:
     tiny_stages.make_base(folder / family, family)
 
 
-def _staged_adapter(folder: Path, base: Path, kind: str) -> None:
+def _staged_adapter(folder: Path, base: Path, kind: str, **options: Any) -> None:
     import tiny_stages
 
-    tiny_stages.make_adapter(base, folder / kind, kind)
+    tiny_stages.make_adapter(base, folder / kind, kind, **options)
+
+
+def _prove(folder: Path, adapter: Path, base: Path, mode: Any) -> None:
+    from loratrf_deploy.export import ExportOptions, export_adapter
+
+    export_adapter(adapter, folder / "model.onnx", ExportOptions(base_model=base, mode=mode))
 
 
 @pytest.fixture(scope="session")
 def make_staged(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
-    """make_staged(family, kind) -> (base, adapter), folders to read only."""
+    """make_staged(family, kind, **adapter options) -> (base, adapter), folders to read only."""
 
-    def make(family: str = "gpt2", kind: str = "lora") -> tuple[Path, Path]:
+    def make(family: str = "gpt2", kind: str = "lora", **options: Any):
         base = made_once(_staged_base, family) / family
-        return base, made_once(_staged_adapter, base, kind) / kind
+        return base, made_once(_staged_adapter, base, kind, **options) / kind
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def staged(make_staged: Callable[..., tuple[Path, Path]], made_once: Callable[..., Path]) -> Callable[..., Exported]:
+    """staged(family, kind, mode, **adapter options): exported and proven, once; to read only."""
+
+    def make(family: str = "gpt2", kind: str = "lora", mode: str = "separate", **options: Any) -> Exported:
+        base, adapter = make_staged(family, kind, **options)
+        return Exported(base, adapter, made_once(_prove, adapter, base, mode) / "model.onnx")
 
     return make

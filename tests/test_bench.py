@@ -16,7 +16,7 @@ from loratrf_deploy.bench import rounds
 from loratrf_deploy.bench.deployments import Deployment, Setting, deployments
 from loratrf_deploy.bench.rows import random_prompts, random_rows
 from loratrf_deploy.cli.bench import main
-from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export import ExportOptions
 from loratrf_deploy.export.grouped import export_grouped
 from loratrf_deploy.genai.folder import CONFIG_FILE
 from loratrf_deploy.runtime.staged_session import StagedSession
@@ -146,21 +146,20 @@ def test_nothing_stops_what_is_timed(exported, tmp_path: Path) -> None:
     assert (row[:1], len(row)) == (free[:1], 5)
 
 
-@pytest.fixture(scope="module")
-def in_stages(make_staged, tmp_path_factory) -> Path:
-    base, adapter = make_staged("gpt2", "lora")
-    out = tmp_path_factory.mktemp("staged") / "model.onnx"
-    export_adapter(adapter, out, ExportOptions(base_model=base, check=False))
-    return out
+@pytest.fixture
+def in_stages(staged) -> Path:
+    return staged().model
 
 
-def test_a_model_in_stages(capsys, in_stages: Path) -> None:
+@pytest.mark.parametrize("which", [("gpt2", "lora"), ("whisper", "loratrf")])
+def test_a_model_in_stages(which: tuple[str, str], capsys, staged) -> None:
+    model = staged(*which).model
     capsys.readouterr()
-    assert main(["--model", str(in_stages), "--json", "--batch", "1", *FAST[3:]]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert [row["part"] for row in facts["figures"]] == ["prompt", "token"]
-    assert main(["--model", str(in_stages), *FAST]) == 2
-    assert "time it with --batch 1" in capsys.readouterr().err
+    assert main(["--model", str(model), "--json", *FAST]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert [(row["batch"], row["part"]) for row in figures] == [
+        (batch, part) for batch in (1, 3) for part in ("prompt", "token")
+    ]
 
 
 def test_threads_are_as_many_as_asked_for(in_stages: Path, exported) -> None:

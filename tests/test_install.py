@@ -229,6 +229,7 @@ def test_public_names() -> None:
         "ExportOptions",
         "GenerationSession",
         "LayerAdapter",
+        "StagedSession",
         "UserError",
         "__version__",
         "check_parity",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
-from collections.abc import Callable
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,12 +19,12 @@ import torch
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.cli.generate import main as generate_main
 from loratrf_deploy.cli.inspect import main as inspect_main
-from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.formats.manifest import MANIFEST, read_manifest
 from loratrf_deploy.ops.schemas import DOMAIN
 from loratrf_deploy.parity import check_parity
-from loratrf_deploy.pytorch.base import load_tokenizer
+from loratrf_deploy.pytorch.base import load_base, load_tokenizer
 from loratrf_deploy.pytorch.oracle import load_reference
+from loratrf_deploy.runtime.chat import render
 from loratrf_deploy.runtime.scores import Rules, choose
 from loratrf_deploy.runtime.staged_session import Running, StagedSession
 from shared import FRAMEWORKS, edit_json, run_python
@@ -33,31 +34,6 @@ OPERATORS = {
     "lora": {"merged": None, "separate": "LowRank"},
     "loratrf": {"merged": "TaskFilter", "separate": "LoraTrf"},
 }
-
-
-class Staged(NamedTuple):
-    base: Path
-    adapter: Path
-    model: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.model.parent
-
-
-def _prove(folder: Path, adapter: Path, base: Path, mode: Any) -> None:
-    export_adapter(adapter, folder / "model.onnx", ExportOptions(base_model=base, mode=mode))
-
-
-@pytest.fixture(scope="session")
-def staged(make_staged: Callable[..., tuple[Path, Path]], made_once: Callable[..., Path]) -> Callable[..., Staged]:
-    """staged(family, kind, mode): exported and proven, once; to read only."""
-
-    def make(family: str = "gpt2", kind: str = "lora", mode: str = "separate") -> Staged:
-        base, adapter = make_staged(family, kind)
-        return Staged(base, adapter, made_once(_prove, adapter, base, mode) / "model.onnx")
-
-    return make
 
 
 FAMILIES = [
@@ -122,6 +98,35 @@ def test_several_adapters_and_options_that_stages_do_not_have(refused, make_stag
     assert "the name that the encoder's file gets" in refused(tmp_path / "out" / "encoder.onnx", *command)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_without_a_task_type_the_class_says_it(family: str, make_staged) -> None:
+    base, adapter = make_staged(family, "lora", task_type=None)
+    loaded = load_base(read_adapter(adapter), base)
+    assert loaded.task == "text2text-generation"
+    assert type(loaded.model).__name__.endswith("ForConditionalGeneration")
+
+
+_EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+
+
+def test_adapters_on_experts_are_not_kept_separate(refused, make_staged, tmp_path: Path) -> None:
+    base, adapter = make_staged("mixtral", "lora", **_EXPERTS)
+    command = ["--adapter", adapter, "--base-model", base, "--mode", "separate"]
+    message = refused(tmp_path / "out" / "model.onnx", *command)
+    assert "can't be kept separate: target_parameters" in message
+    assert "Export it merged: --mode merged" in message
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_merge(staged) -> None:
+    made = staged("mixtral", "lora", "merged", **_EXPERTS)
+    parity = read_manifest(made.folder / MANIFEST).parity
+    assert parity is not None
+    assert {check["status"] for check in parity.checks} == {"passed"}
+    merged = [row.module for row in read_manifest(made.folder / MANIFEST).layers]
+    assert len([name for name in merged if "experts" in name]) == 4
+
+
 def test_a_weight_of_both_graphs_is_stored_once(staged) -> None:
     made = staged("t5", "loratrf")
     encoder = onnx.load(made.folder / "encoder.onnx", load_external_data=False)
@@ -166,6 +171,44 @@ def test_transformers_own_runner_loads_the_folder(family: str, staged) -> None:
     with torch.no_grad():
         right = reference(**wanted).logits
     assert (got - right).abs().max() < 1e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_rows_of_a_batch_are_those_of_peft(family: str, staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several lengths, as PEFT's own generate() has them padded: on the left, of an encoder on the right."""
+    made = staged(family, *(("loratrf",) if family == "t5" else ()))
+    reference, session = load_reference(read_adapter(made.adapter), made.base).model, StagedSession(made.folder)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 280, length).tolist() for length in (7, 3, 12, 3, 7)]
+    ids, mask = np.full((5, 12), 2), np.zeros((5, 12), np.int64)
+    for row, prompt in enumerate(prompts):
+        where = slice(0, len(prompt)) if family == "t5" else slice(12 - len(prompt), 12)
+        ids[row, where], mask[row, where] = prompt, 1
+    # A token that comes somewhere in the first row ends the others too, where they come to it.
+    stops = (1, list(session.generate_tokens(prompts[0], max_new_tokens=9))[-1])
+    session._rules = dataclasses.replace(session._rules, stops=stops)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad():
+        made_by_peft = reference.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=list(stops))
+    right = made_by_peft[:, 1 if family == "t5" else 12 :].tolist()
+    batches = list[int]()
+    begin = StagedSession.begin
+
+    def counted(self: StagedSession, inputs: Any) -> Running:
+        batches.append(len(inputs["input_ids"]))
+        return begin(self, inputs)
+
+    monkeypatch.setattr(StagedSession, "begin", counted)
+    got = session.generate_rows(prompts, max_new_tokens=40)
+    assert batches == ([5] if family == "t5" else [2, 2, 1])
+    for own, wanted in zip(got, right, strict=True):
+        assert own == wanted[: len(own)]
+        assert set(wanted[len(own) :]) <= {2}  # padding
+    assert len({len(own) for own in got}) > 1  # some ended before others
+    drawn = session.generate_rows(prompts, max_new_tokens=9, do_sample=True, random_seed=3)
+    alone = [list(session.generate_tokens(row, max_new_tokens=9, do_sample=True, random_seed=3)) for row in prompts]
+    assert drawn == alone
+    assert session.generate_rows([]) == session.generate([]) == []
 
 
 def test_it_runs_without_torch(staged) -> None:
@@ -270,9 +313,69 @@ def test_prompts_that_cannot_be(capsys, staged) -> None:
     ):
         with pytest.raises(UserError, match=expected):
             list(session.generate_tokens(prompt, max_new_tokens=count))
-    for option in ("--rows", "--chat"):
+    for option, expected in (("--rows", "--rows is for folders of ONNX"), ("--chat", "has no chat template")):
         assert generate_main(["--model", str(folder), "--prompt", PROMPT, option]) == 2
-        assert f"{option} is for folders of ONNX Runtime GenAI" in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
+
+
+_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+  {%- if message['role'] not in ['user', 'assistant'] %}
+    {{- raise_exception('no ' + message['role'] + ' here') }}
+  {%- endif %}
+    [{{ message['role'] | upper }}] {{ message['content'] | trim }} {{ {'ü': loop.index} | tojson }}
+  {% if loop.last %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}[ASSISTANT]{% endif %}"""
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "several"])
+def test_a_chat_goes_through_the_template_as_in_transformers(where: str, capsys, staged, tmp_path: Path) -> None:
+    folder = shutil.copytree(staged().folder, tmp_path / "copy")
+    if where == "chat_template.jinja":
+        (folder / where).write_text(_TEMPLATE)
+    else:
+        several = [{"name": "tools", "template": "no"}, {"name": "default", "template": _TEMPLATE}]
+        edit_json(folder / "tokenizer_config.json", chat_template=several if where == "several" else _TEMPLATE)
+    session, tokenizer = StagedSession(folder), load_tokenizer(folder)
+    chat = [{"role": role, "content": f" {text} "} for role, text in (("user", PROMPT), ("assistant", "ä"))]
+    for messages in (chat[:1], chat):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert render(folder, messages) == text
+        right = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert session.encode(messages) == right
+    capsys.readouterr()
+    assert generate_main(["--model", str(folder), "--prompt", PROMPT, "--chat", "--max-new-tokens", "5"]) == 0
+    answer = capsys.readouterr().out
+    assert answer == session.generate([[{"role": "user", "content": PROMPT}]], max_new_tokens=5)[0] + "\n"
+    for bad, expected in (([{"role": "king", "content": ""}], "no king here"), ([{}], "has no attribute 'role'")):
+        with pytest.raises(UserError, match=expected):
+            session.encode(bad)
+
+
+def test_a_template_of_a_stranger(staged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(staged().folder, tmp_path / "copy")
+    for template in (
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(1000000) %}{% endfor %}",
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=r"unsafe|[Rr]ange too big"):
+            render(folder, [{"role": "user", "content": ""}])
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is no file of a tokenizer"):
+        render(folder, [])
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to("../secret.txt")
+    with pytest.raises(UserError, match=r"secret\.txt"):
+        render(folder, [])
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").write_text("")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match="pip install jinja2"):
+        render(folder, [])
 
 
 def test_inspect_verifies_the_encoder_too(capsys, staged, tmp_path: Path) -> None:

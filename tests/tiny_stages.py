@@ -10,7 +10,7 @@ import torch
 from tiny import randomise, save_adapter
 from tiny_llm import VOCABULARY, make_tokenizer
 
-ANSWERS = ("t5", "bart", "marian")
+ANSWERS = ("t5", "bart", "marian", "whisper")
 CAUSAL = ("gpt2", "opt", "falcon", "gpt_neox", "bloom", "olmo2", "starcoder2", "mixtral", "qwen2_moe", "glm4")
 TARGETS: dict[str, list[str]] = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -26,6 +26,7 @@ TARGETS: dict[str, list[str]] = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "marian": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "whisper": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
 """Every linear layer that PEFT reaches, by the names that users give in target_modules."""
 
@@ -45,7 +46,6 @@ _BART = {
     "decoder_attention_heads": _HEADS,
     "encoder_ffn_dim": _INNER,
     "decoder_ffn_dim": _INNER,
-    "max_position_embeddings": 160,
 }
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SIZES: dict[str, dict[str, Any]] = {
@@ -59,9 +59,21 @@ _SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 24, **_MOE},
     "glm4": {"num_key_value_heads": 2, "head_dim": 8},
     "t5": {"d_model": _HIDDEN, "d_kv": 8, "d_ff": _INNER, "num_layers": 2, "num_heads": _HEADS},
-    "bart": {**_BART, "forced_eos_token_id": 1, "forced_bos_token_id": 0},
-    "marian": {**_BART, "scale_embedding": True},
+    "bart": {**_BART, "max_position_embeddings": 160, "forced_eos_token_id": 1, "forced_bos_token_id": 0},
+    "marian": {**_BART, "max_position_embeddings": 160, "scale_embedding": True},
+    # A second of sound, 16 bands: 100 frames, of which the encoder makes 50.
+    "whisper": {**_BART, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 160},
 }
+SPOKEN: dict[str, Any] = {
+    "is_multilingual": True,
+    "lang_to_id": {"<|de|>": 289, "<|en|>": 290, "<|fr|>": 291},
+    "task_to_id": {"transcribe": 292, "translate": 293},
+    "no_timestamps_token_id": 294,
+    "return_timestamps": False,
+    "suppress_tokens": [4, 9, *range(289, 301)],
+    "begin_suppress_tokens": [1, 40],
+}
+"""What generation_config.json of a small Whisper says beside what others' do; these tokens aren't the tokenizer's."""
 
 
 def make_base(path: str | Path, family: str, seed: int = 0, **sizes: Any) -> Path:
@@ -84,17 +96,29 @@ def make_base(path: str | Path, family: str, seed: int = 0, **sizes: Any) -> Pat
     values |= {} if answers or family in ("gpt2", "bloom") else _USUAL
     values |= {"hidden_size": _HIDDEN} if family == "bloom" else {}
     config = transformers.CONFIG_MAPPING[family](**(values | _SIZES.get(family, {}) | sizes))
-    auto = transformers.AutoModelForSeq2SeqLM if answers else transformers.AutoModelForCausalLM
-    model = auto.from_config(config)
+    model = _auto(family).from_config(config)
     randomise(model, seed)
     with torch.no_grad():
         # A head this large makes one token stand out, tied or not: greedy choices are no ties.
         model.get_output_embeddings().weight.mul_(4)
     # And left alone, small models say the same token for ever.
     model.generation_config.no_repeat_ngram_size = 2
+    if family == "whisper":
+        # One that was made of config.json isn't read back.
+        for name, value in ({"_from_model_config": False} | SPOKEN).items():
+            setattr(model.generation_config, name, value)
+        transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(path)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def _auto(family: str) -> Any:
+    import transformers
+
+    if family == "whisper":
+        return transformers.AutoModelForSpeechSeq2Seq
+    return transformers.AutoModelForSeq2SeqLM if family in ANSWERS else transformers.AutoModelForCausalLM
 
 
 def in_memory() -> Any:
@@ -114,14 +138,12 @@ def make_adapter(base: str | Path, path: str | Path, kind: str = "lora", seed: i
 
     base, path = Path(base), Path(path)
     family = transformers.AutoConfig.from_pretrained(base).model_type
-    answers = family in ANSWERS
-    auto = transformers.AutoModelForSeq2SeqLM if answers else transformers.AutoModelForCausalLM
     values: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 8,
         "target_modules": TARGETS[family],
-        "task_type": "SEQ_2_SEQ_LM" if answers else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if family in ANSWERS else "CAUSAL_LM",
     }
     if family == "gpt2":
         values["fan_in_fan_out"] = True
-    return save_adapter(auto.from_pretrained(base), path, kind, seed, 3, values | config)
+    return save_adapter(_auto(family).from_pretrained(base), path, kind, seed, 3, values | config)

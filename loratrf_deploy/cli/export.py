@@ -295,9 +295,7 @@ def _print_summary(result: ExportResult) -> None:
         "model": f"{result.model} ({weights / 1e6:.1f} MB with weights)",
         "mode": manifest.summary,
         **_swappable_row(result),
-        "runs": "with loratrf-generate, or transformers' ExportedModel (onnxruntime-genai's builder doesn't make it)"
-        if staged
-        else "",
+        "runs": "with loratrf-generate, or transformers' ExportedModel" if staged else "",
         "layers": f"{len(manifest.layers)} adapted ({kinds})",
         "time": f"{sum(result.seconds.values()):.1f} s",
         "parity": "" if result.parity else "not checked (--no-check)",

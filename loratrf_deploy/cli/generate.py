@@ -1,4 +1,5 @@
-"""loratrf-generate: try an exported causal language model out, under its adapters: answers, a table of them, a chat."""
+"""loratrf-generate: try an exported model that generates out, under its adapters: answers, a table of them, a chat, a
+transcript."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ..formats.stages import STAGES_FILE
 from ..genai.folder import CONFIG_FILE
 from ..runtime.generation_session import GenerationSession, Prompt
 from ..runtime.residents import Choice
+from ..runtime.sound import Samples
 from ..runtime.staged_session import StagedSession
 from .shared import Parser, command, count, named_paths, positive, print_json, require_extra
 
@@ -25,7 +27,8 @@ Session: TypeAlias = "GenerationSession | StagedSession"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """loratrf-generate --model DIR --prompt TEXT: prints the text as it is made. Exit 0 done, 2 the input is at fault.
+    """loratrf-generate --model DIR --prompt TEXT, or --audio FILE: prints the text as it is made. Exit 0 done, 2 the
+    input is at fault.
 
     The text goes to stdout, the speed to stderr; --json has both, when all is done.
     """
@@ -35,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         session.load(name, path)
     names: list[Choice | None] = [*session.adapters] or [None]
     talk = _Talk(session, args)
+    if args.audio is not None or _hears(session):
+        answer = talk.answer(_sound(session, args), None, labelled=False)
+        if args.json:
+            print_json({"answers": [vars(answer)]})
+        return 0
     if args.prompt is None and sys.stdin.isatty():
         talk.chat(names[0])
         return 0
@@ -55,14 +63,30 @@ def _open(args: argparse.Namespace) -> Session:
     folder = args.model.parent if args.model.suffix == ".onnx" else args.model
     if not (folder / CONFIG_FILE).is_file() and (folder / STAGES_FILE).is_file():
         require_extra("cpu")
-        if args.rows or args.chat:
+        if args.rows:
             raise UserError(
-                f"{'--rows' if args.rows else '--chat'} is for folders of ONNX Runtime GenAI, and {folder} is a model "
-                "in stages, with one adapter and no chat template. Leave it out."
+                f"--rows is for folders of ONNX Runtime GenAI, and {folder} is a model in stages, with one adapter. "
+                "Leave it out."
             )
         return StagedSession(folder)
     require_extra("genai")
     return GenerationSession(args.model, trust_library=args.trust_library)
+
+
+def _hears(session: Session) -> bool:
+    return isinstance(session, StagedSession) and session.hears
+
+
+def _sound(session: Session, args: argparse.Namespace) -> Samples:
+    """The samples of --audio. UserError where there are none, or the model is one of texts."""
+    if not isinstance(session, StagedSession) or not session.hears:
+        raise UserError(f"--audio is for models of sound, such as Whisper, and {args.model} is one of texts: --prompt.")
+    if args.audio is None or args.prompt is not None or args.chat:
+        raise UserError(
+            f"{args.model} is a model of sound, which transcribes and doesn't go on from texts. Give it --audio FILE, "
+            "a WAV file, without --prompt and --chat."
+        )
+    return session.hear(args.audio)
 
 
 @dataclass
@@ -89,21 +113,27 @@ class _Talk:
     def __init__(self, session: Session, args: argparse.Namespace):
         self._session, self._shown, self._chat = session, not args.json, args.chat
         self._repeats = not args.chat and session.continues
-        self._options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+        # A transcript is as long as what is said.
+        most = args.max_new_tokens or (None if _hears(session) else 128)
+        self._options: dict[str, Any] = {"max_new_tokens": most}
+        for name in ("language", "task"):
+            if (value := getattr(args, name)) is not None:
+                if not _hears(session):
+                    raise UserError(f"--{name} is for models of sound, such as Whisper, and this is one of texts.")
+                self._options[name] = value
         if args.temperature is not None:
             self._options |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
             if args.seed is not None:
                 self._options["random_seed"] = args.seed
 
-    def answer(self, text: str, adapter: Choice | None, *, labelled: bool) -> _Answer:
-        """Shows what follows `text` under `adapter` as it is made."""
+    def answer(self, given: str | Samples, adapter: Choice | None, *, labelled: bool) -> _Answer:
+        """Shows what follows the text `given`, or what is said in it, under `adapter` as it is made."""
         self._show(f"[{adapter}] " if labelled else "")
-        if self._repeats:
-            self._show(text)
-        answer = self._stream(self._prompt(text), adapter)
+        repeated = given if self._repeats and isinstance(given, str) else ""
+        self._show(repeated)
+        answer = self._stream(self._prompt(given) if isinstance(given, str) else given, adapter)
         self._show("\n")
-        if self._repeats:
-            answer.text = text + answer.text
+        answer.text = repeated + answer.text
         if self._shown:
             print(answer.speed, file=sys.stderr)
         return answer
@@ -157,7 +187,7 @@ class _Talk:
         except ValueError as error:
             raise UserError(f"{words[1]!r} is no scale, expected a number such as 0.5.") from error
 
-    def _stream(self, prompt: Prompt, adapter: Choice | None, scale: float = 1.0) -> _Answer:
+    def _stream(self, prompt: Any, adapter: Choice | None, scale: float = 1.0) -> _Answer:
         begin, times, pieces = time.perf_counter(), list[float](), list[str]()
         which: dict[str, Any] = {"adapter": adapter, "scale": scale} if self._session.takes_adapters else {}
         for piece in self._session.stream(prompt, **which, **self._options):
@@ -185,11 +215,16 @@ def _line(prompt: str) -> str | None:
 
 
 def _parser() -> Parser:
-    parser = Parser("loratrf-generate", "Generate text with a causal language model that loratrf-export wrote.")
+    parser = Parser("loratrf-generate", "Generate text with a model that loratrf-export wrote.")
     parser.add_argument("--model", required=True, type=Path, help="the exported folder, or the model.onnx in it")
     parser.add_argument(
         "--prompt", help="the text to go on from; - is stdin, as is none in a pipe; none on a terminal is a chat"
     )
+    parser.add_argument(
+        "--audio", type=Path, metavar="FILE", help="the sound that Whisper transcribes: WAV, 16-bit PCM"
+    )
+    parser.add_argument("--language", help="what is spoken in it, such as de (default: as the model says, or detected)")
+    parser.add_argument("--task", help="transcribe, or translate (into English)")
     parser.add_argument(
         "--adapter",
         action="append",
@@ -205,7 +240,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--rows", action="store_true", help="every adapter, and the base, in one batch of mixed rows")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
-    parser.add_argument("--max-new-tokens", type=count, default=128, help="at most (default: 128)")
+    parser.add_argument("--max-new-tokens", type=count, help="at most (default: 128; all that is said in --audio)")
     parser.add_argument("--temperature", type=positive, help="sample instead of taking the likeliest token")
     parser.add_argument("--top-p", type=positive, default=1.0, help="sample among the likeliest (default: 1, all)")
     parser.add_argument("--seed", type=int, help="of sampling")

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..pytorch.base import (
-    ANSWERS,
     DECODER_INPUT,
     GENERATION,
     Inputs,
@@ -123,7 +122,11 @@ def complete(batch: Inputs, base: BaseModel) -> Inputs:
         values[base.main_input] = _fixedrows(base.main_input, batch[base.main_input], base.row_shape)
     elif "input_values" in base.input_names:
         values |= _waves(batch, base)
-    return {name: values[name] for name in base.input_names}
+    values = {name: values[name] for name in base.input_names}
+    if base.answers:
+        start = np.full((len(values[base.main_input]), 1), start_token(base))
+        values[DECODER_INPUT] = np.asarray(batch.get(DECODER_INPUT, start), np.int64)
+    return values
 
 
 def _tokens(batch: Inputs, base: BaseModel) -> Inputs:
@@ -154,9 +157,6 @@ def _tokens(batch: Inputs, base: BaseModel) -> Inputs:
         if limit is not None and (array.min() < 0 or array.max() >= limit):
             raise UserError(f"{name} has values from {array.min()} to {array.max()}, the model takes 0 to {limit - 1}.")
         completed[name] = array.astype(np.int64)
-    if base.task == ANSWERS:
-        start = np.full((len(completed[main]), 1), start_token(base))
-        completed[DECODER_INPUT] = np.asarray(batch.get(DECODER_INPUT, start), np.int64)
     _check_length(completed[main].shape[-1], base)
     return completed
 
@@ -250,12 +250,15 @@ def _array(name: str, value: Any) -> NDArray[Any]:
 
 
 def _tokenizer(path: Path, line: int, base: BaseModel, folder: Path) -> Any:
-    tokenizer = None
-    if "input_ids" in base.input_names:
-        trusted = base.trust_remote_code
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted) or load_tokenizer(
-            base.path, trust_remote_code=trusted, revision=base.revision
+    if "input_ids" not in base.input_names:
+        raise UserError(
+            f"{path}, line {line}: the row is a text, and the model takes none. Give its inputs instead: "
+            f"{', '.join(base.input_names)}."
         )
+    trusted = base.trust_remote_code
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted) or load_tokenizer(
+        base.path, trust_remote_code=trusted, revision=base.revision
+    )
     if tokenizer is None:
         raise UserError(
             f"{path}, line {line}: the row is a text, but neither {folder} nor the base model {base.path} has a "

@@ -34,6 +34,7 @@ __all__ = [
     "GENERATION",
     "TASKS",
     "TOWERS",
+    "TRANSCRIPTION",
     "BaseModel",
     "Inputs",
     "Outputs",
@@ -53,6 +54,8 @@ Outputs = dict[str, NDArray[Any]]
 GENERATION = "text-generation"
 ANSWERS = "text2text-generation"
 """What an encoder reads and a decoder answers: translation, summaries."""
+TRANSCRIPTION = "automatic-speech-recognition"
+"""Texts of sound: CTC's letters, frame by frame, or what Whisper's decoder answers."""
 TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -85,13 +88,14 @@ _TASK_OF_CLASS = {
     "ForAudioClassification": "audio-classification",
     "ForMaskedLM": "fill-mask",
     "ForMultipleChoice": "multiple-choice",
-    "ForCTC": "automatic-speech-recognition",
+    "ForCTC": TRANSCRIPTION,
     "ForSemanticSegmentation": "semantic-segmentation",
     "ForObjectDetection": "object-detection",
     "ForCausalLM": GENERATION,
     "LMHeadModel": GENERATION,
     "ModelWithProjection": "feature-extraction",
     "MTModel": ANSWERS,
+    "ForConditionalGeneration": ANSWERS,
     "Model": "feature-extraction",
 }
 _OTHERS = (
@@ -131,8 +135,13 @@ class BaseModel:
         return self.chosen or _OUTPUTS.get(self.task, ("logits",))
 
     @property
+    def answers(self) -> bool:
+        """Whether a decoder answers what an encoder reads."""
+        return self.task == ANSWERS or "input_features" in self.input_names
+
+    @property
     def main_input(self) -> str:
-        """input_ids, pixel_values or input_values; of two towers that of the texts."""
+        """input_ids, pixel_values, input_values or input_features; of two towers that of the texts."""
         return next(name for name in self.input_names if name in MAIN_INPUTS)
 
 
@@ -181,7 +190,8 @@ def sample_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Random inputs of the model's own sizes: ids (batch, sequence) int64, of multiple choice (batch, choices,
     sequence); pixels (batch, channels, H, W) float32, of `any_size` in that of their processor for `seed` 0 alone; or
-    sound (batch, samples) float32 of which a model makes `sequence` frames.
+    sound (batch, samples) float32 of which a model makes `sequence` frames. Beside what an encoder reads are
+    decoder_input_ids.
 
     With `padding`, every row but the first is right-padded to its own random length, as a tokenizer does. `sequence`
     is cut to what the model's position embeddings hold. Beside texts, images are of another number.
@@ -197,10 +207,6 @@ def sample_inputs(
         rows |= tokens(config, rng, batch * choices, sequence, padding=padding, ends=ends)
         if base.task == "multiple-choice":
             rows = {name: value.reshape(batch, choices, -1) for name, value in rows.items()}
-    if base.task == ANSWERS:
-        made = rng.integers(0, config.vocab_size, (batch, rows["input_ids"].shape[1] // 2 + 1))
-        made[:, 0] = start_token(base)
-        return {name: rows[name] for name in names} | {DECODER_INPUT: made}
     if "pixel_values" in names:
         # Not as many as texts: two towers count them apart.
         count = batch % 3 + 1 if "input_ids" in names else batch
@@ -209,6 +215,12 @@ def sample_inputs(
         rows[base.main_input] = rng.standard_normal((batch, *base.row_shape), dtype=np.float32)
     elif "input_values" in names:
         rows |= waves(base.model.config, rng, batch, sequence, padding=padding)
+    if base.answers:
+        config = base.model.config
+        made = rng.integers(0, config.vocab_size, (batch, min(sequence, max_sequence(config) or sequence) // 2 + 1))
+        made[:, 0] = start_token(base)
+        rows[DECODER_INPUT] = made
+        names = (*names, DECODER_INPUT)
     return {name: rows[name] for name in names}
 
 
@@ -231,7 +243,8 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
     trained = trained_on(adapter)
     for name in [trained] if trained else config.architectures or []:
         for suffix, task in _TASK_OF_CLASS.items():
-            if isinstance(name, str) and name.endswith(suffix):
+            # Of images and texts too there are classes ForConditionalGeneration.
+            if isinstance(name, str) and name.endswith(suffix) and (task != ANSWERS or config.is_encoder_decoder):
                 return _of_its_kind(task, adapter, config)
     if trained:
         raise UserError(
@@ -249,7 +262,8 @@ def _task(adapter: Adapter, config: PreTrainedConfig) -> str:
 def _of_its_kind(task: str, adapter: Adapter, config: PreTrainedConfig) -> str:
     """`task`, or what it is where the model can't take texts, or takes them beside images.
 
-    PEFT says SEQ_CLS for all classification, and FEATURE_EXTRACTION for all models without a head.
+    PEFT says SEQ_CLS for all classification, FEATURE_EXTRACTION for all models without a head, and SEQ_2_SEQ_LM for
+    Whisper too.
     """
     from transformers.models.auto import modeling_auto
 
@@ -259,6 +273,8 @@ def _of_its_kind(task: str, adapter: Adapter, config: PreTrainedConfig) -> str:
             return "image-classification"
         if config.model_type in modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES:
             return "audio-classification"
+    if task == ANSWERS and config.model_type in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+        return TRANSCRIPTION
     towers = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if task == "feature-extraction" and config.model_type in towers and as_trained(adapter, config) is None:
         return TOWERS
@@ -325,6 +341,8 @@ def _input_names(
             names.append("token_type_ids")
     if "pixel_values" in mains:
         names += [name for name in ("pixel_values", "pixel_mask") if name in takes]
+    if "input_features" in mains:
+        names.append("input_features")
     if "input_values" in mains:
         names.append("input_values")
         if "attention_mask" in takes and takes_mask(model.config, source):

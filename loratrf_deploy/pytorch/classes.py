@@ -41,7 +41,9 @@ def class_of(adapter: Adapter, config: PreTrainedConfig, task: str) -> Any:
     from transformers.models.auto import modeling_auto
 
     if task == "automatic-speech-recognition":
-        return transformers.AutoModelForCTC
+        # Some, such as Moonshine, are in one table, Wav2Vec2 in the other.
+        ctc = config.model_type in modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES
+        return transformers.AutoModelForCTC if ctc else transformers.AutoModelForSpeechSeq2Seq
     if task == "feature-extraction":
         if (own := as_trained(adapter, config)) is not None and _fitting(own, config) is None:
             own = None
@@ -77,7 +79,7 @@ def fit_head(adapter: Adapter, config: PreTrainedConfig, task: str) -> None:
     """Gives `config` as many labels, or letters of CTC, as the head has that the adapter brings, in place."""
     if (rows := label_count(adapter, _HEADS.get(task, (*HEADS, "decode_head")))) is None:
         return
-    if task == "automatic-speech-recognition":
+    if task == "automatic-speech-recognition" and not config.is_encoder_decoder:
         config.vocab_size = rows
         return
     labels = rows - 1 if config.model_type in _NO_OBJECT and task == "object-detection" else rows

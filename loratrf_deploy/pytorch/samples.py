@@ -73,7 +73,7 @@ def waves(config: PreTrainedConfig, rng: np.random.Generator, batch: int, frames
 
 def max_sequence(config: PreTrainedConfig) -> int | None:
     """The longest sequence that the position embeddings hold, None where nothing bounds it."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
     if not isinstance(positions, int) or positions <= 0:
         return None
     # RoBERTa's positions start behind its padding index.

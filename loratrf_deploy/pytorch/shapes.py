@@ -17,7 +17,7 @@ __all__ = [
     *("takes_mask", "text_config", "wave_length"),
 ]
 
-MAIN_INPUTS = ("input_ids", "pixel_values", "input_values")
+MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
 SMALLEST_IMAGE = 32
 """Height and width of the smallest image for a model of any size: halved five times, one pixel is left."""
 LARGEST_IMAGE = 16384
@@ -36,12 +36,15 @@ def main_inputs(model: PreTrainedModel, name: str) -> tuple[str, ...]:
         needs = [key for key in takes if key in MAIN_INPUTS]
         if needs == ["input_ids", "pixel_values"] and hasattr(model, "get_text_features"):
             return tuple(needs)
-    if several or main not in MAIN_INPUTS:
+    # Of the models whose decoder answers to sound, Whisper alone is proven.
+    answers = main == "input_features" or (main == "input_values" and model.config.is_encoder_decoder)
+    other = answers and not (model.config.model_type == "whisper" and model.can_generate())
+    if several or other or main not in MAIN_INPUTS:
         taken = "several kinds of input together" if several else repr(main)
         raise UserError(
             f"The base model {name} ({type(model).__name__}) takes {taken}, which this version can't export. Expected "
-            "a model of texts (input_ids), images (pixel_values) or sound (input_values), or of texts and images in "
-            "two towers, such as CLIP."
+            "a model of texts (input_ids), images (pixel_values) or sound (input_values; Whisper), or of texts and "
+            "images in two towers, such as CLIP."
         )
     return (main,)
 
@@ -56,6 +59,8 @@ def axes_of(name: str, rank: int, names: Collection[str]) -> tuple[str, ...]:
         return ("image_batch" if towers else "batch", "channels", "height", "width")
     if name == "pixel_mask":
         return ("batch", "height", "width")
+    if name == "input_features":
+        return ("batch", "mels", "frames")
     if "input_values" in names:
         return ("batch", "samples") if rank < 3 else ("batch", "frames", "mels")
     rows = "text_batch" if towers else "batch"
@@ -74,7 +79,8 @@ def any_size(config: PreTrainedConfig, task: str) -> bool:
 
 
 def row_shape(config: PreTrainedConfig, source: Source, mains: Collection[str]) -> tuple[int, ...]:
-    """What every row of images or spectrograms among the inputs `mains` has: (channels, H, W), (frames, mels).
+    """What every row of images or spectrograms among the inputs `mains` has: (channels, H, W), (frames, mels); of
+    Whisper (mels, frames).
 
     () where rows differ in length: tokens, and sound as a wave. A network of convolutions alone (ResNet) has no size of
     its own: the preprocessor of the base says which one it was trained on.
@@ -90,6 +96,9 @@ def row_shape(config: PreTrainedConfig, source: Source, mains: Collection[str]) 
             )
         height, width = _two_sides(size, source)
         return (getattr(config, "num_channels", 3), height, width)
+    if "input_features" in mains:
+        # The second of the convolutions in front of the encoder makes one frame of two.
+        return (config.num_mel_bins, 2 * config.max_source_positions)
     if "input_values" in mains and not _takes_waves(config):
         try:
             return (config.max_length, config.num_mel_bins)
