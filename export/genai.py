@@ -28,6 +28,7 @@ from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.library import library_path
 from ..pytorch.base import tokenizer_of
+from ..pytorch.shapes import text_config
 from .adapted import fold, layer_rows
 from .behind import insert
 from .builder_config import in_builders_words, mend, rotations, write_rotations
@@ -161,7 +162,7 @@ def build_graph(
     step("inserting operators")
     model = ir.load(out)
     write_rotations(model.graph, out.parent, rotated)
-    mend(model.graph, base.model.config)
+    mend(model.graph, text_config(base.model.config))
     _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
     return model
@@ -236,7 +237,7 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
     pairs = [f"{name}={value}" for name, value in {**options, "filename": out.name}.items()]
     try:
         extra = parse_extra_options("", str(stage), str(out.parent), precision, device, cache, pairs)
-        in_builders_words(extra["hf_details"]["hf_config"])
+        in_builders_words(text_config(extra["hf_details"]["hf_config"]))
         create_model("", str(stage), str(out.parent), precision, device, cache, **extra)
     except Exception as error:  # the builder raises plain exceptions of many classes
         architecture = json.loads((stage / "config.json").read_text())["architectures"][0]

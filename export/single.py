@@ -18,6 +18,7 @@ from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import ANSWERS, GENERATION, BaseModel, load_base, tokenizer_of
 from ..pytorch.embedding import as_embedder
+from ..pytorch.language import language_part, left_out
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
@@ -70,8 +71,10 @@ def export_adapter(
         loaded, merges=options.merges, device=options.device, remedy="Export it merged: --mode merged, not swappable."
     )
 
+    warnings = [loaded.warning] if loaded.warning else []
+
     def write(model: Path, clock: Clock) -> Manifest:
-        return _write_model(loaded, model, clock, options)
+        return _write_model(loaded, model, clock, options, warnings)
 
     def prove(model: Path, manifest: Manifest, step: Callable[[str], None]) -> ParityReport:
         device = "cpu" if manifest.task == GENERATION else options.device
@@ -86,17 +89,18 @@ def export_adapter(
             step=step,
         )
 
-    warnings = [loaded.warning] if loaded.warning else []
     return write_proven(out, write, prove if options.check else None, step, warnings)
 
 
-def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions, warnings: list[str]) -> Manifest:
     from ..pytorch.dora import with_gains
     from .pool import with_embedding
 
     clock("loading the base model")
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     base = with_embedding(base, [adapter], options)
+    adapter, left = language_part(adapter, base.model)
+    warnings += left_out(left)
     adapter = with_gains(adapter, base.model)
     write = _writer(adapter, base, out)
     manifest, values = write(adapter, base, out, clock, options)

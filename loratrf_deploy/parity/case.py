@@ -19,12 +19,13 @@ from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifes
 from ..formats.stages import CROSS, Stages, stages_of
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
-from ..genai.names import POSITION_IDS, is_cache
+from ..genai.names import POSITION_IDS, genai_name, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, Device
 from ..pytorch.base import TASKS, BaseModel, Inputs
 from ..pytorch.embedding import as_embedder
+from ..pytorch.language import language_part
 from ..pytorch.oracle import load_reference
 from ..runtime.session import PROVIDERS, check_providers
 from ..runtime.slots import Slots
@@ -128,6 +129,8 @@ def prepare(
     step("loading PyTorch's model")
     graphs = [graph] if stages is None or stages.encoder is None else [graph, load_graph(stages.encoder)]
     folded = _folded(in_graph(read, part, trunk), graphs)
+    if genai_config is not None:
+        folded = {name for name in folded if genai_name(name)}  # of a vision tower nothing is in the graph
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
     if part is None or SENTENCE_EMBEDDING in part.outputs:
         base = replace(base, embedding=embedding)
@@ -143,7 +146,8 @@ def prepare(
         ]
     weights = {}
     if manifest is not None and swappable is not None:
-        weights = fit(in_graph(read, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
+        own, _ = language_part(read, base.model.get_base_model())
+        weights = fit(in_graph(own, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
         if swappable.slots:
             slots = Slots(swappable.weights, 1)
             slots.put(0, weights)

@@ -22,6 +22,7 @@ from ..formats.adapter_file import SUFFIX, write_values
 from ..genai.folder import takes_uneven_rows
 from ..genai.generate import CONFIG_FILE, GenerationFailed, decode_rows, load_model
 from ..pytorch.oracle import layers_off
+from ..pytorch.shapes import text_config
 from ..runtime.session import library_path
 from .case import Case
 from .figures import Figures
@@ -97,7 +98,7 @@ def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
     length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
     shorter = 3 * (row % 4) if takes_uneven_rows(config) else 0
-    size, vocabulary = max(length - count - shorter, 1), model.config.vocab_size
+    size, vocabulary = max(length - count - shorter, 1), text_config(model.config).vocab_size
     prompt = rng.integers(0, vocabulary, size)
     # Where one stands at the end of a row, onnxruntime-genai takes it for padding.
     prompt = np.where(prompt == _pad(config), (prompt + 1) % vocabulary, prompt)

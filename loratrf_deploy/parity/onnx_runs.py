@@ -185,7 +185,8 @@ def run_session(
             array = np.zeros([rows, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
         elif value.name == POSITION_IDS and POSITION_IDS not in batch:
             ids = batch["input_ids"]
-            array = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            axes = value.shape[:-2]  # Qwen-VL counts along time, height and width: of texts the same
+            array = np.broadcast_to(np.arange(ids.shape[1]), (*axes, *ids.shape))
         elif value.name == ADAPTER_IDS:
             array = batch.get(ADAPTER_IDS, np.zeros(rows, np.int64))
         else:

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..formats.manifest import MANIFEST, read_manifest
 from ..pytorch.base import GENERATION, max_sequence, tokenizer_of
 from ..pytorch.oracle import load_reference, run_torch
+from ..pytorch.shapes import text_config
 from ..runtime.session import create_session
 from .onnx_runs import run_session
 
@@ -71,7 +72,7 @@ def perplexities(
     if tokenizer is None:
         raise UserError(f"There is no tokenizer in {source}. Save it with the base model or the adapter.")
     tokens = np.asarray(tokenizer(content)["input_ids"], dtype=np.int64)
-    window = min(window, max_sequence(base.model.config) or window)
+    window = min(window, max_sequence(text_config(base.model.config)) or window)
     windows = [part for at in range(0, len(tokens), window) if len(part := tokens[at : at + window]) > 1]
     if not windows:
         raise UserError(f"The text file {text} has {len(tokens)} tokens. Expected two at least.")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..pytorch.base import DECODER_INPUT, Inputs, Outputs, max_sequence
+from ..pytorch.shapes import text_config
 from ..runtime.staged_session import StagedSession
 from .case import Case
 from .checks import parity_checks
@@ -71,7 +72,7 @@ def _step_by_step(session: StagedSession, batch: Inputs) -> Outputs:
 
 
 def _prompt(case: Case) -> list[int]:
-    config, rng = case.base.model.config, np.random.default_rng(0)
+    config, rng = text_config(case.base.model.config), np.random.default_rng(0)
     length = min(12, (max_sequence(config) or 1 << 30) // 2)
     prompt = rng.integers(0, config.vocab_size, length)
     pad = config.pad_token_id
@@ -86,7 +87,7 @@ def _generate(case: Case) -> Greedy:
     import torch
 
     base, prompt = case.base, _prompt(case)
-    longest = max_sequence(base.model.config)
+    longest = max_sequence(text_config(base.model.config))
     answers = bool(base.model.config.is_encoder_decoder)
     count = TOKENS if longest is None else min(TOKENS, longest - (1 if answers else len(prompt)))
     ids = torch.tensor([prompt])

@@ -1,0 +1,138 @@
+"""Vision-language models: the language part with its adapter, what sees images left out or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loratrf_deploy import GenerationSession, read_adapter
+from loratrf_deploy.cli.export import main
+from loratrf_deploy.cli.generate import main as generate
+from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export.onto import convert_adapter
+from loratrf_deploy.genai.names import genai_name
+from loratrf_deploy.parity import check_parity
+from loratrf_deploy.pytorch.oracle import load_reference
+
+Make = Callable[..., tuple[Path, Path]]
+SEEING = ["q_proj", "v_proj", "fc1"]
+"""Names that Gemma 3's language part and its vision tower both have, as people put them in target_modules."""
+
+
+def prove(adapter: Path, base: Path, out: Path, **how: Any) -> tuple[str, ...]:
+    """Exports with the parity check, which must hold in every comparison; returns the warnings."""
+    result = export_adapter(adapter, out, ExportOptions(base_model=base, **how))
+    assert result.parity is not None
+    assert {check.status for check in result.parity.checks} == {"passed"}
+    assert sum("64 greedy tokens" in check.output for check in result.parity.checks) >= 2
+    for check in result.parity.checks:
+        if check.output == "logits" and check.variant != "base-off":
+            assert check.figures is not None
+            assert check.figures.relative < 1e-5, check
+    return result.warnings
+
+
+SLOW = pytest.mark.slow
+WAYS = {
+    "merged": {"mode": "merged"},
+    "separate": {"mode": "separate"},
+    "swappable": {"swappable": "base"},
+    "int4": {"mode": "separate", "quantize": "int4"},
+    "swappable int4": {"swappable": "base", "quantize": "int4"},
+}
+CASES = [
+    ("qwen2_5_vl", "loratrf", "swappable"),
+    ("qwen3_vl", "loratrf", "merged"),
+    ("mistral3", "lora", "int4"),
+    *(
+        pytest.param(family, kind, way, marks=SLOW)
+        for family in ("gemma3", "qwen2_5_vl", "qwen3_vl", "mistral3")
+        for kind in ("lora", "loratrf")
+        for way in WAYS
+    ),
+    pytest.param("llava", "loratrf", "separate", marks=SLOW),
+    pytest.param("llava", "lora", "merged", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "way"), CASES)
+def test_texts(family: str, kind: str, way: str, make_vlm: Make, tmp_path: Path) -> None:
+    base, adapter = make_vlm(family, kind)
+    assert prove(adapter, base, tmp_path / "model.onnx", **WAYS[way]) == ()
+
+
+@pytest.fixture(scope="module")
+def swappable(make_vlm: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3's folder, exported from an adapter of which a part is in the vision tower."""
+    base, adapter = make_vlm("gemma3", "lora", target_modules=SEEING)
+    folder = tmp_path_factory.mktemp("gemma3")
+    (warning,) = prove(adapter, base, folder / "model.onnx", swappable="base")
+    assert warning.startswith("this adapter changes 4 modules that see images (model.vision_tower.")
+    return folder
+
+
+def test_what_sees_images_is_left_out_and_the_tokens_are_those_of_peft(make_vlm: Make, swappable: Path) -> None:
+    """Held against generate() of the whole adapter, not against the parity check."""
+    base, adapter = make_vlm("gemma3", "lora", target_modules=SEEING)
+    session = GenerationSession(swappable)
+    session.load("own", swappable / "lora.onnx_adapter")
+    reference = load_reference(read_adapter(adapter), base).model
+    prompts = [list(range(5, 17)), [9, 40, 3]]
+    rows = session.generate_tokens(prompts, adapter="own", max_new_tokens=40)
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = torch.tensor([prompt])
+        made = reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
+        )
+        made = made[0, len(prompt) :].tolist()
+        length = min(len(made), len(row))
+        assert row[:length] == made[:length]
+        assert length > 8
+
+
+def test_a_further_adapter_that_sees_images(make_vlm: Make, swappable: Path, tmp_path: Path) -> None:
+    base, adapter = make_vlm("gemma3", "lora", target_modules=SEEING, r=2, seed=5)
+    converted = convert_adapter(
+        adapter, swappable / "model.onnx", tmp_path / "b.onnx_adapter", base_model=base, check=True
+    )
+    assert converted.parity is not None
+    assert converted.parity.passed
+    assert (converted.layers, converted.model_layers) == (4, 4)
+    assert "4 modules that see images" in converted.warnings[0]
+
+
+def test_parity_and_generation_by_their_commands(
+    make_vlm: Make, swappable: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, adapter = make_vlm("gemma3", "lora", target_modules=SEEING)
+    assert check_parity(swappable / "model.onnx", adapter, base).passed
+    capsys.readouterr()
+    command = ["--model", str(swappable), "--adapter", f"own={swappable / 'lora.onnx_adapter'}", "--prompt", "a film"]
+    assert generate([*command, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_rows_of_adapters_that_see_images(make_vlm: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, adapter = make_vlm("gemma3", "lora", target_modules=SEEING)
+    other = make_vlm("gemma3", "lora", seed=3)[1]
+    arguments = ["--adapters", f"a={adapter}", f"b={other}", "--base-model", str(base)]
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(tmp_path / "out" / "model.onnx")]) == 0
+    assert "warning: a: this adapter changes 4 modules that see images" in capsys.readouterr().out
+
+
+def test_an_adapter_of_nothing_but_the_vision_tower(refused: Callable, make_vlm: Make, tmp_path: Path) -> None:
+    base, adapter = make_vlm("gemma3", "lora", target_modules=r".*vision_tower.*fc1")
+    message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", base)
+    assert "changes only what sees images in the Gemma3ForConditionalGeneration" in message
+    assert "model.vision_tower.head.mlp.fc1" in message
+
+
+def test_a_vision_tower_has_no_names_in_the_builders_graph() -> None:
+    assert genai_name("model.language_model.layers.1.self_attn.q_proj") == "/model/layers.1/attn/q_proj"
+    assert genai_name("model.vision_tower.encoder.layers.1.self_attn.q_proj") is None
+    assert genai_name("model.visual.layers.1.mlp.up_proj") is None
