@@ -28,7 +28,7 @@ from .graph import finish
 if TYPE_CHECKING:
     from transformers.exporters.base import ExportedComponent
 
-__all__ = ["save_stages", "trace_stages"]
+__all__ = ["calling", "save_stages", "trace_stages"]
 
 _BATCH, _PAST, _NEW, _LONG = 2, 3, 4, 5
 """Sizes that are traced with, each its own: torch takes sizes that are equal for one and the same."""
@@ -113,7 +113,7 @@ def _trace(base: BaseModel, forward: Callable[..., Any], inputs: Mapping[str, An
     }
     config = OnnxConfig(dynamic_shapes=shapes, ort_fusions="cpu", opset_version=opset)
     try:
-        with _calling(base.model, forward):
+        with calling(base.model, forward):
             component = OnnxExporter().export(base.model, dict(inputs), config=config).components["model"]
     except Exception as error:  # torch.export raises many classes
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -131,7 +131,7 @@ def _trace(base: BaseModel, forward: Callable[..., Any], inputs: Mapping[str, An
 
 
 @contextlib.contextmanager
-def _calling(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def calling(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, calling `model` calls `forward`: its layers keep their names, which a module around it would lengthen."""
     model.forward = forward
     try:

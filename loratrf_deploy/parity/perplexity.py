@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import read_adapter
 from ..errors import UserError
+from ..formats.images import takes_images
 from ..formats.manifest import MANIFEST, read_manifest
-from ..pytorch.base import GENERATION, max_sequence, tokenizer_of
+from ..genai.generate import decoder_config
+from ..pytorch.base import GENERATION, Inputs, Outputs, max_sequence, tokenizer_of
 from ..pytorch.oracle import load_reference, run_torch
 from ..pytorch.shapes import text_config
 from ..runtime.session import create_session
+from .images import with_images
 from .onnx_runs import run_session
 
 __all__ = ["WINDOW", "Row", "perplexities"]
@@ -93,8 +96,14 @@ def perplexities(
     base.model.to("meta")  # its memory is the next model's
     for model in models:
         name = _name(Path(model))
-        losses[name] = judged(name, functools.partial(run_session, create_session(model), outputs=["logits"]))
+        losses[name] = judged(name, functools.partial(_run, Path(model), create_session(model)))
     return [Row(name, math.exp(loss), loss - losses["PyTorch"]) for name, loss in losses.items()]
+
+
+def _run(model: Path, session: Any, batch: Inputs) -> Outputs:
+    if takes_images(decoder_config(model)):
+        (batch,) = with_images(model, [batch])
+    return run_session(session, batch, outputs=["logits"])
 
 
 def _negative_log_likelihood(logits: NDArray[Any], tokens: NDArray[np.int64]) -> float:
