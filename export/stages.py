@@ -32,6 +32,8 @@ __all__ = ["calling", "save_stages", "trace_stages"]
 
 _BATCH, _PAST, _NEW, _LONG = 2, 3, 4, 5
 """Sizes that are traced with, each its own: torch takes sizes that are equal for one and the same."""
+_BOTH_WAYS = ("paligemma",)
+"""Models whose tokens of a prompt see those behind them."""
 _SMALL = 256
 """Bytes below which a constant stays in its graph: ONNX Runtime infers shapes from some."""
 
@@ -44,6 +46,12 @@ def trace_stages(base: BaseModel, opset: int) -> dict[str, ExportedComponent]:
     are computed once, not with each token. Raises UserError where torch can't trace the model or ONNX can't express it.
     """
     model = base.model
+    if model.config.model_type in _BOTH_WAYS:
+        raise UserError(
+            f"The base model {base.path} ({type(model).__name__}) reads a prompt in both directions, and a decoder "
+            "with a cache reads from the front: its answers would be others. This version can't export it; "
+            "docs/vision-language.md names models that it can."
+        )
     whole = model.forward
     ids = torch.ones((_BATCH, _LONG), dtype=torch.int64)
     if not model.config.is_encoder_decoder:

@@ -62,8 +62,11 @@ CASES = [
         for kind in ("lora", "loratrf")
         for way in WAYS
     ),
-    pytest.param("llava", "loratrf", "separate", marks=SLOW),
     pytest.param("llava", "lora", "merged", marks=SLOW),
+    *(
+        pytest.param(family, "loratrf", "separate", marks=SLOW)
+        for family in ("llava", "lfm2_vl", "qwen3_5", "qwen2_vl", "smolvlm")
+    ),
 ]
 
 
@@ -131,6 +134,12 @@ def test_rows_of_adapters_that_see_images(make_vlm: Make, tmp_path: Path, capsys
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path / "out" / "model.onnx")]) == 0
     assert "warning: a: this adapter changes 4 modules that see images" in capsys.readouterr().out
+
+
+def test_a_model_that_reads_prompts_both_ways(refused: Callable, make_vlm: Make, tmp_path: Path) -> None:
+    base, adapter = make_vlm("paligemma", "lora")
+    message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", base)
+    assert "(PaliGemmaForConditionalGeneration) reads a prompt in both directions" in message
 
 
 def test_an_adapter_of_nothing_but_the_vision_tower(refused: Callable, make_vlm: Make, tmp_path: Path) -> None:

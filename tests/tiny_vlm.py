@@ -12,7 +12,7 @@ from tiny_llm import VOCABULARY, make_tokenizer
 
 IMAGE = VOCABULARY - 1
 """The token that stands for a piece of an image."""
-LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LANGUAGE = r".*(language_model|text_model)\..*layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w2)"
 
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -63,6 +63,34 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "llama"},
         _TOWER | {"model_type": "clip_vision_model"},
         {"image_token_index": IMAGE, "tie_word_embeddings": False},
+    ),
+    "lfm2_vl": (
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        _TOWER | {"model_type": "siglip2_vision_model", "num_patches": 64},
+        {"image_token_id": IMAGE},
+    ),
+    "qwen3_5": (
+        {
+            "vocab_size": VOCABULARY + 13,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": _ROPE
+            | {"mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+            **{f"linear_num_{part}_heads": 2 for part in ("key", "value")},
+            **{f"linear_{part}_head_dim": 16 for part in ("key", "value")},
+        },
+        _PATCHES | {"deepstack_visual_indexes": []},
+        _MARKS,
+    ),
+    "qwen2_vl": (
+        {"head_dim": 8, "rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}},
+        {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+        _MARKS,
+    ),
+    "smolvlm": ({"model_type": "llama"}, _TOWER, {"image_token_id": IMAGE, "scale_factor": 2}),
+    "paligemma": (
+        {"model_type": "gemma"},
+        _TOWER | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32},
     ),
 }
 """What the configuration of each family needs: of its texts, of its images, of both."""
