@@ -18,7 +18,7 @@ from loratrf_deploy import GenerationSession, UserError, read_adapter
 from loratrf_deploy.cli.export import main
 from loratrf_deploy.cli.generate import main as generate
 from loratrf_deploy.cli.inspect import main as inspect
-from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
 from loratrf_deploy.genai.names import genai_name
 from loratrf_deploy.parity import check_parity
@@ -40,7 +40,7 @@ def prove(adapter: Path, base: Path, out: Path, **how: Any) -> tuple[str, ...]:
     for check in result.parity.checks:
         if check.output == "logits" and check.variant != "base-off":
             assert check.figures is not None
-            assert check.figures.relative < 1e-5, check
+            assert check.figures.relative < 3e-5, check
     return result.warnings
 
 
@@ -67,6 +67,8 @@ CASES = [
         pytest.param(family, "loratrf", "separate", marks=SLOW)
         for family in ("llava", "lfm2_vl", "qwen3_5", "qwen2_vl", "smolvlm")
     ),
+    pytest.param("qwen3_5", "loratrf", "swappable int4", marks=SLOW),
+    pytest.param("lfm2_vl", "lora", "swappable int4", marks=SLOW),
 ]
 
 
@@ -84,6 +86,23 @@ def swappable(make_vlm: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (warning,) = prove(adapter, base, folder / "model.onnx", swappable="base")
     assert warning.startswith("this adapter changes 4 modules that see images (model.vision_tower.")
     return folder
+
+
+def test_rows_of_several_lengths_of_a_model_with_positions_along_three_axes(make_vlm: Make, tmp_path: Path) -> None:
+    """onnxruntime-genai counts a shorter row's positions on behind its padding: such rows don't share a batch."""
+    base, adapter = make_vlm("qwen2_5_vl", "lora")
+    options = ExportOptions(base_model=base, mode="merged", check=False)
+    export_adapter(adapter, tmp_path / "out" / "model.onnx", options)
+    reference = load_reference(read_adapter(adapter), base).model
+    prompts = [list(range(5, 17)), [9, 40, 3], [7, 7, 8]]
+    rows = GenerationSession(tmp_path / "out").generate_tokens(prompts, max_new_tokens=24)
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = torch.tensor([prompt])
+        made = reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+        )
+        assert row == made[0, len(prompt) :].tolist()[: len(row)]
+        assert len(row) > 4
 
 
 def test_what_sees_images_is_left_out_and_the_tokens_are_those_of_peft(make_vlm: Make, swappable: Path) -> None:
@@ -125,6 +144,14 @@ def test_parity_and_generation_by_their_commands(
     command = ["--model", str(swappable), "--adapter", f"own={swappable / 'lora.onnx_adapter'}", "--prompt", "a film"]
     assert generate([*command, "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out
+
+
+def test_mixed_rows_of_a_model_with_positions_along_three_axes(make_vlm: Make, tmp_path: Path) -> None:
+    base, adapter = make_vlm("qwen2_5_vl", "lora")
+    other = make_vlm("qwen2_5_vl", "loratrf")[1]
+    result = export_grouped({"a": adapter, "b": other}, tmp_path / "model.onnx", ExportOptions(base_model=base))
+    assert result.parity is not None
+    assert result.parity.passed
 
 
 def test_rows_of_adapters_that_see_images(make_vlm: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,19 @@ from tiny_llm import VOCABULARY, make_tokenizer
 
 IMAGE = VOCABULARY - 1
 """The token that stands for a piece of an image."""
-LANGUAGE = r".*(language_model|text_model)\..*layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w2)"
+_LAYERS = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w2",
+    "in_proj_qkv",
+    "in_proj_z",
+]
+LANGUAGE = rf".*(language_model|text_model)\..*layers.*\.({'|'.join(_LAYERS)})"
 
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -15,6 +15,7 @@ POSITION_IDS = "position_ids"
 
 _ALIASES = {
     "attn": {"dense": "o_proj", "out_proj": "o_proj"},
+    "linear_attn": {f"in_proj_{part}": f"{part}_proj" for part in ("qkv", "z", "b", "a")},
     "mlp": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
 
@@ -42,7 +43,8 @@ def genai_name(path: str) -> str | None:
         return "/lm_head"
     if match := re.fullmatch(r"(?:\w+\.)?(?:language_model\.)?layers\.(\d+)\.(\w+)\.(\w+)", path):
         layer, group, name = match.groups()
-        group = "attn" if "attn" in group or "attention" in group else "mlp" if group == "feed_forward" else group
+        if group != "linear_attn":
+            group = "attn" if "attn" in group or "attention" in group else "mlp" if group == "feed_forward" else group
         return f"/model/layers.{layer}/{group}/{_ALIASES.get(group, {}).get(name, name)}"
     return None
 
