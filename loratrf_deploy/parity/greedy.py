@@ -28,7 +28,7 @@ from ..pytorch.shapes import text_config
 from ..runtime.session import library_path
 from .case import Case
 from .figures import Figures
-from .images import image_batches
+from .images import image_batches, token_edge
 from .result import LIBRARY, NO_ADAPTER, Check, Status, Variant
 
 if TYPE_CHECKING:
@@ -114,10 +114,9 @@ def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
 def torch_greedy_seen(model: Any, config: dict[str, Any]) -> Greedy:
     """As `torch_greedy`, of a prompt with two images of different size."""
     facts, prompt = config["model"], image_batches(model.config)[-1]
-    edge = facts["vision"]["patch_size"] * facts["vision"]["spatial_merge_size"]
     images = {name: prompt[name] for name in (PIXELS, IMAGE_SIZES)}
     tokens, scores = _continued(model, {"input_ids": prompt["input_ids"], **images}, TOKENS, facts)
-    counts = (prompt[IMAGE_SIZES] // edge).prod(axis=1)
+    counts = (prompt[IMAGE_SIZES] // token_edge(model.config)).prod(axis=1)
     return Greedy(prompt["input_ids"][0].tolist(), tokens, scores, images | {"num_image_tokens": counts})
 
 

@@ -13,7 +13,7 @@ from ..formats.images import EMBEDDING_FILE, EMBEDS, FEATURES, IMAGE_SIZES, PIXE
 from ..pytorch.base import Inputs
 from ..runtime.session import create_session
 
-__all__ = ["image_batches", "image_prompt", "with_images"]
+__all__ = ["image_batches", "image_prompt", "token_edge", "with_images"]
 
 _PROMPTS = (((2, 3),), ((3, 1), (2, 4)))
 """Height and width of each prompt's images, in tokens."""
@@ -24,20 +24,24 @@ def image_batches(config: Any) -> list[Inputs]:
     return [image_prompt(config, sizes, seed) for seed, sizes in enumerate(_PROMPTS)]
 
 
+def token_edge(config: Any) -> int:
+    """Height and width, in pixels, of what one token stands for."""
+    return int(config.vision_config.patch_size * config.spatial_merge_size)
+
+
 def image_prompt(config: Any, sizes: Sequence[tuple[int, int]], seed: int) -> Inputs:
     """input_ids and attention_mask (1,S), with as many tokens for each image as it has, pixel_values, image_sizes.
 
     `config` is the model's, `sizes` are each image's height and width in tokens.
     """
     rng, image = np.random.default_rng(seed), config.image_token_id
-    edge = config.vision_config.patch_size * config.spatial_merge_size
     words = rng.integers(3, config.text_config.vocab_size, (len(sizes) + 1, 5))
     words[words == image] = 2
     pieces = [words[0]]
     for (height, width), after in zip(sizes, words[1:], strict=True):
         pieces += [np.full(height * width, image), after]
     ids = np.concatenate(pieces).astype(np.int64)[None]
-    pixels = np.array(sizes, np.int64) * edge
+    pixels = np.array(sizes, np.int64) * token_edge(config)
     values = np.zeros((len(sizes), config.vision_config.num_channels, *pixels.max(axis=0)), np.float32)
     for own, (height, width) in zip(values, pixels, strict=True):
         own[:, :height, :width] = rng.standard_normal((len(own), height, width))

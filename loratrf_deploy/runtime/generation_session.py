@@ -69,6 +69,8 @@ class GenerationSession:
             if takes_images({"model": config}):
                 self._edge = int(config["vision"]["patch_size"]) * int(config["vision"]["spatial_merge_size"])
                 self._image_token = int(config["image_token_id"])
+                if self._edge < 1:
+                    raise ValueError(f"its images have tokens of {self._edge} pixels")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder} has no {CONFIG_FILE} that generation can use ({error}). Export the model again with "
