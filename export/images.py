@@ -51,7 +51,7 @@ def fold_seeing(base: BaseModel, seeing: Adapter) -> list[LayerRow]:
         raise UserError(
             f"The adapter {seeing.path} has task-aware filters on what sees images ({some(filters)}): a filter doesn't "
             f"fold into weights, and {VISION_FILE} has no operators. Train it with filters on the language part alone "
-            "(filter_target_modules), or export the texts' part with --swappable base."
+            "(filter_target_modules)."
         )
     fold(base.model, seeing, merge=True)
     return layer_rows(seeing, {})

@@ -37,7 +37,8 @@ def language_part(adapter: Adapter, model: Any, *, images: bool = False) -> tupl
         raise UserError(
             f"The adapter {adapter.path} changes only what sees images in the {type(model).__name__} "
             f"({some(_modules(rest))}), and what is exported of such a model reads texts, for which it makes no "
-            "difference. Train it on the language part (target_modules of its decoder's layers), or serve it with PEFT."
+            "difference. Train it on the language part (target_modules of its decoder's layers), or serve it with "
+            "PEFT. docs/vision-language.md says which models see, and how they are exported."
         )
     return part, rest
 
@@ -52,10 +53,9 @@ def left_out(rest: Adapter | None) -> list[str]:
     """What to tell the user of the `rest` of an adapter that is left out: a warning, or nothing."""
     if rest is None:
         return []
-    modules = _modules(rest)
     return [
-        f"this adapter changes {len(modules)} modules that see images ({some(modules)}). They are left out: the model "
-        "reads texts, whose answers are the same without them."
+        f"this adapter changes what sees images ({some(_modules(rest))}). That is left out: the model reads texts, "
+        "whose answers are the same without it."
     ]
 
 
