@@ -28,6 +28,7 @@ from ..genai.generate import CONFIG_FILE
 from ..genai.names import genai_name, linear_nodes
 from ..ops.library import library_path
 from ..pytorch.base import tokenizer_of
+from ..pytorch.shapes import text_config
 from .adapted import fold, layer_rows
 from .behind import insert
 from .builder_config import in_builders_words, mend, rotations, write_rotations
@@ -84,6 +85,8 @@ def write_genai(
 
     The folder gets what `build_graph` and `save` say. `base` is used up. Raises UserError for what GenAI can't take.
     """
+    from .images import exports_images, name_images, write_images
+
     check_precision(options.device, options.quantize, options.dtype)
     step("adapting")
     biases = {}
@@ -95,7 +98,11 @@ def write_genai(
         changed = bool(options.merges or adapter.modules_to_save or adapter.biases or biased)
     else:
         rest, rows, changed = {}, merge_with_peft(), True
-    model = build_graph(adapter, base, out, options, {*rest, *biases}, changed=changed, step=step)
+    if images := exports_images(base, options):
+        write_images(base, out.parent, step)
+    model = build_graph(adapter, base, out, options, {*rest, *biases}, changed=changed, step=step, images=images)
+    if images:
+        name_images(out.parent, base.model.config)
     insert(model, rest, adapter.filter_input, options.dtype, biases)
     weights = _swap(model.graph, adapter, rest, options)
     save(model, out, options)
@@ -137,13 +144,15 @@ def build_graph(
     *,
     changed: bool,
     step: Callable[[str], None],
+    images: bool = False,
 ) -> ir.Model:
     """The builder's graph of `base` in memory, with a linear layer of its own for each of the modules `adapted`.
 
     The folder of `out` gets the weights in `out`.data, genai_config.json, config.json and the tokenizer, which is
     `adapter`'s where it has one. `changed` says whether `base` has other weights than its checkpoint. `base` is used
     up: its weights are gone afterwards, so that the builder, which loads its own, doesn't need memory for two models.
-    Raises UserError for options that the builder doesn't take, and models that it doesn't know.
+    With `images` the graph takes embeddings in the place of tokens, which `write_images` made a graph for. Raises
+    UserError for options that the builder doesn't take, and models that it doesn't know.
     """
     if options.opset is not None:
         raise UserError("--opset isn't for causal language models: onnxruntime-genai's builder sets it. Leave it out.")
@@ -156,12 +165,14 @@ def build_graph(
         gc.collect()
         step("building the graph with onnxruntime-genai")
         extra = _builder_options(adapted, options, trust_remote_code=base.trust_remote_code)
+        if images:
+            extra["exclude_embeds"] = "true"
         build(stage, out, precision, options.device, extra)
         shutil.copy(stage / "config.json", out.parent)
     step("inserting operators")
     model = ir.load(out)
     write_rotations(model.graph, out.parent, rotated)
-    mend(model.graph, base.model.config)
+    mend(model.graph, text_config(base.model.config))
     _name_modules(model, base.model, adapted)
     _fix_cache_width(model, out.parent)
     return model
@@ -236,7 +247,7 @@ def build(stage: Path, out: Path, precision: str, device: str, options: Mapping[
     pairs = [f"{name}={value}" for name, value in {**options, "filename": out.name}.items()]
     try:
         extra = parse_extra_options("", str(stage), str(out.parent), precision, device, cache, pairs)
-        in_builders_words(extra["hf_details"]["hf_config"])
+        in_builders_words(text_config(extra["hf_details"]["hf_config"]))
         create_model("", str(stage), str(out.parent), precision, device, cache, **extra)
     except Exception as error:  # the builder raises plain exceptions of many classes
         architecture = json.loads((stage / "config.json").read_text())["architectures"][0]

@@ -24,6 +24,7 @@ from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
 from ..parity.grouped import check_grouped_parity
 from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
 from ..pytorch.embedding import as_embedder
+from ..pytorch.language import language_part, left_out
 from ..pytorch.shared import share_trunk
 from ..runtime.slots import Slots
 from .files import check_writable
@@ -88,15 +89,16 @@ def export_grouped(
         loaded = {name: as_embedder(adapter) for name, adapter in loaded.items()}
     _check_together(loaded, options.base_model)
 
+    warnings = [f"{name}: {adapter.warning}" for name, adapter in loaded.items() if adapter.warning]
+
     def write(model: Path, clock: Clock) -> Manifest:
-        return _write_model(loaded, model, clock, options)
+        return _write_model(loaded, model, clock, options, warnings)
 
     def prove(model: Path, _: Manifest, step: Callable[[str], None]) -> ParityReport:
         return check_grouped_parity(
             model, loaded, options.base_model, trust_remote_code=options.trust_remote_code, step=step
         )
 
-    warnings = [f"{name}: {adapter.warning}" for name, adapter in loaded.items() if adapter.warning]
     return write_proven(out, write, prove if options.check else None, step, warnings)
 
 
@@ -160,10 +162,15 @@ class _Contents:
         return next(iter(self.adapters.values()))
 
 
-def _write_model(adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+def _write_model(
+    adapters: Mapping[str, Adapter], out: Path, clock: Clock, options: ExportOptions, warnings: list[str]
+) -> Manifest:
     clock("loading the base model")
     shared = _load_shared(adapters, out, options)
     base = shared.base
+    parts = {name: language_part(adapter, base.model) for name, adapter in adapters.items()}
+    adapters = {name: adapter for name, (adapter, _) in parts.items()}
+    warnings += [f"{name}: {text}" for name, (_, left) in parts.items() for text in left_out(left)]
     clock("adapting")
     contents = _contents(adapters, shared, options.dtype)
     write = _write_generating if base.task == GENERATION else _write_encoder

@@ -16,6 +16,7 @@ from ..formats.manifest import AdapterId, Manifest, Swappable, read_swappable
 from ..formats.tasks import in_graph, label_names, part_of
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, TASKS, load_base
+from ..pytorch.language import language_part_for, left_out
 from ..pytorch.quiet import quiet
 from .files import base_sha256, check_writable, written_aside
 from .proven import ParityFailed
@@ -74,6 +75,8 @@ def convert_adapter(
     part = part_of(task, swappable.tasks, loaded.path)
     _check_whole(loaded, swappable.known_to(part))
     fitting = _with_gains(loaded, swappable, base_model, trust_remote_code=trust_remote_code)
+    modules = {weight.module for weight in swappable.weights if weight.in_layer}
+    fitting, left = language_part_for(fitting, modules)
     named = in_graph(fitting, part, swappable.trunk)
     values = fit(named, swappable.weights, manifest.adapter.filter_input, task)
     known_as = AdapterId.of(loaded, task, label_names(loaded, task)) if swappable.slots else None
@@ -89,10 +92,9 @@ def convert_adapter(
                 )
             if not report.passed:
                 raise ParityFailed(report)
-    modules = {weight.module for weight in swappable.weights if weight.in_layer}
     listed = bool(swappable.base_parameters)
-    warnings = (loaded.warning,) if loaded.warning else ()
-    return Converted(out, size, len(loaded.layers), len(modules), base_by, listed, report, warnings)
+    warnings = (*([loaded.warning] if loaded.warning else []), *left_out(left))
+    return Converted(out, size, len(fitting.layers), len(modules), base_by, listed, report, warnings)
 
 
 def _with_gains(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from ..formats.manifest import LayerRow, Manifest, Swappable
 from ..parity.single import check_parity
 from ..pytorch.base import GENERATION, BaseModel, load_base, tokenizer_of
 from ..pytorch.embedding import as_embedder
+from ..pytorch.language import language_part, left_out
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
+from ..pytorch.processors import processor_files
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks, check_stages
@@ -70,8 +73,10 @@ def export_adapter(
         loaded, merges=options.merges, device=options.device, remedy="Export it merged: --mode merged, not swappable."
     )
 
+    warnings = [loaded.warning] if loaded.warning else []
+
     def write(model: Path, clock: Clock) -> Manifest:
-        return _write_model(loaded, model, clock, options)
+        return _write_model(loaded, model, clock, options, warnings)
 
     def prove(model: Path, manifest: Manifest, step: Callable[[str], None]) -> ParityReport:
         device = "cpu" if manifest.task == GENERATION else options.device
@@ -86,19 +91,23 @@ def export_adapter(
             step=step,
         )
 
-    warnings = [loaded.warning] if loaded.warning else []
     return write_proven(out, write, prove if options.check else None, step, warnings)
 
 
-def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions) -> Manifest:
+def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions, warnings: list[str]) -> Manifest:
     from ..pytorch.dora import with_gains
+    from .images import exports_images
     from .pool import with_embedding
 
     clock("loading the base model")
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     base = with_embedding(base, [adapter], options)
     adapter = with_gains(adapter, base.model)
-    write = _writer(adapter, base, out)
+    images = base.task == GENERATION and exports_images(base, options)
+    adapter, seeing = language_part(adapter, base.model, images=images)
+    if not images:
+        warnings += left_out(seeing)
+    write = _writer(adapter, base, out, seeing if images else None)
     manifest, values = write(adapter, base, out, clock, options)
     if manifest.swappable is not None:
         write_adapter_file(out.with_name(str(manifest.swappable.file)), values, Origin.of(adapter, manifest))
@@ -106,25 +115,32 @@ def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptio
 
 
 def _writer(
-    adapter: Adapter, base: BaseModel, out: Path
+    adapter: Adapter, base: BaseModel, out: Path, seeing: Adapter | None
 ) -> Callable[[Adapter, BaseModel, Path, Clock, ExportOptions], tuple[Manifest, Values]]:
-    """What writes the model of `base`; GenAI's builder is asked whether it knows one that generates."""
+    """What writes the model of `base`; GenAI's builder is asked whether it knows one that generates.
+
+    `seeing` is what of the adapter is in its vision tower, where that is exported too.
+    """
     if base.task == GENERATION:
         from .genai import knows
 
-        return _write_generating if knows(adapter, base, out) else _write_stages
+        return partial(_write_generating, seeing) if knows(adapter, base, out) else _write_stages
     return _write_stages if base.answers else _write_encoder
 
 
 def _write_generating(
-    adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
+    seeing: Adapter | None, adapter: Adapter, base: BaseModel, out: Path, clock: Clock, options: ExportOptions
 ) -> tuple[Manifest, Values]:
     """Writes a causal language model; returns its manifest and its run-time weights."""
     import onnx_ir as ir
 
     from .genai import write_genai
+    from .images import FILES, exports_images, fold_seeing
 
     check_generates(options)
+    folded = []
+    if seeing is not None:
+        folded = fold_seeing(base, seeing)
     if options.swappable is not None and adapter.modules_to_save:
         raise UserError(
             f"The adapter {adapter.path} saves {some(adapter.modules_to_save)} whole, which becomes part of a language "
@@ -139,13 +155,21 @@ def _write_generating(
     layers, weights = write_genai(
         adapter, base, out, options, merge_with_peft=lambda: _merge_with_peft(adapter, base), step=clock
     )
+    layers += folded
     swappable, values = None, {}
     if options.swappable is not None:
         file = f"{adapter.name}{SUFFIX}"
         swappable = Swappable(options.swappable, tuple(weights), file=file, base_parameters=base.parameters)
         values = fit(adapter, weights, adapter.filter_input)
     versions, opset = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}, ir.load(out).opset_imports[""]
-    manifest = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, versions=versions)
+    others: tuple[str, ...] = ()
+    if exports_images(base, options):
+        others = FILES
+        for name, text in processor_files(adapter, base).items():
+            (out.parent / name).write_text(text, encoding="utf-8")
+    manifest = common_facts(
+        base, [adapter], out, options, opset, layers, swappable=swappable, versions=versions, others=others
+    )
     return manifest, values
 
 

@@ -31,10 +31,12 @@ from .graph import finish
 if TYPE_CHECKING:
     from transformers.exporters.base import ExportedComponent
 
-__all__ = ["check_hears", "save_stages", "trace_stages"]
+__all__ = ["calling", "check_hears", "save_stages", "trace_stages"]
 
 _BATCH, _PAST, _NEW, _LONG = 2, 3, 4, 5
 """Sizes that are traced with, each its own: torch takes sizes that are equal for one and the same."""
+_BOTH_WAYS = ("paligemma",)
+"""Models whose tokens of a prompt see those behind them."""
 _SMALL = 256
 """Bytes below which a constant stays in its graph: ONNX Runtime infers shapes from some."""
 
@@ -64,6 +66,12 @@ def trace_stages(base: BaseModel, opset: int) -> dict[str, ExportedComponent]:
     are computed once, not with each token. Raises UserError where torch can't trace the model or ONNX can't express it.
     """
     model = base.model
+    if model.config.model_type in _BOTH_WAYS:
+        raise UserError(
+            f"The base model {base.path} ({type(model).__name__}) reads a prompt in both directions, and a decoder "
+            "with a cache reads from the front: its answers would be others. This version can't export it; "
+            "docs/vision-language.md names models that it can."
+        )
     whole = model.forward
     ids = torch.ones((_BATCH, _LONG), dtype=torch.int64)
     if not model.config.is_encoder_decoder:
@@ -135,7 +143,7 @@ def _trace(base: BaseModel, forward: Callable[..., Any], inputs: Mapping[str, An
     }
     config = OnnxConfig(dynamic_shapes=shapes, ort_fusions="cpu", opset_version=opset)
     try:
-        with _calling(base.model, forward):
+        with calling(base.model, forward):
             component = OnnxExporter().export(base.model, dict(inputs), config=config).components["model"]
     except Exception as error:  # torch.export raises many classes
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -153,7 +161,7 @@ def _trace(base: BaseModel, forward: Callable[..., Any], inputs: Mapping[str, An
 
 
 @contextlib.contextmanager
-def _calling(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def calling(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, calling `model` calls `forward`: its layers keep their names, which a module around it would lengthen."""
     model.forward = forward
     try:

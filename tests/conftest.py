@@ -237,3 +237,26 @@ def staged(make_staged: Callable[..., tuple[Path, Path]], made_once: Callable[..
         return Exported(base, adapter, made_once(_prove, adapter, base, mode) / "model.onnx")
 
     return make
+
+
+def _vlm_base(folder: Path, family: str) -> None:
+    import tiny_vlm
+
+    tiny_vlm.make_base(folder / family, family)
+
+
+def _vlm_adapter(folder: Path, base: Path, kind: str, **options: Any) -> None:
+    import tiny_vlm
+
+    tiny_vlm.make_adapter(base, folder / kind, kind, **options)
+
+
+@pytest.fixture(scope="session")
+def make_vlm(made_once: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
+    """make_vlm(family, kind, **adapter options) -> (base, adapter), folders to read only."""
+
+    def make(family: str = "gemma3", kind: str = "lora", **options: Any) -> tuple[Path, Path]:
+        base = made_once(_vlm_base, family) / family
+        return base, made_once(_vlm_adapter, base, kind, **options) / kind
+
+    return make

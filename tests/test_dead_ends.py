@@ -91,17 +91,14 @@ def test_task_type_is_advised_only_where_it_helps(refused: Refused, make_tiny, t
     assert main([*command, "--out", str(tmp_path / "out" / "model.onnx")]) == 0
 
 
-def test_a_vision_language_model(refused: Refused, make_tiny, tmp_path: Path) -> None:
+def test_a_model_of_which_transformers_has_no_class_for_the_task(refused: Refused, make_tiny, tmp_path: Path) -> None:
     """transformers' own words are the names of all the classes that it has."""
-    text = transformers.LlamaConfig(**{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
-    transformers.LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"]).save_pretrained(
-        tmp_path / "base"
-    )
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path / "base")
     adapter = Path(shutil.copytree(make_tiny(kind="lora")[1], tmp_path / "adapter"))
     edit_json(adapter / "adapter_config.json", task_type="CAUSAL_LM")
     message = refused(tmp_path / "out" / "model.onnx", "--adapter", adapter, "--base-model", tmp_path / "base")
-    assert "type llava (LlavaForConditionalGeneration)" in message
-    assert "Vision-language models" in message
+    assert "type clip (CLIPModel)" in message
+    assert "no model for text-generation" in message
     assert len(message) < 600
 
 

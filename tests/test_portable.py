@@ -54,7 +54,7 @@ def plain(model: Path) -> onnx.ModelProto:
     """The model, of ONNX's own operators in the main graph, all of whose last outputs are read."""
     proto = onnx.load(model, load_external_data=False)
     assert not proto.functions
-    assert [entry.domain for entry in proto.opset_import] == [""]
+    assert [entry.domain for entry in proto.opset_import] == [""], proto.opset_import
     assert {node.domain for node in proto.graph.node} == {""}
     read = {name for node in proto.graph.node for name in node.input} | {value.name for value in proto.graph.output}
     assert all(node.output[-1] in read for node in proto.graph.node)

@@ -30,6 +30,9 @@ __all__ = [
 
 CONFIG_FILE = "genai_config.json"
 
+_THREE_AXES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+"""Begins what onnxruntime-genai calls models that count positions along time, height and width."""
+
 _LIBRARY = "custom_ops_library"
 _SESSION_OPTIONS = frozenset(
     (
@@ -75,9 +78,11 @@ def decoder_config(model: Path) -> dict[str, Any] | None:
 def takes_uneven_rows(config: Any) -> bool:
     """Whether rows of several lengths run in one batch.
 
-    The cache of a convolution (LFM2) would hold their padding, and one as wide as a sliding window refuses them.
+    The cache of a convolution (LFM2) would hold their padding, one as wide as a sliding window refuses them, and
+    positions along three axes (Qwen-VL) go on behind it.
     """
-    return not _values(config, "past_conv_names") and not cache_window(config)
+    three_axes = any(str(kind).startswith(_THREE_AXES) for kind in _values(config, "type"))
+    return not three_axes and not _values(config, "past_conv_names") and not cache_window(config)
 
 
 def cache_window(config: Any) -> int:

@@ -118,6 +118,7 @@ def decode_rows(
     adapter_ids: Sequence[int] | None = None,
     prefix: Sequence[int] = (),
     least: int = 0,
+    images: Mapping[str, NDArray[Any]] | None = None,
     search: Mapping[str, Any],
 ) -> Iterator[NDArray[np.int32]]:
     """Yields the next token of every row, up to `count` times; what comes for a row that has ended means nothing.
@@ -125,8 +126,9 @@ def decode_rows(
     Rows are padded with `pad` on the right, where onnxruntime-genai looks for padding; so of several rows none may end
     in `pad`. `active` is an adapter that onnxruntime-genai holds, by its name there; `adapter_ids` (rows) are a grouped
     model's. `prefix` are tokens before a single row that run without `active`. The cache holds `least` tokens at least
-    (`cache_window`). `search` are onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...);
-    without any it is greedy, whatever the folder's own defaults are. Raises GenerationFailed where
+    (`cache_window`). `images` are what a single row sees: pixel_values, image_sizes and num_image_tokens, how many
+    tokens each image has in the row. `search` are onnxruntime-genai's search options (do_sample, temperature, top_k,
+    top_p, ...); without any it is greedy, whatever the folder's own defaults are. Raises GenerationFailed where
     onnxruntime-genai refuses, such as more tokens than the context holds.
     """
     import onnxruntime_genai as og
@@ -148,7 +150,10 @@ def decode_rows(
             generator.append_tokens(np.array(prefix, np.int32))
         if active is not None:
             generator.set_active_adapter(*active)
-        generator.append_tokens(tokens)
+        if images:
+            generator.set_inputs(_with_tokens(images, tokens))
+        else:
+            generator.append_tokens(tokens)
     except Exception as error:  # plain RuntimeErrors
         raise GenerationFailed(
             f"onnxruntime-genai refuses {longest} tokens of prompt and {count} more: {error}"
@@ -168,3 +173,13 @@ def decode_rows(
     finally:
         # Before whoever holds the adapter: what a generator uses, onnxruntime-genai doesn't unload.
         del generator
+
+
+def _with_tokens(images: Mapping[str, NDArray[Any]], tokens: NDArray[np.int32]) -> og.NamedTensors:
+    """What onnxruntime-genai's own processor would give."""
+    import onnxruntime_genai as og
+
+    tensors = og.NamedTensors()
+    for name, value in {"input_ids": tokens, **images}.items():
+        tensors[name] = og.Tensor(np.ascontiguousarray(value))
+    return tensors

@@ -15,6 +15,7 @@ POSITION_IDS = "position_ids"
 
 _ALIASES = {
     "attn": {"dense": "o_proj", "out_proj": "o_proj"},
+    "linear_attn": {f"in_proj_{part}": f"{part}_proj" for part in ("qkv", "z", "b", "a")},
     "mlp": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
 
@@ -34,12 +35,16 @@ def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
 
 
 def genai_name(path: str) -> str | None:
-    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head."""
+    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head.
+
+    Of a vision-language model the layers are the language part's: a vision tower's are often called the same.
+    """
     if path.rpartition(".")[2] in ("lm_head", "embed_out"):
         return "/lm_head"
-    if match := re.search(r"layers\.(\d+)\.(\w+)\.(\w+)$", path):
+    if match := re.fullmatch(r"(?:\w+\.)?(?:language_model\.)?layers\.(\d+)\.(\w+)\.(\w+)", path):
         layer, group, name = match.groups()
-        group = "attn" if "attn" in group or "attention" in group else "mlp" if group == "feed_forward" else group
+        if group != "linear_attn":
+            group = "attn" if "attn" in group or "attention" in group else "mlp" if group == "feed_forward" else group
         return f"/model/layers.{layer}/{group}/{_ALIASES.get(group, {}).get(name, name)}"
     return None
 

@@ -15,19 +15,22 @@ from ..adapters.adapter import Adapter, read_adapter
 from ..errors import UserError
 from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
+from ..formats.images import EMBEDS, takes_images
 from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
 from ..formats.stages import CROSS, Stages, stages_of
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
-from ..genai.names import POSITION_IDS, is_cache
+from ..genai.names import POSITION_IDS, genai_name, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
 from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPERATOR, OPS, Device
 from ..pytorch.base import TASKS, BaseModel, Inputs
 from ..pytorch.embedding import as_embedder
+from ..pytorch.language import language_part
 from ..pytorch.oracle import load_reference
 from ..runtime.session import PROVIDERS, check_providers
 from ..runtime.slots import Slots
+from .images import image_batches, with_images
 from .inputs import complete, default_inputs, padding_mask, read_inputs
 from .quantised import dequantise_reference, exact_arithmetic
 from .result import Check, Step
@@ -63,8 +66,9 @@ class Case:
     model has the adapter in the one slot of these weights; in one of several tasks `part` is that of the adapter's, and
     `outputs` are its own. `folded` layers have their low-rank half, or a bias of it, in the graph's weights.
     `genai_config` is there where the model generates with onnxruntime-genai, `stages` where it does so by itself:
-    `graph` is the decoder's then. Where the base is `quantised`, `graph` is the one in the file, made to compute in
-    float32, `base` has its dequantised weights, and `weight_checks` say whether these are its own.
+    `graph` is the decoder's then. ONNX Runtime is `fed` the batches with what else its graph takes. Where the base is
+    `quantised`, `graph` is the one in the file, made to compute in float32, `base` has its dequantised weights, and
+    `weight_checks` say whether these are its own.
     """
 
     model: Path
@@ -82,6 +86,7 @@ class Case:
     manifest: Manifest | None
     weights: dict[str, NDArray[Any]]
     batches: tuple[Inputs, ...]
+    fed: tuple[Inputs, ...]
     masks: tuple[NDArray[np.bool_] | None, ...]
     outputs: tuple[str, ...]
     part: TaskPart | None
@@ -128,6 +133,8 @@ def prepare(
     step("loading PyTorch's model")
     graphs = [graph] if stages is None or stages.encoder is None else [graph, load_graph(stages.encoder)]
     folded = _folded(in_graph(read, part, trunk), graphs)
+    if genai_config is not None:
+        folded = {name for name in folded if genai_name(name)}  # of a vision tower nothing is in the graph
     base = load_reference(read, base_model, dtype=dtype, merge=bool(folded), trust_remote_code=trust_remote_code)
     if part is None or SENTENCE_EMBEDDING in part.outputs:
         base = replace(base, embedding=embedding)
@@ -143,12 +150,15 @@ def prepare(
         ]
     weights = {}
     if manifest is not None and swappable is not None:
-        weights = fit(in_graph(read, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
+        own, _ = language_part(read, base.model.get_base_model())
+        weights = fit(in_graph(own, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
         if swappable.slots:
             slots = Slots(swappable.weights, 1)
             slots.put(0, weights)
             weights = slots.values
-    batches = _batches(inputs, base, model)
+    batches, images = _batches(inputs, base, model), takes_images(genai_config)
+    if images and inputs is None:
+        batches += image_batches(base.model.config)
     _check_names(model, graph, base, batches)
     biased = {name for name, layer in read.layers.items() if layer.lora_bias is not None}
     return Case(
@@ -167,6 +177,7 @@ def prepare(
         manifest=manifest,
         weights=weights,
         batches=tuple(batches),
+        fed=tuple(with_images(model, batches) if images else batches),
         masks=tuple(padding_mask(batch) for batch in batches),
         outputs=tuple(part.outputs.values()) if part else output_names(graph),
         part=part,
@@ -257,7 +268,7 @@ def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequenc
     """UserError where the graph takes what the base doesn't: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
     own = {name for name in names if not is_cache(name) and not name.startswith(CROSS)}
-    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS}):
+    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS, EMBEDS}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."

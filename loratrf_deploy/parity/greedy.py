@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX, write_values
+from ..formats.images import IMAGE_SIZES, PIXELS, takes_images
 from ..genai.folder import takes_uneven_rows
 from ..genai.generate import CONFIG_FILE, GenerationFailed, decode_rows, load_model
+from ..pytorch.base import Inputs
 from ..pytorch.oracle import layers_off
+from ..pytorch.shapes import text_config
 from ..runtime.session import library_path
 from .case import Case
 from .figures import Figures
+from .images import image_batches, token_edge
 from .result import LIBRARY, NO_ADAPTER, Check, Status, Variant
 
 if TYPE_CHECKING:
@@ -74,15 +78,19 @@ def linked_folder(model: Path, graph: ir.Model, config: dict[str, Any], *, libra
 
 @dataclass(frozen=True)
 class Greedy:
-    """PyTorch's likeliest tokens after `prompt`, one by one, and the scores (V) that each was chosen by."""
+    """PyTorch's likeliest tokens after `prompt`, one by one, and the scores (V) that each was chosen by.
+
+    `images` are what of the prompt isn't text, as `decode_rows` takes it.
+    """
 
     prompt: list[int]
     tokens: list[int]
     scores: list[NDArray[Any]]
+    images: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def what(self) -> str:
-        return f"{len(self.tokens)} greedy tokens"
+        return f"{len(self.tokens)} greedy tokens{', images' if self.images else ''}"
 
 
 def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
@@ -91,29 +99,46 @@ def torch_greedy(model: Any, config: dict[str, Any], row: int = 0) -> Greedy:
     `config` is the export's genai_config.json. Each `row` has a prompt of its own, of its own length: 12, 9, 6, 3, 12;
     12 all of them where rows must be of one length.
     """
-    import torch
-
     facts, rng = config["model"], np.random.default_rng(row)
     length = min(facts.get("context_length", _PROMPT + TOKENS), _PROMPT + TOKENS)
     count = max(length - _PROMPT, 1)
     shorter = 3 * (row % 4) if takes_uneven_rows(config) else 0
-    size, vocabulary = max(length - count - shorter, 1), model.config.vocab_size
+    size, vocabulary = max(length - count - shorter, 1), text_config(model.config).vocab_size
     prompt = rng.integers(0, vocabulary, size)
     # Where one stands at the end of a row, onnxruntime-genai takes it for padding.
     prompt = np.where(prompt == _pad(config), (prompt + 1) % vocabulary, prompt)
+    tokens, scores = _continued(model, {"input_ids": prompt[None]}, count, facts)
+    return Greedy(prompt.tolist(), tokens, scores)
+
+
+def torch_greedy_seen(model: Any, config: dict[str, Any]) -> Greedy:
+    """As `torch_greedy`, of a prompt with two images of different size."""
+    facts, prompt = config["model"], image_batches(model.config)[-1]
+    images = {name: prompt[name] for name in (PIXELS, IMAGE_SIZES)}
+    tokens, scores = _continued(model, {"input_ids": prompt["input_ids"], **images}, TOKENS, facts)
+    counts = (prompt[IMAGE_SIZES] // token_edge(model.config)).prod(axis=1)
+    return Greedy(prompt["input_ids"][0].tolist(), tokens, scores, images | {"num_image_tokens": counts})
+
+
+def _continued(
+    model: Any, prompt: Inputs, count: int, facts: Mapping[str, Any]
+) -> tuple[list[int], list[NDArray[Any]]]:
+    """The `count` likeliest tokens after `prompt`, and the scores that each was chosen by, end-of-sequence left out."""
+    import torch
+
     stops = [] if facts.get("eos_token_id") is None else facts["eos_token_id"]  # 0 is a token too
     tokens: list[int] = []
     scores: list[NDArray[Any]] = []
-    ids, cache = torch.from_numpy(prompt[None]), None
+    inputs, cache = {name: torch.from_numpy(value) for name, value in prompt.items()}, None
     with torch.no_grad():
         for _ in range(count):
-            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            outputs = model(**inputs, past_key_values=cache, use_cache=True)
             cache, score = outputs.past_key_values, outputs.logits[0, -1].float().numpy()
             score[stops] = -np.inf
             tokens.append(int(score.argmax()))
             scores.append(score)
-            ids = torch.tensor([[tokens[-1]]])
-    return Greedy(prompt.tolist(), tokens, scores)
+            inputs = {"input_ids": torch.tensor([[tokens[-1]]])}
+    return tokens, scores
 
 
 def check_greedy(case: Case) -> list[Check]:
@@ -122,10 +147,15 @@ def check_greedy(case: Case) -> list[Check]:
     A swappable model is given the adapter through onnxruntime-genai's own Adapters, a grouped one in a slot, and runs
     without one too. A token
     that differs is a tie where PyTorch's two scores are closer than the errors allowed; what follows a tie is another
-    text and isn't compared. Requires a case with a genai_config.
+    text and isn't compared. Where it takes images, a prompt with some too. Requires a case with a genai_config.
     """
+    prompts = [torch_greedy, *([torch_greedy_seen] if takes_images(case.genai_config) else [])]
+    return [check for prompt in prompts for check in _check_greedy(case, prompt)]
+
+
+def _check_greedy(case: Case, greedy: Callable[[Any, dict[str, Any]], Greedy]) -> list[Check]:
     config = case.genai_config or {}
-    right = torch_greedy(case.base.model, config)
+    right = greedy(case.base.model, config)
     variants = dict(LIBRARY)
     expected = dict.fromkeys(variants, right)
     swappable = case.manifest and case.manifest.swappable
@@ -133,7 +163,7 @@ def check_greedy(case: Case) -> list[Check]:
         variants[NO_ADAPTER] = False
         is_base = swappable.default == "base" or case.grouped
         with layers_off(case.base.model) if is_base else contextlib.nullcontext():
-            expected[NO_ADAPTER] = torch_greedy(case.base.model, config)
+            expected[NO_ADAPTER] = greedy(case.base.model, config)
     checks = []
     for variant, library in variants.items():
         try:
@@ -158,7 +188,17 @@ def _generate(case: Case, right: Greedy, *, library: bool, adapter_on: bool) -> 
             active[0].load(str(file), active[1])
         ids = [0 if adapter_on else -1] if case.grouped else None
         count = len(right.tokens)
-        made = decode_rows(model, [right.prompt], count, pad=0, stop=False, active=active, adapter_ids=ids, search={})
+        made = decode_rows(
+            model,
+            [right.prompt],
+            count,
+            pad=0,
+            stop=False,
+            active=active,
+            adapter_ids=ids,
+            images=right.images,
+            search={},
+        )
         return [int(tokens[0]) for tokens in made]
 
 

@@ -63,7 +63,7 @@ def compare_layers(case: Case, number: int, *, library: bool) -> tuple[list[Laye
         expected = named_as(run_torch(case.base, batch), case.part)
     chosen = {name: nodes[name] for name in seen}
     session, names = _session_with_outputs(case.graph, case.model, chosen, library, case.device)
-    entered = with_encoder(replace(case, batches=(batch,)), library=library)
+    entered = with_encoder(replace(case, fed=(case.fed[number],)), library=library)
     if isinstance(entered, UserError):
         raise entered
     got = run_session(session, entered[0], weights=case.weights)

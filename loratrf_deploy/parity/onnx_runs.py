@@ -69,7 +69,7 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     worked = next(iter(ran))
     if case.manifest is not None:
         step("running ONNX Runtime without an adapter")
-        batches = [_without_adapter(batch) for batch in case.batches] if case.grouped else case.batches
+        batches = [_without_adapter(batch) for batch in case.fed] if case.grouped else case.fed
         runs[NO_ADAPTER] = _foreign_default(case) or run_batches(
             case.model, batches, case.outputs, LIBRARY[worked], case.device, graph=graph
         )
@@ -96,11 +96,11 @@ def without_room(value: NDArray[Any], labels: int) -> NDArray[Any]:
 def with_encoder(case: Case, *, library: bool) -> Sequence[Inputs] | UserError:
     """The batches of `case` with what its encoder makes of each, where it has one; why there are none."""
     if case.stages is None or case.stages.encoder is None:
-        return case.batches
-    made = run_batches(case.stages.encoder, case.batches, None, library, case.device)
+        return case.fed
+    made = run_batches(case.stages.encoder, case.fed, None, library, case.device)
     if isinstance(made, UserError):
         return made
-    return [batch | own for batch, own in zip(case.batches, made, strict=True)]
+    return [batch | own for batch, own in zip(case.fed, made, strict=True)]
 
 
 def _without_adapter(batch: Inputs) -> Inputs:
@@ -185,7 +185,8 @@ def run_session(
             array = np.zeros([rows, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
         elif value.name == POSITION_IDS and POSITION_IDS not in batch:
             ids = batch["input_ids"]
-            array = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            axes = value.shape[:-2]  # Qwen-VL counts along time, height and width: of texts the same
+            array = np.broadcast_to(np.arange(ids.shape[1]), (*axes, *ids.shape))
         elif value.name == ADAPTER_IDS:
             array = batch.get(ADAPTER_IDS, np.zeros(rows, np.int64))
         else:

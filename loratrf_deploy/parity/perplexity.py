@@ -18,10 +18,14 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import read_adapter
 from ..errors import UserError
+from ..formats.images import takes_images
 from ..formats.manifest import MANIFEST, read_manifest
-from ..pytorch.base import GENERATION, max_sequence, tokenizer_of
+from ..genai.generate import decoder_config
+from ..pytorch.base import GENERATION, Inputs, Outputs, max_sequence, tokenizer_of
 from ..pytorch.oracle import load_reference, run_torch
+from ..pytorch.shapes import text_config
 from ..runtime.session import create_session
+from .images import with_images
 from .onnx_runs import run_session
 
 __all__ = ["WINDOW", "Row", "perplexities"]
@@ -71,7 +75,7 @@ def perplexities(
     if tokenizer is None:
         raise UserError(f"There is no tokenizer in {source}. Save it with the base model or the adapter.")
     tokens = np.asarray(tokenizer(content)["input_ids"], dtype=np.int64)
-    window = min(window, max_sequence(base.model.config) or window)
+    window = min(window, max_sequence(text_config(base.model.config)) or window)
     windows = [part for at in range(0, len(tokens), window) if len(part := tokens[at : at + window]) > 1]
     if not windows:
         raise UserError(f"The text file {text} has {len(tokens)} tokens. Expected two at least.")
@@ -92,8 +96,14 @@ def perplexities(
     base.model.to("meta")  # its memory is the next model's
     for model in models:
         name = _name(Path(model))
-        losses[name] = judged(name, functools.partial(run_session, create_session(model), outputs=["logits"]))
+        losses[name] = judged(name, functools.partial(_run, Path(model), create_session(model)))
     return [Row(name, math.exp(loss), loss - losses["PyTorch"]) for name, loss in losses.items()]
+
+
+def _run(model: Path, session: Any, batch: Inputs) -> Outputs:
+    if takes_images(decoder_config(model)):
+        (batch,) = with_images(model, [batch])
+    return run_session(session, batch, outputs=["logits"])
 
 
 def _negative_log_likelihood(logits: NDArray[Any], tokens: NDArray[np.int64]) -> float:

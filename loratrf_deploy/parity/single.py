@@ -74,7 +74,7 @@ def check_parity(
         library = LIBRARY[runs.worked]
         checks += rounding_checks(
             case.model,
-            case.batches,
+            case.fed,
             case.outputs,
             lambda run, name: (run, expected.on, case.masks),
             case.weights,

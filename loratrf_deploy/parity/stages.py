@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..pytorch.base import DECODER_INPUT, Inputs, Outputs, max_sequence
+from ..pytorch.shapes import text_config
 from ..runtime.sound import Samples, Spectrogram
 from ..runtime.staged_session import StagedSession
 from .case import Case
@@ -75,7 +76,7 @@ def _step_by_step(session: StagedSession, batch: Inputs) -> Outputs:
 
 
 def _prompt(case: Case) -> list[int]:
-    config, rng = case.base.model.config, np.random.default_rng(0)
+    config, rng = text_config(case.base.model.config), np.random.default_rng(0)
     length = min(12, (max_sequence(config) or 1 << 30) // 2)
     prompt = rng.integers(0, config.vocab_size, length)
     pad = config.pad_token_id
@@ -98,7 +99,7 @@ def _generate(case: Case, prompt: list[int] | Samples) -> Greedy:
     import torch
 
     base, inputs = case.base, dict[str, Any]()
-    longest = max_sequence(base.model.config)
+    longest = max_sequence(text_config(base.model.config))
     if base.row_shape:
         from transformers import WhisperFeatureExtractor
 

@@ -337,6 +337,9 @@ def _input_names(
         names = ["input_ids", "attention_mask"]
         if tokenizer := load_tokenizer(source.name, trust_remote_code=trust_remote_code, revision=source.revision):
             names = [entry for entry in tokenizer.model_input_names if entry in takes]
+            if text_config(model.config) is not model.config and model.can_generate():
+                # Gemma 3's say which tokens are an image's.
+                names = [entry for entry in names if entry != "token_type_ids"]
         elif (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in takes:
             names.append("token_type_ids")
     if "pixel_values" in mains:

@@ -44,6 +44,8 @@ def class_of(adapter: Adapter, config: PreTrainedConfig, task: str) -> Any:
         # Some, such as Moonshine, are in one table, Wav2Vec2 in the other.
         ctc = config.model_type in modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES
         return transformers.AutoModelForCTC if ctc else transformers.AutoModelForSpeechSeq2Seq
+    if task == "text-generation" and _sees(adapter, config):
+        return transformers.AutoModelForImageTextToText
     if task == "feature-extraction":
         if (own := as_trained(adapter, config)) is not None and _fitting(own, config) is None:
             own = None
@@ -54,6 +56,17 @@ def class_of(adapter: Adapter, config: PreTrainedConfig, task: str) -> Any:
             _check_encoder(adapter)
             return own
     return TasksManager.get_model_class_for_task(task, framework="pt")
+
+
+def _sees(adapter: Adapter, config: PreTrainedConfig) -> bool:
+    """Whether `adapter` was trained on the whole of a vision-language model, of which some have a class for texts."""
+    from transformers.models.auto import modeling_auto
+
+    whole = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if whole is None or config.is_encoder_decoder or not hasattr(config, "text_config"):
+        return False
+    texts = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, whole)
+    return texts == whole or any("language_model." in name for name in adapter.layers)
 
 
 def config_of(model_class: Any, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -32,6 +32,8 @@ def main_inputs(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     # The configuration of a model that takes several things together, such as CLIP, has none of its own.
     several = main == "input_ids" and not isinstance(getattr(model.config, "vocab_size", None), int)
     takes = inspect.signature(model.forward).parameters
+    if several and model.can_generate():
+        return ("input_ids",)  # a vision-language model answers texts without images too
     if several and hasattr(model, "get_image_features") and "spatial_shapes" not in takes:
         needs = [key for key in takes if key in MAIN_INPUTS]
         if needs == ["input_ids", "pixel_values"] and hasattr(model, "get_text_features"):

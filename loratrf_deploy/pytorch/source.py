@@ -121,8 +121,7 @@ class Source:
         classes = some(list(map(str, config.architectures or []))) or "of no class that its config.json names"
         return (
             f"The base model {self} is of the type {config.model_type} ({classes}), of which transformers has no model "
-            f"for {task}, the task of this adapter. Vision-language models and encoder-decoders that generate can't be "
-            "exported by this version; if the base is another one, pass it: --base-model PATH."
+            f"for {task}, the task of this adapter. If the base is another one, pass it: --base-model PATH."
         )
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import UserError
+from ..formats.images import IMAGE_SIZES, PIXELS, takes_images
 from ..formats.manifest import MANIFEST, Swappable, check_files, check_graph, read_manifest, read_swappable
 from ..formats.swappable import Default
 from ..genai.folder import cache_window, takes_uneven_rows
@@ -61,6 +65,12 @@ class GenerationSession:
             stops = config.get("eos_token_id")
             self._stops = set() if stops is None else {stops} if isinstance(stops, int) else set(stops)
             graph = folder / config["decoder"]["filename"]
+            self._edge: int | None = None  # pixels of a token of an image
+            if takes_images({"model": config}):
+                self._edge = int(config["vision"]["patch_size"]) * int(config["vision"]["spatial_merge_size"])
+                self._image_token = int(config["image_token_id"])
+                if self._edge < 1:
+                    raise ValueError(f"its images have tokens of {self._edge} pixels")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder} has no {CONFIG_FILE} that generation can use ({error}). Export the model again with "
@@ -131,6 +141,7 @@ class GenerationSession:
         scale: float = 1.0,
         max_new_tokens: int = 128,
         stop: bool = True,
+        images: Mapping[str, NDArray[Any]] | None = None,
         **search: Any,
     ) -> list[list[int]]:
         """Each row's new tokens, at most `max_new_tokens`, without the end-of-sequence token that stopped it.
@@ -142,11 +153,14 @@ class GenerationSession:
         the two must be given. `scale` multiplies alpha/R and gamma, as in `AdapterSession.run`. `search` are
         onnxruntime-genai's search options (do_sample, temperature, top_k, top_p, ...); without any it is greedy. An
         aLoRA is active from the last occurrence of its invocation tokens in a prompt on; in one that has none it is
-        not. Raises UserError for an unknown adapter, an empty prompt, or one that leaves no room in the context.
+        not. `images` are what a single prompt sees, where the model sees: pixel_values (images, channels, H, W) and
+        image_sizes (images, 2), as the base's processor gives them beside the tokens. Raises UserError for an unknown
+        adapter, an empty prompt, or one that leaves no room in the context.
         """
         self._check(prompts, max_new_tokens)
         if not prompts:
             return []
+        seen = None if images is None else self._seen(images, prompts)
         choices = self._choices(len(prompts), adapter, adapters, scale)
         made: list[list[int]] = [[] for _ in prompts]
         # onnxruntime-genai takes a pad token at a row's end for padding wherever there are several rows, and activates
@@ -161,7 +175,7 @@ class GenerationSession:
         for batch in [*together.values(), *([at] for at in alone)]:
             own = [choices[at] for at in batch]
             rows = [prompts[at] for at in batch]
-            for tokens in self._decode(rows, own, scale, max_new_tokens, search, stop=stop):
+            for tokens in self._decode(rows, own, scale, max_new_tokens, search, stop=stop, images=seen):
                 for at, token in zip(batch, tokens, strict=True):
                     made[at].append(int(token))
         return [self._until_end(row) for row in made] if stop else made
@@ -203,6 +217,7 @@ class GenerationSession:
         prefix: Sequence[int] = (),
         *,
         stop: bool = True,
+        images: Mapping[str, NDArray[Any]] | None = None,
     ) -> Iterator[Any]:
         placed: Placed | None = None
         ids, held = None, []
@@ -236,8 +251,39 @@ class GenerationSession:
             adapter_ids=ids,
             prefix=prefix,
             least=min(self._least, self._context),
+            images=images,
             search=search,
         )
+
+    def _seen(self, images: Mapping[str, NDArray[Any]], prompts: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
+        """What `decode_rows` takes of `images`. Raises UserError where they don't go with the model or the prompt."""
+        if self._edge is None:
+            raise UserError(
+                "This model reads texts alone, and images are given. Which models see, and how they are exported: "
+                "docs/vision-language.md."
+            )
+        if len(prompts) != 1:
+            raise UserError(f"images are of one prompt, and {len(prompts)} are given. Call it once for each.")
+        try:
+            pixels = np.asarray(images[PIXELS], np.float32)
+            sizes = np.asarray(images.get(IMAGE_SIZES, [pixels.shape[2:]] * len(pixels)), np.int64)
+            whole = pixels.ndim == 4 and sizes.shape == (len(pixels), 2) and bool(len(pixels))
+            if not whole or (sizes % self._edge).any() or (sizes < 1).any() or (sizes > pixels.shape[2:]).any():
+                raise ValueError(f"they are of shape {pixels.shape}, with image_sizes {sizes.tolist()}"[:300])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"The images can't be read ({error}). Expected {PIXELS} (images, channels, height, width) and "
+                f"{IMAGE_SIZES} (images, 2), heights and widths in multiples of {self._edge}, as the base's processor "
+                "gives them."
+            ) from error
+        counts = (sizes // self._edge).prod(axis=1)
+        found = sum(token == self._image_token for token in prompts[0])
+        if found != counts.sum():
+            raise UserError(
+                f"The prompt has {found} tokens of images (token {self._image_token}), and the images have "
+                f"{counts.sum()}. Encode text and images together, with the base's processor."
+            )
+        return {PIXELS: pixels, IMAGE_SIZES: sizes, "num_image_tokens": counts}
 
     def _invocation(self, choice: Choice | None) -> tuple[int, ...] | None:
         """The invocation tokens of an aLoRA, None for others. UserError for a blend that one is in."""

@@ -76,6 +76,7 @@ class StagedSession:
             starts = (own.get("decoder_start_token_id"), general.get("decoder_start_token_id"), own.get("bos_token_id"))
             start = next((int(token) for token in starts if token is not None), 0)
             self._start = None if self._encoder is None else start
+            general = general.get("text_config") or general  # of a vision-language model
             self._vocabulary = int(general["vocab_size"])
             self._longest = next((int(general[name]) for name in _LENGTHS if general.get(name)), None)
             if self.spectrogram is not None:
