@@ -113,7 +113,7 @@ def inline(model: ir.Model) -> None:
     In place; the node that gives an operator's output says in "operator" which it was. Requires a graph from `finish`,
     traced without fusions. Raises UserError where others are left.
     """
-    from onnx_ir.passes.common import InlinePass
+    from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
     given = {
         node.outputs[0].name: node.metadata_props | {OPERATOR: node.op_type}
@@ -121,6 +121,7 @@ def inline(model: ir.Model) -> None:
         if node.domain == DOMAIN
     }
     InlinePass()(model)
+    RemoveUnusedNodesPass()(model)  # a definition may take what its operator isn't asked for
     for node in model.graph:
         node.metadata_props.update(given.get(node.outputs[0].name, {}))
     model.graph.opset_imports.pop(DOMAIN, None)
