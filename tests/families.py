@@ -2,7 +2,8 @@
 
     python tests/families.py                 # all of them
     python tests/families.py --only whisper  # those whose name has it; other rows stay as they are
-    python tests/families.py --missing       # those that the page doesn't have yet
+    python tests/families.py --missing       # those that the page has no numbers of yet; how an interrupted run goes on
+    python tests/families.py --names         # adds the names of those alone, which is all that the tests insist on
 
 Each is a small random model with a random LoRA; the error is the largest relative one that the export's own proof wrote
 into loratrf.json. What is refused has the first words of the reason.
@@ -31,6 +32,7 @@ MODES: dict[str, dict[str, str]] = {
     "separate": {"mode": "separate"},
     "swappable": {"swappable": "base"},
 }
+UNTRIED = ["not measured yet"] * len(MODES)
 _FAMILIES_OF = ("FAMILIES", "ANSWERS", "CAUSAL")
 """What modules tests/tiny_*.py call the families that their make_base and make_adapter know."""
 _TASK_OF = {"tiny_llm": "text generation", "tiny_stages": "generation in stages", "tiny_vlm": "images and text"}
@@ -145,17 +147,18 @@ def tried(base: Path, adapter: Path, out: Path, how: dict[str, str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose family or task has it")
-    parser.add_argument("--missing", action="store_true", help="rows that the page doesn't have yet")
+    parser.add_argument("--missing", action="store_true", help="rows that the page has no numbers of yet")
+    parser.add_argument("--names", action="store_true", help="add the names of such rows, and try nothing")
     options = parser.parse_args()
     known = families()
-    for key, make in known.items():
-        if options.only not in ", ".join(key) or (options.missing and key in read_page()):
+    write_page({key: read_page().get(key, UNTRIED) for key in known})
+    for key, make in known.items() if not options.names else ():
+        if options.only not in ", ".join(key) or (options.missing and read_page()[key] != UNTRIED):
             continue
         with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
             base, adapter = make(Path(name))
             cells = [tried(base, adapter, Path(name) / mode / "model.onnx", how) for mode, how in MODES.items()]
-        # After each: an interrupted run goes on with --missing, and several run side by side with --only.
-        write_page({other: row for other, row in read_page().items() if other in known} | {key: cells})
+        write_page(read_page() | {key: cells})  # after each, so that several runs with --only go side by side
         print(", ".join(key), *cells, sep="  ", flush=True)
     return 0
 

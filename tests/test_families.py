@@ -7,7 +7,7 @@ import pytest
 
 
 def test_the_page_has_every_family() -> None:
-    """Run `python tests/families.py --missing` for what is not there yet."""
+    """`python tests/families.py --missing` adds what is not there yet, with its errors."""
     assert set(families.read_page()) == set(families.families())
 
 
