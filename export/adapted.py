@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter, LayerAdapter
 from ..formats.manifest import LayerRow
-from ..formats.swappable import LAYER_PARTS
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPS, VERSION
+from ..formats.swappable import LAYER_PARTS, TABLE_PARTS
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, IDS, VERSION
 
 __all__ = ["AdaptedLinear", "attach", "fold", "layer_rows", "op_of", "wrap"]
 
@@ -24,6 +24,7 @@ _PARAMETER_OF_INPUT = {**LAYER_PARTS, "W": "slots.weight", "b": "slots.bias"}
 class AdaptedLinear(nn.Module):
     """y = OP(base_layer(x), [x,] weights): a frozen linear layer followed by one loratrf operator in the ONNX graph.
 
+    Or an embedding table, whose x are ids; what it multiplies its rows by (BART, Gemma) comes after the operator.
     `weights` are the operator's, by input, and "gain" and "offset" where h becomes gain⊙h + offset before it. B carries
     alpha/R and D carries gamma already. Parameters are named as in adapter files, so that initializers are too. A
     grouped operator's adapter_ids are left out: they are an input of the graph, which the grouped export adds. Where
@@ -37,8 +38,12 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.op, self.attributes = op, attributes
+        self.scale: float | None = None
+        if self.embeds and (scale := getattr(base_layer, "embed_scale", None)) is not None:
+            self.scale = float(scale)
+            base_layer.embed_scale = scale / scale
         for name, value in weights.items():
-            holder, _, parameter = _PARAMETER_OF_INPUT[name].rpartition(".")
+            holder, _, parameter = self._stored_as(name).rpartition(".")
             if holder and holder not in self._modules:
                 self.add_module(holder, nn.Module())
             owner = self.get_submodule(holder)
@@ -53,7 +58,7 @@ class AdaptedLinear(nn.Module):
         if self.rows is not None:
             x, hidden = (value.expand(self.rows, -1, -1) for value in (x, hidden))
         inputs = [self._input(name, hidden, x) for name in FUNCTIONS[self.op].inputs if name != ADAPTER_IDS]
-        return torch.onnx.ops.symbolic(
+        output = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.op}",
             inputs,
             attrs={**self.attributes},
@@ -61,6 +66,12 @@ class AdaptedLinear(nn.Module):
             shape=hidden.shape,
             version=VERSION,
         )
+        return output if self.scale is None else output * self.scale
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the frozen layer is an embedding table."""
+        return IDS in FUNCTIONS[self.op].inputs
 
     @property
     def weight(self) -> Any:
@@ -74,9 +85,12 @@ class AdaptedLinear(nn.Module):
     def _input(self, name: str, hidden: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if name in ("base", "z"):
             return hidden
-        if name == "x":
+        if name in ("x", IDS):
             return x
-        return self.get_parameter(_PARAMETER_OF_INPUT[name])
+        return self.get_parameter(self._stored_as(name))
+
+    def _stored_as(self, name: str) -> str:
+        return (TABLE_PARTS if self.embeds else _PARAMETER_OF_INPUT)[name]
 
 
 def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtype) -> list[LayerRow]:
@@ -86,8 +100,8 @@ def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtyp
     """
     rest = fold(model, adapter, merge=merge)
     for path, weights in rest.items():
-        op = op_of(weights)
-        attributes = {"filter_input": adapter.filter_input} if OPS[op].attributes else {}
+        op = op_of(weights, embedding=adapter.layers[path].embedding)
+        attributes = {"filter_input": adapter.filter_input} if FUNCTIONS[op].attributes else {}
         parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
         wrap(model, path, op, parameters, attributes)
     model.to(dtype)
@@ -97,7 +111,7 @@ def attach(model: nn.Module, adapter: Adapter, *, merge: bool, dtype: torch.dtyp
 def wrap(
     model: nn.Module, path: str, op: str, weights: dict[str, torch.Tensor], attributes: Mapping[str, str] | None = None
 ) -> None:
-    """Puts an AdaptedLinear around the linear layer at `path` of `model`, in place."""
+    """Puts an AdaptedLinear around the linear layer or embedding table at `path` of `model`, in place."""
     parent, _, child = path.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, child, AdaptedLinear(owner.get_submodule(child), op, weights, attributes or {}))
@@ -129,11 +143,13 @@ def fold(model: nn.Module, adapter: Adapter, *, merge: bool) -> dict[str, dict[s
     return rest
 
 
-def op_of(weights: Mapping[str, Any]) -> str:
+def op_of(weights: Mapping[str, Any], *, embedding: bool = False) -> str:
     """The operator that takes these weights: LowRank for A and B, TaskFilter for tau, C and D, LoraTrf for all.
 
-    GroupedLoraTrf for all of them with slots, (S, ...).
+    GroupedLoraTrf for all of them with slots, (S, ...). Those of an `embedding` table have operators of their own.
     """
+    if embedding:
+        return "GroupedLowRankEmbedding" if weights["A"].ndim == 3 else "LowRankEmbedding"
     if "tau" in weights and weights["tau"].ndim == 2:
         return "GroupedLoraTrf"
     return {(True, False): "LowRank", (False, True): "TaskFilter", (True, True): "LoraTrf"}[
@@ -146,7 +162,7 @@ def layer_rows(adapter: Adapter, rest: Mapping[str, Mapping[str, Any]]) -> list[
     return [
         LayerRow(
             path,
-            op_of(rest[path]) if path in rest else "merged",
+            op_of(rest[path], embedding=layer.embedding) if path in rest else "merged",
             layer.rank,
             layer.filter_rank,
             layer.in_features,
@@ -172,15 +188,16 @@ def _fold(base_layer: nn.Module, layer: LayerAdapter) -> None:
     delta = torch.from_numpy(layer.scaled_B() @ layer.A)
     weight = base_layer.weight
     assert isinstance(weight, nn.Parameter)
-    if isinstance(base_layer, Conv1D):  # GPT-2 keeps its weights transposed, (K,N)
+    if isinstance(base_layer, Conv1D | nn.Embedding):  # GPT-2 keeps its weights transposed, (K,N); so does a table
         delta = delta.T
     frozen = weight.detach().float()
     if layer.gain is not None:
         gain = torch.from_numpy(layer.gain)
         frozen = frozen * (gain if isinstance(base_layer, Conv1D) else gain[:, None])
     base_layer.weight = nn.Parameter(frozen + delta, requires_grad=False)
-    if isinstance(base_layer.bias, nn.Parameter):  # one dtype for the layer until `attach` rounds the whole model
-        base_layer.bias = nn.Parameter(base_layer.bias.detach().float(), requires_grad=False)
+    bias = getattr(base_layer, "bias", None)
+    if isinstance(bias, nn.Parameter):  # one dtype for the layer until `attach` rounds the whole model
+        base_layer.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
 
 
 def _add_bias(base_layer: nn.Module, value: NDArray[np.float32]) -> None:

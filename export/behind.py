@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,10 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..formats.swappable import LAYER_PARTS
-from ..genai.names import genai_name, linear_nodes
+from ..formats.swappable import LAYER_PARTS, TABLE_PARTS
+from ..genai.names import genai_name, linear_nodes, table_nodes
 from ..ops.dtypes import NUMPY
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPS, VERSION, function_body
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, IDS, VERSION, function_body
 from .adapted import op_of
 
 __all__ = ["insert", "put_behind"]
@@ -26,6 +26,7 @@ def insert(
     filter_input: str,
     dtype: str,
     biases: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+    tables: Collection[str] = (),
 ) -> None:
     """Puts one operator behind each linear layer of `rest`, in place. Requires a graph from `build_graph`. The rules:
 
@@ -37,14 +38,15 @@ def insert(
     4. Each operator that occurs gets its definition in standard ops as a model-local function.
     5. A gain and an offset (N) of the layer are a Mul and an Add before its operator.
     6. `biases` (N) are of layers without one: an Add each, which the operator of the layer then stands behind.
+    7. The operator of one of `tables` (embeddings) stands behind the node that looks its rows up, before a scale.
     """
-    nodes = linear_nodes(model.graph)
+    nodes = linear_nodes(model.graph) | {name: (node, node) for name, node in table_nodes(model.graph).items()}
     places = {path: nodes.get(genai_name(path) or "") for path in {**rest, **biases}}
     wanted: dict[str, Mapping[str, NDArray[Any]]] = {path: {"tau": bias} for path, bias in biases.items()} | {**rest}
     lost = [path for path, place in places.items() if place is None or not _agrees(place[0], wanted[path])]
     if lost:
         raise UserError(
-            f"onnxruntime-genai's builder leaves no linear layer of its own for {', '.join(lost[:5])}"
+            f"onnxruntime-genai's builder leaves no layer of its own for {', '.join(lost[:5])}"
             f"{f' and {len(lost) - 5} more' if len(lost) > 5 else ''}: it fuses them with others or builds them as "
             "something else, so no operator can stand behind them. Export merged (--mode merged), which needs none "
             "for plain LoRA, choose another --dtype, or train the adapter without these modules."
@@ -55,19 +57,23 @@ def insert(
         if path in biases:
             last = _add_bias(model.graph, path, biases[path], matmul, dtype)
         if path in rest:
-            _insert_one(model.graph, path, rest[path], (matmul, last), filter_input, dtype)
+            op = op_of(rest[path], embedding=path in tables)
+            _insert_one(model.graph, path, rest[path], (matmul, last), op, filter_input, dtype)
     opset = model.opset_imports[""]
-    for op in sorted({op_of(weights) for weights in rest.values()}):
+    for op in sorted({op_of(weights, embedding=path in tables) for path, weights in rest.items()}):
         function = function_body(op, opset, filter_input)
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = VERSION
 
 
 def _agrees(matmul: ir.Node, weights: Mapping[str, NDArray[Any]]) -> bool:
+    if matmul.op_type == "GatherBlockQuantized":
+        return True  # it has the head's weights, as that keeps them
     if matmul.op_type == "MatMulNBits":
         ins, outs = (matmul.attributes[name].as_int() for name in ("K", "N"))
     else:
-        shape = matmul.inputs[1].shape if matmul.inputs[1] is not None else None
+        weight = matmul.inputs[0 if matmul.op_type == "Gather" else 1]
+        shape = weight.shape if weight is not None else None
         if shape is None:
             return False
         ins, outs = shape.numpy()
@@ -90,6 +96,7 @@ def _insert_one(
     path: str,
     weights: Mapping[str, NDArray[np.float32]],
     place: tuple[ir.Node, ir.Node],
+    op: str,
     filter_input: str,
     dtype: str,
 ) -> None:
@@ -97,18 +104,20 @@ def _insert_one(
     values: dict[str, Any] = {}
     for name, array in weights.items():
         own = np.ascontiguousarray(array, dtype=NUMPY[dtype])
-        values[name] = _constant(graph, f"{path}.{LAYER_PARTS[name]}", own)
+        stored = (TABLE_PARTS if IDS in FUNCTIONS[op].inputs else LAYER_PARTS)[name]
+        values[name] = _constant(graph, f"{path}.{stored}", own)
     for part, op_type in (("gain", "Mul"), ("offset", "Add")):
         if part in values:
             node = ir.node(op_type, [last.outputs[0], values[part]], name=f"{path}/{op_type}")
             put_behind(graph, last, node, f"{path}.{op_type}.input", f"{path}.{op_type}.output")
             last = node
-    hidden, op = last.outputs[0], op_of(weights)
-    values |= {"base": hidden, "z": hidden, "x": matmul.inputs[0]}
+    hidden = last.outputs[0]
+    # Of a Gather the first input is the table, and the second the ids.
+    values |= {"base": hidden, "z": hidden, "x": matmul.inputs[0], IDS: matmul.inputs[1]}
     node = ir.node(
         op,
-        [values[name] for name in OPS[op].inputs if name != ADAPTER_IDS],
-        attributes={"filter_input": filter_input} if OPS[op].attributes else {},
+        [values[name] for name in FUNCTIONS[op].inputs if name != ADAPTER_IDS],
+        attributes={"filter_input": filter_input} if FUNCTIONS[op].attributes else {},
         domain=DOMAIN,
         version=VERSION,
         name=f"{path}/{op}",

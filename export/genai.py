@@ -103,7 +103,8 @@ def write_genai(
     model = build_graph(adapter, base, out, options, {*rest, *biases}, changed=changed, step=step, images=images)
     if images:
         name_images(out.parent, base.model.config)
-    insert(model, rest, adapter.filter_input, options.dtype, biases)
+    tables = [path for path in rest if adapter.layers[path].embedding]
+    insert(model, rest, adapter.filter_input, options.dtype, biases, tables)
     weights = _swap(model.graph, adapter, rest, options)
     save(model, out, options)
     return rows, weights

@@ -17,15 +17,16 @@ from ..errors import UserError, some
 from ..formats.adapter_file import SUFFIX, Origin, write_adapter_file
 from ..formats.fit import check_always_active, check_swappable, fit
 from ..formats.manifest import AdapterId, LayerRow, Manifest, Swappable
-from ..formats.swappable import OPERATOR_PARTS, RuntimeWeight, layer_weights
+from ..formats.swappable import OPERATOR_PARTS, TABLE_PARTS, RuntimeWeight, layer_weights
 from ..formats.tasks import TaskPart, in_graph, label_count, label_layer, label_names
 from ..ops.dtypes import DType
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, FilterInput
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, FilterInput
 from ..parity.grouped import check_grouped_parity
-from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base
+from ..pytorch.base import GENERATION, TOWERS, BaseModel, load_base, tables_of
 from ..pytorch.embedding import as_embedder
 from ..pytorch.language import language_part, left_out
 from ..pytorch.shared import share_trunk
+from ..pytorch.vocabulary import without_copies
 from ..runtime.slots import Slots
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
@@ -127,12 +128,13 @@ def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | No
 
 @dataclass(frozen=True)
 class _Base:
-    """What the adapters share: the `base`, each adapter's task and labels, and each task's part of a model of several.
+    """What the `adapters` share: the `base`, each one's task and labels, and each task's part of a model of several.
 
     The base has room for the most labels of any adapter.
     """
 
     base: BaseModel
+    adapters: Mapping[str, Adapter]
     task_of: Mapping[str, str]
     labels: Mapping[str, tuple[str, ...] | None]
     parts: Mapping[str, TaskPart]
@@ -167,7 +169,7 @@ def _write_model(
 ) -> Manifest:
     clock("loading the base model")
     shared = _load_shared(adapters, out, options)
-    base = shared.base
+    base, adapters = shared.base, shared.adapters
     parts = {name: language_part(adapter, base.model) for name, adapter in adapters.items()}
     adapters = {name: adapter for name, (adapter, _) in parts.items()}
     warnings += [f"{name}: {text}" for name, (_, left) in parts.items() for text in left_out(left)]
@@ -212,13 +214,14 @@ def _load_shared(adapters: Mapping[str, Adapter], out: Path, options: ExportOpti
         task_of |= dict.fromkeys(members, base.task)
     for name, adapter in adapters.items():
         _check_fits(adapter, bases[task_of[name]])
+    adapters = {name: without_copies(adapter, bases[task_of[name]].model) for name, adapter in adapters.items()}
     pools = "feature-extraction" if "feature-extraction" in bases else next(iter(bases))
     pooled = [adapter for name, adapter in adapters.items() if task_of[name] == pools]
     bases[pools] = with_embedding(bases[pools], pooled, options)
     known = {task: base.model.config.id2label for task, base in bases.items()}
     labels = {name: label_names(adapter, task_of[name], known[task_of[name]]) for name, adapter in adapters.items()}
     base, parts, trunk = share_trunk(bases) if len(bases) > 1 else (bases[pools], {}, "")
-    return _Base(base, task_of, labels, parts, trunk)
+    return _Base(base, adapters, task_of, labels, parts, trunk)
 
 
 def _check_generates(adapter: Adapter, base: BaseModel, out: Path) -> None:
@@ -240,7 +243,7 @@ def _check_fits(adapter: Adapter, base: BaseModel) -> None:
     for name in (f"{layer}.weight", f"{layer}.bias"):
         if (shape := parameters.get(name)) and count is not None and count <= shape[0]:
             parameters[name] = (count, *shape[1:])
-    check_fits(adapter, parameters)
+    check_fits(adapter, parameters, tables=tables_of(base.model))
 
 
 def _contents(adapters: Mapping[str, Adapter], shared: _Base, dtype: DType) -> _Contents:
@@ -251,7 +254,7 @@ def _contents(adapters: Mapping[str, Adapter], shared: _Base, dtype: DType) -> _
     filter_input = filter_input_of(list(adapters.values()))
     named = {name: shared.in_graph(name, adapter) for name, adapter in adapters.items()}
     layers = _union(named.values(), base.parameters)
-    weights = [weight for layer in layers.values() for weight in layer_weights(layer, OPERATOR_PARTS, dtype, "adapter")]
+    weights = [weight for layer in layers.values() for weight in layer_weights(layer, _parts(layer), dtype, "adapter")]
     weights += _head_weights(named, shared, dtype)
     slots = Slots(weights, len(adapters))
     values = {name: fit(adapter, weights, filter_input, shared.task_of[name]) for name, adapter in named.items()}
@@ -322,10 +325,10 @@ def _write_generating(
 
     model = build_graph(contents.first, base, out, options, contents.layers, changed=False, step=clock)
     parts = {
-        path: {part: contents.slots.values[f"{path}.{name}"] for part, name in OPERATOR_PARTS.items()}
-        for path in contents.layers
+        path: {part: contents.slots.values[f"{path}.{name}"] for part, name in _parts(layer).items()}
+        for path, layer in contents.layers.items()
     }
-    insert(model, parts, contents.filter_input, options.dtype)
+    insert(model, parts, contents.filter_input, options.dtype, tables=_tables(contents.layers))
     _add_adapter_ids(model.graph)
     _slots_to_inputs(model.graph, contents)
     save(model, out, options)
@@ -333,16 +336,29 @@ def _write_generating(
 
 
 def _union(adapters: Iterable[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerAdapter]:
-    """Every layer that an adapter has, with both halves at rank 1; the weights proper come after the trace."""
+    """Every layer that an adapter has, with both halves at rank 1; the weights proper come after the trace.
+
+    An embedding table has no filter.
+    """
     from .swappable import Noise
 
     noise, layers = Noise(), {}
-    for path in sorted({path for adapter in adapters for path in adapter.layers}):
-        outs, ins = shapes[f"{path}.weight"]
-        sizes = {"A": (1, ins), "B": (outs, 1), "tau": (outs,), "C": (1, outs), "D": (outs, 1)}
-        parts: dict[str, Any] = {part: noise.of(*size) for part, size in sizes.items()}
-        layers[path] = LayerAdapter(path, **parts, lora_bias=None, scale=1.0, gamma=1.0)
+    tables = {path: layer.embedding for adapter in adapters for path, layer in adapter.layers.items()}
+    for path, embedding in sorted(tables.items()):
+        outs, ins = shapes[f"{path}.weight"][:: -1 if embedding else 1]
+        parts: dict[str, Any] = {"A": noise.of(1, ins), "B": noise.of(outs, 1)}
+        filters = {"tau": (outs,), "C": (1, outs), "D": (outs, 1)}
+        parts |= {part: None if embedding else noise.of(*size) for part, size in filters.items()}
+        layers[path] = LayerAdapter(path, **parts, lora_bias=None, scale=1.0, gamma=1.0, embedding=embedding)
     return layers
+
+
+def _parts(layer: LayerAdapter) -> Mapping[str, str]:
+    return TABLE_PARTS if layer.embedding else OPERATOR_PARTS
+
+
+def _tables(layers: Mapping[str, LayerAdapter]) -> set[str]:
+    return {path for path, layer in layers.items() if layer.embedding}
 
 
 def _head_weights(adapters: Mapping[str, Adapter], shared: _Base, dtype: DType) -> list[RuntimeWeight]:
@@ -391,12 +407,13 @@ def _attach(
     """Puts one slot of placeholders into the base model: GroupedLoraTrf on `layers`, GroupedLinear on saved heads."""
     import torch
 
-    from .adapted import wrap
+    from .adapted import op_of, wrap
     from .swappable import Noise
 
     for path, layer in layers.items():
-        values = {part: torch.from_numpy(getattr(layer, part))[None] for part in OPERATOR_PARTS}
-        wrap(base.model, path, "GroupedLoraTrf", values, {"filter_input": filter_input})
+        values = {part: torch.from_numpy(getattr(layer, part))[None] for part in _parts(layer)}
+        op = op_of(values, embedding=layer.embedding)
+        wrap(base.model, path, op, values, {"filter_input": filter_input} if FUNCTIONS[op].attributes else {})
     noise = Noise()
     heads = {weight.name.rpartition(".slots.")[0]: None for weight in weights if not weight.in_layer}
     for path in heads:
@@ -460,5 +477,7 @@ def _grouped_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _row(layer: LayerAdapter, slots: Slots) -> LayerRow:
-    rank, filter_rank = (slots.values[f"{layer.name}.{OPERATOR_PARTS[part]}"].shape[1] for part in "AC")
-    return LayerRow(layer.name, "GroupedLoraTrf", rank, filter_rank, layer.in_features, layer.out_features)
+    names = _parts(layer)
+    rank, filter_rank = (slots.values[f"{layer.name}.{names[part]}"].shape[1] if part in names else 0 for part in "AC")
+    op = "GroupedLowRankEmbedding" if layer.embedding else "GroupedLoraTrf"
+    return LayerRow(layer.name, op, rank, filter_rank, layer.in_features, layer.out_features)

@@ -74,7 +74,7 @@ def convert_adapter(
     task = TASKS.get(loaded.task_type or "", manifest.task)
     part = part_of(task, swappable.tasks, loaded.path)
     _check_whole(loaded, swappable.known_to(part))
-    fitting = _with_gains(loaded, swappable, base_model, trust_remote_code=trust_remote_code)
+    fitting = _beside_base(loaded, swappable, base_model, trust_remote_code=trust_remote_code)
     modules = {weight.module for weight in swappable.weights if weight.in_layer}
     fitting, left = language_part_for(fitting, modules)
     named = in_graph(fitting, part, swappable.trunk)
@@ -97,14 +97,17 @@ def convert_adapter(
     return Converted(out, size, len(fitting.layers), len(modules), base_by, listed, report, warnings)
 
 
-def _with_gains(
+def _beside_base(
     adapter: Adapter, swappable: Swappable, base_model: str | Path | None, *, trust_remote_code: bool
 ) -> Adapter:
-    """`adapter`; a DoRA with its gains, for which the base is loaded. UserError where the model takes none."""
+    """`adapter` as `fit` takes it: a DoRA with its gains, and without copies of the base's weights.
+
+    For either the base is loaded. UserError where the model takes no gains.
+    """
     dora = [layer.name for layer in adapter.layers.values() if layer.magnitude is not None]
-    if not dora:
+    if not dora and not adapter.copies:
         return adapter
-    if not any(weight.part == "gain" for weight in swappable.weights):
+    if dora and not any(weight.part == "gain" for weight in swappable.weights):
         raise UserError(
             f"The adapter {adapter.path} is a DoRA, which rescales the outputs of the base's layers ({some(dora)}), "
             "and the model takes no such gains: it was exported from a plain adapter. Export a swappable model from "
@@ -112,8 +115,10 @@ def _with_gains(
         )
     with quiet():
         from ..pytorch.dora import with_gains
+        from ..pytorch.vocabulary import without_copies
 
-        return with_gains(adapter, load_base(adapter, base_model, trust_remote_code=trust_remote_code).model)
+        model = load_base(adapter, base_model, trust_remote_code=trust_remote_code).model
+        return with_gains(without_copies(adapter, model), model)
 
 
 def _check_whole(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> None:

@@ -157,6 +157,7 @@ def common_facts(
             name=alone.name if alone else None,
             sha256=alone.sha256 if alone else None,
             peft_type=alone.peft_type if alone else None,
+            dora=alone is not None and alone.is_dora,
         ),
         base=BaseId(Path(base.path).name, base_sha256(Path(base.path))),
         model=ModelId.of(out, others),

@@ -22,6 +22,7 @@ from ..pytorch.embedding import as_embedder
 from ..pytorch.language import language_part, left_out
 from ..pytorch.oracle import apply_adapter, tie_equal, untie_adapted
 from ..pytorch.processors import processor_files
+from ..pytorch.vocabulary import without_copies
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks, check_stages
@@ -102,7 +103,7 @@ def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptio
     clock("loading the base model")
     base = load_base(adapter, options.base_model, trust_remote_code=options.trust_remote_code)
     base = with_embedding(base, [adapter], options)
-    adapter = with_gains(adapter, base.model)
+    adapter = with_gains(without_copies(adapter, base.model), base.model)
     images = base.task == GENERATION and exports_images(base, options)
     adapter, seeing = language_part(adapter, base.model, images=images)
     if not images:

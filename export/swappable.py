@@ -17,7 +17,7 @@ from ..formats.fit import fit
 from ..formats.manifest import Swappable
 from ..formats.swappable import LAYER_PARTS, Default, RuntimeWeight, layer_weights, neutral
 from ..ops.dtypes import DType
-from ..ops.schemas import DOMAIN, OPS
+from ..ops.schemas import DOMAIN, FUNCTIONS
 
 if TYPE_CHECKING:
     from ..pytorch.base import BaseModel
@@ -100,9 +100,9 @@ def find_weights(
     weights = []
     for node in graph:
         module = node.metadata_props.get("module", "")
-        if node.domain == DOMAIN and node.op_type in OPS and module in traced.layers:
+        if node.domain == DOMAIN and node.op_type in FUNCTIONS and module in traced.layers:
             layer = traced.layers[module]
-            parts = [part for part in OPS[node.op_type].inputs if part in LAYER_PARTS]
+            parts = [part for part in FUNCTIONS[node.op_type].inputs if part in LAYER_PARTS]
             parts += [part for part in ("gain", "offset") if getattr(layer, part) is not None]
             weights += layer_weights(layer, parts, dtype, default)
     weights = list({weight.name: weight for weight in weights}.values())  # a shared layer is called more than once

@@ -199,7 +199,11 @@ def lora(**config: Any) -> Any:
 APART: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "PiSSA": (bert, lambda: lora(init_lora_weights="pissa"), 'init_lora_weights="pissa"'),
     "OLoRA": (bert, lambda: lora(init_lora_weights="olora"), 'init_lora_weights="olora"'),
-    "embedding": (bert, lambda: lora(target_modules=["query", "word_embeddings"]), "adaptation of embeddings"),
+    "DoRA of a table": (
+        bert,
+        lambda: lora(target_modules=["query", "word_embeddings"], use_dora=True),
+        "DoRA of an embedding table",
+    ),
     "tokens": (bert, lambda: lora(trainable_token_indices={"word_embeddings": [1, 2]}), "trainable_token_indices"),
     "replicated": (bert, lambda: lora(layer_replication=[(0, 1), (0, 2)]), "layer_replication"),
     "KaSA": (bert, lambda: lora(kasa_config={}), "kasa_config"),

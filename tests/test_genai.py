@@ -17,7 +17,7 @@ import transformers
 
 import tiny_llm
 from loratrf_deploy import UserError, read_adapter
-from loratrf_deploy.export import ExportOptions, export_adapter
+from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.export.behind import insert
 from loratrf_deploy.export.genai import check_precision
 from loratrf_deploy.export.onto import convert_adapter
@@ -134,8 +134,6 @@ def test_dora_of_a_head_leaves_alone_the_embedding_that_is_tied_to_it(make_llm: 
 ONLY_MERGED = {
     "DoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "PiSSA on the head": {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"},
-    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "embedding and head": {"target_modules": ["embed_tokens", "lm_head"]},
     "embedding and head, tied": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2, 7]}},
 }
@@ -156,6 +154,37 @@ def test_a_merge_through_peft_leaves_alone_what_is_tied(
         prove(plain, base, tmp_path / "plain" / "model.onnx", quantize=quantize)
         sizes = [(tmp_path / folder / "model.onnx.data").stat().st_size for folder in ("", "plain")]
         assert sizes[0] == sizes[1]
+
+
+@TALK
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("family", "targets", "quantize", "how"),
+    [
+        ("llama", ["q_proj", "embed_tokens"], "int4", {"mode": "merged"}),
+        ("llama", ["embed_tokens", "lm_head"], "int4", {"mode": "separate"}),
+        ("llama", ["q_proj", "embed_tokens"], "none", SWAPPED),
+        # Its rows are multiplied by the root of the width, behind the operator.
+        pytest.param("gemma2", ["q_proj", "embed_tokens"], "int4", SWAPPED, marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapted_table_leaves_alone_the_head_that_is_tied_to_it(
+    family: str, targets: list[str], quantize: str, how: dict, make_llm: Make, tmp_path: Path
+) -> None:
+    """The base stays one weight for both where nothing is merged, whatever copies PEFT saved beside the adapter."""
+    base, adapter = make_llm(family, "lora", TIED, target_modules=targets)
+    prove(adapter, base, tmp_path / "model.onnx", quantize=quantize, **how)
+    names = ir.load(tmp_path / "model.onnx").graph.initializers
+    assert ("model.embed_tokens.lora_embedding_A" in names) == (how != {"mode": "merged"})
+    if how == SWAPPED:
+        other = make_llm(family, "lora", TIED, target_modules=targets, r=2, seed=4)[1]
+        file = tmp_path / "other.onnx_adapter"
+        converted = convert_adapter(other, tmp_path / "model.onnx", file, base_model=base, check=True)
+        options = ExportOptions(base_model=base, quantize=quantize)
+        rows = export_grouped({"a": adapter, "b": other}, tmp_path / "rows" / "model.onnx", options)
+        for report in (converted.parity, rows.parity):
+            assert report is not None
+            assert report.passed
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")

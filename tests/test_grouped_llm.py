@@ -314,7 +314,6 @@ def test_what_rows_can_not_have_of_their_own(refused: Callable[..., str], make_l
     assert "The adapter other saves lm_head whole" in text
     assert "train it without modules_to_save" in text
     assert "embed_tokens" in beside(modules_to_save=["embed_tokens"])
-    assert "saves lm_head whole" in beside(target_modules=["q_proj", "lm_head"])
     assert "The adapter other is a DoRA" in beside(use_dora=True)
     assert "--quantize int4 --dtype float32" in beside("--dtype", "float16")
     assert "Leave it out" in beside("--opset", "20")

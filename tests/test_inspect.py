@@ -90,6 +90,27 @@ def test_a_dora_whose_gains_alone_matter_is_not_idle(make_export, tmp_path):
     assert facts["warnings"] == []
 
 
+def test_a_dora_is_called_one_with_what_is_its_own(make_export, capsys):
+    """PEFT's type is LORA. BERT's linear layers have biases, so each gain comes with an offset."""
+    exported = make_export(kind="lora", use_dora=True, swappable="base")
+    plain = make_export(kind="lora")
+    for path, gains in (
+        (exported.adapter, "lora_magnitude_vector in 4 layers; an export makes gains and offsets of it"),
+        (exported.model.with_name("lora.onnx_adapter"), "lora_gain in 4 layers, lora_offset in 4 (DoRA)"),
+        (exported.model, "lora_gain in 4 layers, lora_offset in 4 (DoRA)"),
+        (plain.adapter, None),
+        (plain.model, None),
+    ):
+        capsys.readouterr()
+        assert inspect_cli.main([str(path)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("DoRA" in shown) == (gains is not None)
+        assert gains is None or f"gains {gains}" in shown
+        assert ("LORA" in shown) == (gains is None)
+        facts = inspect_path(path)
+        assert (facts["adapter"] if facts["kind"] == "model" else facts)["dora"] == (gains is not None)
+
+
 def test_model_by_file_and_by_folder(make_export):
     _, adapter, model = make_export()
     facts = inspect_path(model)

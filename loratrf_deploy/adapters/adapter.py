@@ -34,6 +34,8 @@ _PREFIX = "base_model.model."
 _PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
     ".lora_B.bias": "lora_bias",
     ".lora_magnitude_vector": "magnitude",
     ".trf_tau": "tau",
@@ -43,9 +45,15 @@ _PARTS = {
 _SHAPES = {"A": "RK", "B": "NR", "lora_bias": "N", "magnitude": "N", "tau": "N", "C": "FN", "D": "NF"}
 # Parts of a key that give away an adapter that is more than low-rank products, whatever its config says.
 _NOT_SEPARABLE_KEYS = {
-    ".lora_embedding_": "low-rank adaptation of embeddings",
     ".lora_diag": "KaSA diagonals",
     ".token_adapter.": "trainable token embeddings",
+}
+_TABLE = ".lora_embedding_"
+# Fields with which the low-rank half of an embedding table is more than that.
+_TABLE_MERGES = {
+    "use_dora": "DoRA of an embedding table",
+    "ensure_weight_tying": "low-rank adaptation of an embedding table that is tied to the head's",
+    "alora_invocation_tokens": "low-rank adaptation of an embedding table in an aLoRA",
 }
 # Saved, but read by the backward pass alone.
 _TRAINING_ONLY = (".lora_velora_embed",)
@@ -57,6 +65,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "
 class LayerAdapter:
     """y = h + scale·(x Aᵀ)Bᵀ, out = y + gamma·((s·z) Cᵀ)Dᵀ with z = y or h: one adapted linear layer.
 
+    Or an `embedding` table, y = E[ids] + scale·(A[:, ids])ᵀBᵀ: x is one-hot, and K the number of its rows.
     A (R,K), B (N,R), tau (N), C (F,N), D (N,F), lora_bias (N): float32, C-contiguous, None for an absent half. Scales
     are not folded in. A `magnitude` (N) is DoRA's, of which `pytorch.dora` makes `gain` and `offset` (N) with the base
     at hand: h is gain⊙h + offset then, and B and scale have the gain in them.
@@ -74,6 +83,7 @@ class LayerAdapter:
     magnitude: Array | None = None
     gain: Array | None = None
     offset: Array | None = None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -137,6 +147,16 @@ class Adapter:
     def name(self) -> str:
         """Its folder's name, on the hub its own there."""
         return folder_name(self.path)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether its layers have magnitudes, which PEFT calls LORA too."""
+        return self.peft_type == "LORA" and bool(self.config.get("use_dora"))
+
+    @property
+    def copies(self) -> list[str]:
+        """Adapted layers whose frozen weight the file holds too, as PEFT saves it of embeddings and heads."""
+        return [path for path in self.modules_to_save if path in self.layers]
 
     @property
     def warning(self) -> str | None:
@@ -208,6 +228,7 @@ class _Parts:
         if self.config["peft_type"] in ADAPTED_TYPES:
             self.not_separable = self.not_separable or self._telltale()
         layers: dict[str, dict[str, NDArray]] = {}
+        tables: dict[str, bool] = {}
         unused = []
         for key, value in self.tensors.items():
             name = key.removeprefix(_PREFIX)
@@ -215,7 +236,10 @@ class _Parts:
             if name == key:
                 unused.append(key)
             elif suffix:
-                layers.setdefault(name.removesuffix(suffix), {})[_PARTS[suffix]] = value
+                module, part = name.removesuffix(suffix), _PARTS[suffix]
+                if part in ("A", "B") and tables.setdefault(module, _TABLE in suffix) != (_TABLE in suffix):
+                    self._fail(module, "it has weights of an embedding table and of a linear layer")
+                layers.setdefault(module, {})[part] = value
             elif not name.endswith(_TRAINING_ONLY) and not self._keep(name, value):
                 unused.append(key)
         if self.not_separable:
@@ -231,13 +255,17 @@ class _Parts:
                 f"{len(self.tensors)} tensors). Save the adapter again with PEFT's save_pretrained."
             )
         for name, parts in sorted(layers.items()):
-            self.layers[name] = self._layer(name, parts)
+            self.layers[name] = self._layer(name, parts, embedding=tables.get(name, False))
 
     def _telltale(self) -> str | None:
         for key, value in self.tensors.items():
             for part, why in _NOT_SEPARABLE_KEYS.items():
                 if part in key:
                     return f"{why} ({key})"
+            if _TABLE in key:
+                for option, why in _TABLE_MERGES.items():
+                    if self.config.get(option):
+                        return f"{why} ({key})"
             if key.endswith(".lora_A.weight"):
                 if value.ndim > 2:
                     return f"low-rank adaptation of a convolution ({key})"
@@ -266,11 +294,13 @@ class _Parts:
             return True
         return False
 
-    def _layer(self, name: str, parts: dict[str, NDArray]) -> LayerAdapter:
+    def _layer(self, name: str, parts: dict[str, NDArray], *, embedding: bool) -> LayerAdapter:
         for half, members in (("low-rank half", ("A", "B")), ("filter", ("tau", "C", "D"))):
             absent = [member for member in members if member not in parts]
             if absent and len(absent) < len(members):
                 self._fail(name, f"its {half} is incomplete: {', '.join(absent)} missing")
+        if embedding and (self.config["peft_type"] != "LORA" or parts.keys() != {"A", "B"}):
+            self._fail(name, 'an embedding table has lora_embedding_A and lora_embedding_B alone, and peft_type "LORA"')
         if "lora_bias" in parts and "A" not in parts:
             self._fail(name, "it has lora_B.bias but no lora_A and lora_B")
         if "A" in parts and ("lora_bias" in parts) != (biased := bool(self.config.get("lora_bias"))):
@@ -310,6 +340,7 @@ class _Parts:
             **{part: parts.get(part) for part in _SHAPES},
             scale=scale,
             gamma=float(self.config.get("filter_gamma", 1.0)) if self.config["peft_type"] == "LORATRF" else 1.0,
+            embedding=embedding,
         )
 
     def _fail(self, name: str, problem: str) -> None:
@@ -332,7 +363,9 @@ def _idle(layer: LayerAdapter) -> list[str | None]:
     if layer.A is not None and layer.B is not None:
         # Whether a magnitude is the base's own, only the base tells.
         biased = layer.magnitude is not None or (layer.lora_bias is not None and layer.lora_bias.any())
-        whole = "lora_A is zero" if not layer.A.any() else "lora_B is zero" if not layer.B.any() else None
+        prefix = "lora_embedding" if layer.embedding else "lora"
+        zero = [f"{prefix}_{name} is zero" for name, part in (("A", layer.A), ("B", layer.B)) if not part.any()]
+        whole = zero[0] if zero else None
         reasons.append("lora_alpha is 0" if layer.scale == 0 and layer.magnitude is None else None if biased else whole)
     if layer.tau is not None and layer.C is not None and layer.D is not None:
         zero = [f"trf_{name} is zero" for name, part in zip("CD", (layer.C, layer.D), strict=True) if not part.any()]

@@ -26,13 +26,18 @@ def check_exportable(adapter: Adapter) -> None:
 
 
 def check_fits(
-    adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]], *, conv1d: Collection[str] = ()
+    adapter: Adapter,
+    base_parameters: Mapping[str, tuple[int, ...]],
+    *,
+    conv1d: Collection[str] = (),
+    tables: Collection[str] | None = None,
 ) -> None:
     """Whether the adapter belongs to this base model: UserError naming everything that doesn't fit, or nothing.
 
     `base_parameters` maps parameter names of the base to shapes: weight (N,K), or (K,N) for the module paths in
-    `conv1d` (GPT-2's Conv1D). Checked: adapted modules exist and have the adapter's sizes; trained biases and saved
-    modules exist, fit and are complete; and all that `contradictions` finds.
+    `conv1d` (GPT-2's Conv1D) and in `tables` (embeddings), where it is known which these are. Checked: adapted modules
+    exist, are of the adapter's kind and have its sizes; trained biases and saved modules exist, fit and are complete;
+    and all that `contradictions` finds.
     """
     problems = []
     for name, layer in adapter.layers.items():
@@ -40,7 +45,12 @@ def check_fits(
         if shape is None:
             problems.append(f"the base model has no layer {name}")
             continue
-        outs, ins = (*shape, 0, 0)[:2] if name not in conv1d else (*shape, 0, 0)[1::-1]
+        if tables is not None and layer.embedding != (name in tables):
+            kinds = ("no embedding table", "an embedding table") if layer.embedding else ("an embedding table", "none")
+            problems.append(f"{name} is {kinds[0]} in the base model, {kinds[1]} in the adapter")
+            continue
+        turned = layer.embedding or name in conv1d
+        outs, ins = (*shape, 0, 0)[1::-1] if turned else (*shape, 0, 0)[:2]
         if layer.out_features != outs or layer.in_features not in (None, ins):
             expected = f"{layer.in_features or 'any'} -> {layer.out_features}"
             problems.append(f"{name} maps {ins} -> {outs} features in the base model, {expected} in the adapter")

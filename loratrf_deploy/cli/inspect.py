@@ -50,9 +50,10 @@ def _show_adapter(facts: dict[str, Any]) -> None:
     saved, biases = facts["modules_to_save"], facts["biases"]
     rows = {
         "adapter": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
-        "type": ", ".join(filter(None, (facts["peft_type"], facts["task_type"]))),
+        "type": ", ".join(filter(None, (_kind(facts, dora=facts["dora"]), facts["task_type"]))),
         "base": facts["base_model"] or "not named",
         "layers": f"{len(facts['layers'])} adapted, {facts['parameters']:,} parameters",
+        "gains": _magnitude_sentence(facts["magnitudes"]),
         "filter": facts["filter_input"] and f"reads the {_READS[facts['filter_input']]} output",
         "saved": ", ".join(f"{name} ({count:,})" for name, count in saved.items()),
         "biases": f"{len(biases)} trained ({sum(biases.values()):,})" if biases else None,
@@ -68,11 +69,12 @@ def _show_adapter_file(facts: dict[str, Any]) -> None:
     adapter = facts["adapter"]
     rows = {
         "file": f"{facts['path']} ({_size(facts['bytes'])}, {facts['dtype']})",
-        "adapter": f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})",
+        "adapter": _named(adapter, dora=facts["dora"]),
         "base": f"sha256 {str(facts['base_sha256'])[:12]}",
         "task": _task_sentence(adapter) if adapter.get("task") else None,
         "made for": f"the export whose model.onnx has sha256 {facts['model_sha256'][:12]}",
         "layers": f"{len(facts['layers'])} in the model, {facts['parameters']:,} values; ranks 0 are zeros",
+        "gains": _gain_sentence(*(sum(bool(layer.get(part)) for layer in facts["layers"]) for part in _GAINS)),
         "saved": ", ".join(f"{name} ({count:,})" for name, count in facts["saved"].items()),
     }
     print_rows(rows)
@@ -83,7 +85,28 @@ def _adapter_sentence(facts: dict[str, Any]) -> str:
     adapter, slots = facts["adapter"], (facts["swappable"] or {}).get("slots")
     if slots:
         return "one per batch row, by slot: " + ", ".join(f"{slot} {name}" for name, slot in slots.items())
-    return f"{adapter.get('name')} ({adapter.get('peft_type')}, sha256 {str(adapter.get('sha256'))[:12]})"
+    return _named(adapter, dora=adapter.get("dora", False))
+
+
+def _named(adapter: dict[str, Any], *, dora: bool) -> str:
+    return f"{adapter.get('name')} ({_kind(adapter, dora=dora)}, sha256 {str(adapter.get('sha256'))[:12]})"
+
+
+def _kind(adapter: dict[str, Any], *, dora: bool) -> str | None:
+    """The PEFT kind; PEFT calls a DoRA a LORA."""
+    return "DoRA" if dora else adapter.get("peft_type")
+
+
+_GAINS = ("gain", "offset")
+
+
+def _gain_sentence(gains: int, offsets: int) -> str | None:
+    """Of a DoRA's, which rescale and shift the outputs of the base's layers."""
+    return f"lora_gain in {gains} layers, lora_offset in {offsets} (DoRA)" if gains else None
+
+
+def _magnitude_sentence(layers: int) -> str | None:
+    return f"lora_magnitude_vector in {layers} layers; an export makes gains and offsets of it" if layers else None
 
 
 def _task_sentence(facts: dict[str, Any]) -> str:
@@ -145,6 +168,7 @@ def _show_model(facts: dict[str, Any]) -> None:
         "base": f"{base.get('name')} (sha256 {str(base.get('sha256'))[:12]})",
         "layers": f"{len(facts['layers'])} adapted ({operators or 'none'})",
         "swaps": _swappable_sentence(facts["swappable"]),
+        "gains": _gain_sentence(*((facts["swappable"] or {}).get(f"{part}s", 0) for part in _GAINS)),
         "runs": "with the custom-op library or without it, on the definitions in the file"
         if facts["custom_operators"]
         else "without the custom-op library: ONNX's and ONNX Runtime's own operators alone",

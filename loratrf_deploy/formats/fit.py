@@ -114,6 +114,11 @@ def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: s
                 continue
             if part not in graph:
                 problems.append(f"the model takes no {half} at {name}")
+            elif graph[part].in_table != layer.embedding:
+                kinds = ("a linear layer", "an embedding table")
+                problems.append(
+                    f"{name} is {kinds[graph[part].in_table]} in the model, {kinds[layer.embedding]} in the adapter"
+                )
             elif graph[part].shape[-1] != size or graph[part].module != name:
                 problems.append(f"{name} has {graph[part].shape[-1]} features in the model, {size} in the adapter")
         if "B" in graph and layer.A is not None and graph["B"].shape[0] != layer.out_features:

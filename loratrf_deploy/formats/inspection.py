@@ -14,7 +14,7 @@ from ..genai.folder import CONFIG_FILE, libraries, read_config
 from ..ops.library import library_path
 from .adapter_file import SUFFIX, AdapterFile, read_adapter_file
 from .manifest import MANIFEST, Manifest, Swappable, check_files, file_sha256, read_manifest
-from .swappable import LAYER_PARTS, largest_file
+from .swappable import LAYER_PARTS, TABLE_PARTS, largest_file
 
 __all__ = ["inspect_path"]
 
@@ -80,6 +80,7 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
             "filter_rank": layer.filter_rank,
             "in_features": layer.in_features,
             "out_features": layer.out_features,
+            "table": layer.embedding,
             "scale": layer.scale,
             "gamma": layer.gamma if layer.tau is not None else None,
             "parameters": layer.parameters,
@@ -97,6 +98,8 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
         "kind": "adapter",
         "path": str(adapter.path),
         "peft_type": adapter.peft_type,
+        "dora": adapter.is_dora,
+        "magnitudes": sum(layer.magnitude is not None for layer in adapter.layers.values()),
         "task_type": adapter.task_type,
         "base_model": adapter.base_model,
         "dtype": adapter.dtype,
@@ -118,20 +121,21 @@ def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
 def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
     layers: dict[str, dict[str, Any]] = {}
     saved: dict[str, int] = {}
-    suffixes = {f".{suffix}": part for part, suffix in LAYER_PARTS.items()}
+    suffixes = {f".{suffix}": part for parts in (LAYER_PARTS, TABLE_PARTS) for part, suffix in parts.items()}
     for name, value in file.values.items():
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
         if suffix is None:
             saved[name] = int(value.size)
             continue
         layer = layers.setdefault(name.removesuffix(suffix), {"rank": 0, "filter_rank": 0})
+        # Gains of one and offsets of zero are a plain adapter's.
+        if (part := suffixes[suffix]) in ("gain", "offset"):
+            layer[part] = bool((value != (1 if part == "gain" else 0)).any())
         # A half that is all zero is one that the adapter doesn't have.
         ranks = {"B": "rank", "D": "filter_rank"}
-        if (part := suffixes[suffix]) in ranks and value.any():
+        if part in ranks and value.any():
             layer[ranks[part]] = int(value.shape[1])
-    gains = [value for name, value in file.values.items() if name.endswith(f".{LAYER_PARTS['gain']}")]
-    idle = not any(layer["rank"] or layer["filter_rank"] for layer in layers.values())
-    idle = idle and all((value == 1).all() for value in gains)
+    idle = not any(layer["rank"] or layer["filter_rank"] or layer.get("gain") for layer in layers.values())
     only = f" Only what it brings whole can matter: {some(saved)}." if saved else ""
     return {
         "kind": "adapter file",
@@ -139,6 +143,7 @@ def _adapter_file_facts(file: AdapterFile) -> dict[str, Any]:
         "bytes": file.bytes,
         "dtype": ", ".join(sorted({str(value.dtype) for value in file.values.values()})),
         "adapter": asdict(file.origin.adapter),
+        "dora": any(layer.get("gain") for layer in layers.values()),
         "base_sha256": file.origin.base_sha256,
         "model_sha256": file.origin.model_sha256,
         "parameters": sum(int(value.size) for value in file.values.values()),
@@ -267,6 +272,8 @@ def _swappable_facts(manifest: Manifest, folder: Path) -> dict[str, Any] | None:
     return {
         "default": manifest.swappable.default,
         "weights": len(manifest.swappable.weights),
+        "gains": sum(weight.part == "gain" for weight in manifest.swappable.weights),
+        "offsets": sum(weight.part == "offset" for weight in manifest.swappable.weights),
         "slots": manifest.swappable.slots,
         "answers": _answers(manifest.swappable),
         "files": files,

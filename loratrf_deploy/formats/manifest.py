@@ -15,7 +15,7 @@ from ..adapters.json_text import parse_json
 from ..errors import UserError
 from ..files import open_regular, read_regular, readable
 from ..ops.dtypes import DType
-from ..ops.schemas import OPS, Device
+from ..ops.schemas import FUNCTIONS, Device
 from .decode import decode
 from .embedding import Embedding
 from .swappable import Default, RuntimeWeight
@@ -73,13 +73,17 @@ class AdapterId:
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """Of the adapter, or of all of a grouped model's: which one (None if several), filter_input, trained values."""
+    """Of the adapter, or of all of a grouped model's: which one (None if several), filter_input, trained values.
+
+    `dora` says whether it is a LORA with magnitudes; older files don't.
+    """
 
     filter_input: str
     parameters: int
     name: str | None = None
     sha256: str | None = None
     peft_type: str | None = None
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class LayerRow:
     out_features: int | None = None
 
     def __post_init__(self) -> None:
-        if self.op not in {*OPS, "merged"}:
+        if self.op not in {*FUNCTIONS, "merged"}:
             raise ValueError(self.op)
 
 

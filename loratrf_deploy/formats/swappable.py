@@ -22,6 +22,7 @@ from ..ops.schemas import MAX_RANK
 __all__ = [
     "LAYER_PARTS",
     "OPERATOR_PARTS",
+    "TABLE_PARTS",
     "Default",
     "RuntimeWeight",
     "check_matches",
@@ -50,6 +51,8 @@ OPERATOR_PARTS = {
 """Operator input -> what its weight is called within the module, as in adapter files."""
 LAYER_PARTS = {**OPERATOR_PARTS, "gain": "lora_gain", "offset": "lora_offset"}
 """The same of all that an adapted layer may have: h becomes gain⊙h + offset before the operator (DoRA)."""
+TABLE_PARTS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+"""The same of an embedding table, whose parts these are all."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class RuntimeWeight:
             raise ValueError(self.name)
 
     @property
+    def in_table(self) -> bool:
+        """Whether it belongs to an adapted embedding table."""
+        return self.name == f"{self.module}.{TABLE_PARTS.get(self.part)}"
+
+    @property
     def in_layer(self) -> bool:
         """Whether it belongs to an adapted layer; otherwise to a module that is saved whole."""
         return self.part in LAYER_PARTS
@@ -106,8 +114,9 @@ def layer_weights(layer: LayerAdapter, parts: Iterable[str], dtype: DType, defau
         "C": (filter_rank, layer.out_features),
         "D": (layer.out_features, filter_rank),
     }
+    names = TABLE_PARTS if layer.embedding else LAYER_PARTS
     return [
-        RuntimeWeight(f"{layer.name}.{LAYER_PARTS[part]}", layer.name, part, shapes[part], dtype, default=default)
+        RuntimeWeight(f"{layer.name}.{names[part]}", layer.name, part, shapes[part], dtype, default=default)
         for part in parts
     ]
 

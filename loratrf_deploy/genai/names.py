@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["POSITION_IDS", "genai_name", "is_cache", "linear_nodes"]
+__all__ = ["POSITION_IDS", "genai_name", "is_cache", "linear_nodes", "table_nodes"]
 
 POSITION_IDS = "position_ids"
 """An input of graphs that rotate outside of attention; PyTorch counts by itself."""
 
+_TABLES = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings")
 _ALIASES = {
     "attn": {"dense": "o_proj", "out_proj": "o_proj"},
     "linear_attn": {f"in_proj_{part}": f"{part}_proj" for part in ("qkv", "z", "b", "a")},
@@ -34,13 +35,22 @@ def linear_nodes(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.Node]]:
     return found
 
 
+def table_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Builder's module name ("/model/embed_tokens") -> the Gather, or GatherBlockQuantized, that looks its rows up."""
+    kinds = ("Gather", "GatherBlockQuantized")
+    names = {node.name or "": node for node in graph if node.op_type in kinds}
+    return {name.rpartition("/")[0]: node for name, node in names.items() if "/embed_tokens/" in name}
+
+
 def genai_name(path: str) -> str | None:
-    """The builder's name of the torch module `path`, None for what isn't in a decoder layer or the head.
+    """The builder's name of the torch module `path`, None for what is no decoder layer's, and not the head or table.
 
     Of a vision-language model the layers are the language part's: a vision tower's are often called the same.
     """
     if path.rpartition(".")[2] in ("lm_head", "embed_out"):
         return "/lm_head"
+    if re.fullmatch(rf"(?:\w+\.)?(?:language_model\.)?({'|'.join(_TABLES)})", path):
+        return "/model/embed_tokens"
     if match := re.fullmatch(r"(?:\w+\.)?(?:language_model\.)?layers\.(\d+)\.(\w+)\.(\w+)", path):
         layer, group, name = match.groups()
         if group != "linear_attn":

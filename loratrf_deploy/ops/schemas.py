@@ -19,6 +19,7 @@ __all__ = [
     "DOMAIN",
     "FILTER_INPUTS",
     "FUNCTIONS",
+    "IDS",
     "MAX_CUDA_RANK",
     "MAX_RANK",
     "OPERATOR",
@@ -50,7 +51,7 @@ MAX_CUDA_RANK = 256
 class OpSchema:
     """An operator's name, inputs in order, and string attributes with their defaults. Its meaning: `reference`.
 
-    All inputs are of one type but adapter_ids, which is int64.
+    All inputs are of one type but ids and adapter_ids, which are int64.
     """
 
     name: str
@@ -78,11 +79,22 @@ OPS: dict[str, OpSchema] = {
 }
 """What the custom-op library runs as kernels."""
 
+IDS = "ids"
+"""The input of the operators of an embedding table that says which of its rows are looked up."""
 FUNCTIONS: dict[str, OpSchema] = OPS | {
-    "GroupedLinear": OpSchema("GroupedLinear", ("base", "x", "W", "b", ADAPTER_IDS), {})
+    schema.name: schema
+    for schema in (
+        OpSchema("GroupedLinear", ("base", "x", "W", "b", ADAPTER_IDS), {}),
+        OpSchema("LowRankEmbedding", ("base", IDS, "A", "B"), {}),
+        OpSchema("GroupedLowRankEmbedding", ("base", IDS, "A", "B", ADAPTER_IDS), {}),
+    )
 }
-"""The operators, and GroupedLinear, which is a function only, a head per adapter: y[row] = x W[id]ᵀ + b[id] with
-id = adapter_ids[row], W (S,N,K), b (S,N); base[row] for id -1."""
+"""The operators, and what is a function only, since it costs next to nothing.
+
+GroupedLinear, a head per adapter: y[row] = x W[id]ᵀ + b[id] with id = adapter_ids[row], W (S,N,K), b (S,N); base[row]
+for id -1. LowRankEmbedding: y = base + (A[:, ids])ᵀ Bᵀ with A (R,V) of a table of V rows, base (T,N) and ids (T);
+grouped with a leading S on A and B. An id that the table has no row for is its own lookup's to refuse.
+"""
 
 
 def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Function:
@@ -102,7 +114,8 @@ def function_body(op: str, opset: int, filter_input: str = "adapted") -> ir.Func
     if ADAPTER_IDS in inputs:
         output = body.by_row(inputs, filter_input)
     else:
-        result = body.adapted({name: body.wide(value) for name, value in inputs.items()}, filter_input)
+        w = {name: body.wide(value) for name, value in body.without_table(inputs).items()}
+        result = body.adapted(w, filter_input)
         output = body.op("CastLike", result, inputs[schema.inputs[0]])
     output.name = "y"
     graph = ir.Graph(list(inputs.values()), [output], nodes=body.nodes, opset_imports={"": opset})
@@ -151,6 +164,27 @@ class _Body:
         # out = h + filter term of base: the same two steps in the other order.
         return self.low_rank(self.task_filter(w["base"], w), w)
 
+    def without_table(self, inputs: dict[str, ir.Value]) -> dict[str, ir.Value]:
+        """`inputs`; of an embedding table with its columns of A (T,R) as "low", in the place of A and ids."""
+        if IDS not in inputs:
+            return inputs
+        low = self.looked_up(inputs["A"], self.op("Unsqueeze", inputs[IDS], self.constant([-1])))
+        return {"base": inputs["base"], "low": low, "B": inputs["B"]}
+
+    def looked_up(self, A: ir.Value, ids: ir.Value, slots: ir.Value | None = None) -> ir.Value:
+        """A[:, id] for each of `ids` (T,1), (T,R); A[slot][:, id] for ids (rows,T,1) and `slots` (rows).
+
+        From A as it lies in memory: neither turned nor copied, since it is as long as the vocabulary.
+        """
+        shape = self.op("Shape", A)
+        rank, rows = (self.op("Gather", shape, self.constant(axis)) for axis in (-2, -1))
+        columns = self.op("Mul", self.op("Range", self.constant(0), rank, self.constant(1)), rows)
+        places = self.op("Add", ids, columns)
+        if slots is not None:
+            begins = self.op("Mul", slots, self.op("Mul", rank, rows))
+            places = self.op("Add", places, self.op("Unsqueeze", begins, self.constant([1, 2])))
+        return self.op("Gather", self.op("Reshape", A, self.constant([-1])), places)
+
     def by_row(self, inputs: dict[str, ir.Value], filter_input: str) -> ir.Value:
         """The rows that have an adapter, each with its own slot's weights, put in the place of theirs in base."""
         batch = self.op("Slice", self.op("Shape", inputs["base"]), self.constant([0]), self.constant([1]))
@@ -162,8 +196,15 @@ class _Body:
         # Gather counts negative indices from the end: ids below -1 must be an error, not another adapter.
         slots = self.op("Where", self.op("Less", chosen, self.constant(0)), self.constant(2**62), chosen)
         base = self.by_tokens(inputs["base"])
-        w = {name: self.op("Gather", value, slots, axis=0) for name, value in inputs.items() if name in _WEIGHTS}
-        w["x"] = self.op("Gather", self.by_tokens(inputs["x"]), rows, axis=0)
+        table = IDS in inputs
+        own = [name for name in inputs if name in _WEIGHTS and not (table and name == "A")]
+        w = {name: self.op("Gather", inputs[name], slots, axis=0) for name in own}
+        if table:
+            # The Gather of B fails for a slot that isn't there, so a wrong place in A reaches nobody.
+            tokens = self.by_tokens(self.op("Unsqueeze", inputs[IDS], self.constant([-1])))
+            w["low"] = self.looked_up(inputs["A"], self.op("Gather", tokens, rows, axis=0), chosen)
+        else:
+            w["x"] = self.op("Gather", self.by_tokens(inputs["x"]), rows, axis=0)
         w["base"] = self.op("Gather", base, rows, axis=0)
         w = {name: self.wide(value) for name, value in w.items()}
         self.transposed = [0, 2, 1]
@@ -191,7 +232,8 @@ class _Body:
         return self.op("MatMul", x, self.op("Transpose", weight, perm=self.transposed))
 
     def low_rank(self, base: ir.Value, w: dict[str, ir.Value]) -> ir.Value:
-        return self.op("Add", base, self.times_transposed(self.times_transposed(w["x"], w["A"]), w["B"]))
+        low = w["low"] if "low" in w else self.times_transposed(w["x"], w["A"])
+        return self.op("Add", base, self.times_transposed(low, w["B"]))
 
     def norm(self, value: ir.Value) -> ir.Value:
         squares = self.op("ReduceSum", self.op("Mul", value, value), self.constant([-1]), keepdims=1)

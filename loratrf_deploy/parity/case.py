@@ -16,14 +16,14 @@ from ..errors import UserError
 from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
 from ..formats.images import EMBEDS, takes_images
-from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
+from ..formats.manifest import MANIFEST, Manifest, Swappable, check_described, read_manifest, read_swappable
 from ..formats.stages import CROSS, Stages, stages_of
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, genai_name, is_cache
 from ..onnx_file import check_external_data
 from ..ops.dtypes import DTYPES, DType
-from ..ops.schemas import ADAPTER_IDS, DOMAIN, OPERATOR, OPS, Device
+from ..ops.schemas import ADAPTER_IDS, DOMAIN, FUNCTIONS, OPERATOR, Device
 from ..pytorch.base import TASKS, BaseModel, Inputs
 from ..pytorch.embedding import as_embedder
 from ..pytorch.language import language_part
@@ -151,7 +151,8 @@ def prepare(
     weights = {}
     if manifest is not None and swappable is not None:
         own, _ = language_part(read, base.model.get_base_model())
-        weights = fit(in_graph(own, part, trunk), swappable.weights, manifest.adapter.filter_input, task)
+        own = _as_taken(in_graph(own, part, trunk), swappable)
+        weights = fit(own, swappable.weights, manifest.adapter.filter_input, task)
         if swappable.slots:
             slots = Slots(swappable.weights, 1)
             slots.put(0, weights)
@@ -182,6 +183,14 @@ def prepare(
         outputs=tuple(part.outputs.values()) if part else output_names(graph),
         part=part,
     )
+
+
+def _as_taken(adapter: Adapter, swappable: Swappable) -> Adapter:
+    """`adapter` without copies of the base's weights that the model doesn't take: where they differ, outputs do."""
+    taken = {weight.module for weight in swappable.weights if not weight.in_layer}
+    untaken = set(adapter.copies) - taken
+    saved = {path: tensors for path, tensors in adapter.modules_to_save.items() if path not in untaken}
+    return replace(adapter, modules_to_save=saved)
 
 
 def tolerance_of(dtype: DType, *, generates: bool) -> float:
@@ -252,7 +261,7 @@ def _folded(adapter: Adapter, graphs: Sequence[ir.Model]) -> set[str]:
     return {
         name
         for name, layer in adapter.layers.items()
-        if layer.A is not None and "A" not in (OPS[ops[name]].inputs if ops.get(name) in OPS else ())
+        if layer.A is not None and "A" not in (FUNCTIONS[ops[name]].inputs if ops.get(name) in FUNCTIONS else ())
     }
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "max_sequence",
     "sample_inputs",
     "start_token",
+    "tables_of",
     "tokenizer_of",
 ]
 
@@ -169,7 +170,7 @@ def load_base(
     model, untrained = _load(adapter, source, config, task, dtype, trust_remote_code)
     untrained |= resize_vocabulary(model, adapter)
     parameters = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    check_fits(adapter, parameters, conv1d=_conv1d(model))
+    check_fits(adapter, parameters, conv1d=_conv1d(model), tables=tables_of(model))
     mains = main_inputs(model, name)
     return BaseModel(
         model,
@@ -319,6 +320,13 @@ def _load(
             + (OWN_MODEL if getattr(config, "auto_map", None) and not trust_remote_code else "")
         )
     return model, random
+
+
+def tables_of(model: torch.nn.Module) -> set[str]:
+    """Paths of the embedding tables of `model`."""
+    import torch
+
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
 
 
 def _conv1d(model: torch.nn.Module) -> set[str]:

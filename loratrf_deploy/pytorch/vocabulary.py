@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["resize_vocabulary", "token_table"]
+__all__ = ["resize_vocabulary", "token_table", "without_copies"]
 
 
 def token_table(model: Any) -> torch.nn.Embedding | None:
@@ -60,3 +61,18 @@ def resize_vocabulary(model: PreTrainedModel, adapter: Adapter) -> set[str]:
             "of them: save_pretrained(..., save_embedding_layers=True)."
         )
     return grown
+
+
+def without_copies(adapter: Adapter, model: Any) -> Adapter:
+    """`adapter` without the weights that PEFT saved of layers that it adapts, where they are those of its base `model`.
+
+    It saves them of embed_tokens and lm_head whether they were trained or not. Requires `check_fits` to have passed.
+    """
+    import torch
+
+    saved = dict(adapter.modules_to_save)
+    for path in adapter.copies:
+        own = model.get_submodule(path).weight.detach().float()
+        if saved[path].keys() == {"weight"} and torch.equal(own, torch.from_numpy(saved[path]["weight"])):
+            del saved[path]
+    return dataclasses.replace(adapter, modules_to_save=saved)
