@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import UserError
 from ..formats.adapter_file import SUFFIX
 from ..formats.manifest import MANIFEST, Manifest, read_manifest
+from ..formats.settings import read_settings
 from ..formats.stages import stages_of
 from ..genai.folder import decoder_config, read_config
 from ..ops.schemas import Device
@@ -24,7 +25,7 @@ from ..runtime.adapter_session import AdapterSession
 from ..runtime.generation_session import GenerationSession
 from ..runtime.session import PROVIDERS, create_session, quiet_options
 from ..runtime.staged_session import StagedSession
-from .rows import random_prompts, random_rows, read_settings
+from .rows import random_prompts, random_rows
 
 __all__ = ["Deployment", "Setting", "deployments", "model_file", "peak_megabytes"]
 

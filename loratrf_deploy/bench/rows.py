@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.json_text import parse_json
 from ..errors import UserError
-from ..files import read_regular
+from ..formats.settings import read_settings
 from ..ops.schemas import ADAPTER_IDS
 from ..pytorch.samples import max_sequence
 from ..pytorch.shapes import LARGEST_IMAGE, wave_length
 
-__all__ = ["random_prompts", "random_rows", "read_settings"]
+__all__ = ["random_prompts", "random_rows"]
 
 _IMAGE, _CHOICES = 224, 2
 """Sides of images where nothing says what they are, and how many answers a question of multiple choice has."""
@@ -38,7 +37,7 @@ def random_rows(
     have the size that the graph or the preprocessor says. Raises UserError for an input that is none of these, or a
     sequence over the model's positions.
     """
-    settings = read_settings(folder / "config.json")
+    settings = _settings(folder / "config.json")
     text: Any = SimpleNamespace(**(settings | dict(settings.get("text_config") or {})))
     for name in ("pad_token_id", "max_position_embeddings", "eos_token_id"):
         vars(text).setdefault(name, None)
@@ -66,17 +65,8 @@ def random_prompts(settings: Mapping[str, Any], batch: int, sequence: int, rng: 
     return np.where(ids == pad, (ids + 1) % vocabulary, ids).tolist()
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is none. Raises UserError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = parse_json(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). Export the model again with loratrf-export.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected an object. Export the model again.")
-    return content
+def _settings(path: Path) -> dict[str, Any]:
+    return read_settings(path) if path.is_file() else {}
 
 
 def _size(dim: int | str, batch: int, sizes: dict[str, int], name: str, folder: Path) -> int:
@@ -114,7 +104,7 @@ def _values(
 
 def _sides(folder: Path) -> tuple[int, int]:
     """Height and width of what the image processor puts out."""
-    size = read_settings(folder / "preprocessor_config.json").get("size")
+    size = _settings(folder / "preprocessor_config.json").get("size")
     given: dict[str, Any] = size if isinstance(size, dict) else {}
     sides = [given.get(side, given.get("shortest_edge")) for side in ("height", "width")]
     known = [side for side in sides if isinstance(side, int) and 0 < side <= LARGEST_IMAGE]

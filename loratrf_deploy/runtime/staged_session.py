@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.json_text import parse_json
 from ..errors import UserError
 from ..files import read_regular
 from ..formats.manifest import MANIFEST, check_files, check_graph, read_manifest
+from ..formats.settings import read_settings
 from ..formats.stages import read_stages
 from ..genai.names import is_cache
 from ..ops.library import is_built
@@ -69,7 +69,7 @@ class StagedSession:
         files = [stages.decoder, *([stages.encoder] if stages.encoder else [])]
         opened = [create_session(file, library=library, options=quiet_options(threads)) for file in files]
         self._decoder, self._encoder = opened[0], opened[1] if stages.encoder else None
-        own, general = (_read_json(folder / name) for name in ("generation_config.json", "config.json"))
+        own, general = (read_settings(folder / name) for name in ("generation_config.json", "config.json"))
         self.spectrogram, self._speech = self._hearing(), None
         try:
             self._rules = Rules.of(own)
@@ -380,13 +380,3 @@ class Running:
 def _as_taken(array: NDArray[Any], value: Any) -> NDArray[Any]:
     """`array` of the type of the graph's input `value`."""
     return array.astype(np.float16) if value.type == "tensor(float16)" else array
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). Export the model again with loratrf-export.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected an object. Export the model again.")
-    return content
