@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from loratrf_deploy.parity import check_parity
 from loratrf_deploy.parity.images import image_prompt
 from loratrf_deploy.parity.perplexity import perplexities
 from loratrf_deploy.pytorch.oracle import load_reference
+from shared import edit_tensors
 
 Make = Callable[..., tuple[Path, Path]]
 SEEING = ["q_proj", "v_proj", "fc1"]
@@ -161,6 +164,29 @@ def test_rows_of_adapters_that_see_images(make_vlm: Make, tmp_path: Path, capsys
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path / "out" / "model.onnx")]) == 0
     assert "warning: a: this adapter changes what sees images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "old"), [("gemma3", "language_model.model."), ("qwen2_5_vl", "model.")], ids=["gemma3", "qwen2_5_vl"]
+)
+def test_names_of_before_transformers_4_52(
+    refused: Callable, make_vlm: Make, tmp_path: Path, family: str, old: str
+) -> None:
+    """The command in the paragraph gives the file the names that it would have today."""
+    base, adapter = make_vlm(family, "lora")
+    copy = Path(shutil.copytree(adapter, tmp_path / "old"))
+    edit_tensors(
+        copy / "adapter_model.safetensors",
+        lambda all_: {name.replace("model.model.language_model.", f"model.{old}"): v for name, v in all_.items()},
+    )
+    assert read_adapter(copy).layers.keys() != read_adapter(adapter).layers.keys()
+    error = refused(tmp_path / "out" / "model.onnx", "--adapter", copy, "--base-model", base)
+    assert "names layers as transformers did before 4.52" in error
+    command = error.split("`")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=copy)
+    mended, now = read_adapter(copy).layers, read_adapter(adapter).layers
+    assert mended.keys() == now.keys()
+    assert all(np.array_equal(mended[name].B, layer.B) for name, layer in now.items())
 
 
 def test_a_model_that_reads_prompts_both_ways(refused: Callable, make_vlm: Make, tmp_path: Path) -> None:

@@ -13,6 +13,15 @@ from .patterns import Matcher
 
 __all__ = ["check_exportable", "check_fits", "contradictions"]
 
+_MOVED = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head": "lm_head",
+    "model.layers.": "model.language_model.layers.",
+    "model.embed_tokens": "model.language_model.embed_tokens",
+    **{f"{part}.": f"model.{part}." for part in ("vision_tower", "visual", "multi_modal_projector")},
+}
+"""How the layers of vision-language models began before transformers 4.52, and how they begin since."""
+
 _HALVES = (("target_modules", "A", "low-rank"), ("filter_target_modules", "tau", "filter"))
 # What PEFT takes for the head of a model for sequence classification.
 _HEADS = ("classifier", "score")
@@ -39,6 +48,7 @@ def check_fits(
     exist, are of the adapter's kind and have its sizes; trained biases and saved modules exist, fit and are complete;
     and all that `contradictions` finds.
     """
+    _check_not_moved(adapter, base_parameters)
     problems = []
     for name, layer in adapter.layers.items():
         shape = base_parameters.get(f"{name}.weight")
@@ -66,6 +76,29 @@ def check_fits(
             f"The adapter {adapter.path}{base} does not fit this base model: {some(problems, '; ')}. Load the base "
             "model that the adapter was trained on, with the same number of labels and vocabulary, or save "
             "the adapter again."
+        )
+
+
+def _check_not_moved(adapter: Adapter, base_parameters: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError, with the command that mends it, where the base has all of the adapter's layers by newer names."""
+    absent = [name for name in adapter.layers if f"{name}.weight" not in base_parameters]
+    moved = {old: new for old, new in _MOVED.items() if any(name.startswith(old) for name in absent)}
+
+    def is_there(name: str) -> bool:
+        return any(
+            name.startswith(old) and f"{new}{name.removeprefix(old)}.weight" in base_parameters
+            for old, new in moved.items()
+        )
+
+    if absent and all(map(is_there, absent)):
+        names = {f"base_model.model.{old}": f"base_model.model.{new}" for old, new in moved.items()}
+        raise UserError(
+            f"The adapter {adapter.path} names layers as transformers did before 4.52 ({absent[0]}); since then a "
+            "vision-language model's language part is model.language_model. Give its file the new names, in the "
+            "adapter's folder: "
+            "`python -c \"import safetensors.torch as s; f = 'adapter_model.safetensors'; t = s.load_file(f); "
+            f"[t.update({{b + k[len(a):]: t.pop(k)}}) for a, b in {names}.items() for k in list(t) "
+            "if k.startswith(a)]; s.save_file(t, f, {'format': 'pt'})\"`."
         )
 
 
