@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +28,7 @@ from ..pytorch.shared import share_trunk
 from ..pytorch.vocabulary import without_copies
 from ..runtime.slots import Slots
 from .files import check_writable
+from .onto import check_names
 from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
 from .proven import (
     Clock,
@@ -79,12 +79,7 @@ def export_grouped(
             f"can be refilled at run time: drop {flag}."
         )
     check_writable(out)
-    for name in adapters:
-        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
-            raise UserError(
-                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
-                "letters, digits, spaces and . _ + -, not beginning with a dot."
-            )
+    check_names(adapters)
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     if options.pooling is not None:
         loaded = {name: as_embedder(adapter) for name, adapter in loaded.items()}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter, read_adapter
 from ..adapters.fits import contradictions
@@ -24,7 +29,7 @@ from .proven import ParityFailed
 if TYPE_CHECKING:
     from ..parity.result import ParityReport
 
-__all__ = ["Converted", "convert_adapter"]
+__all__ = ["Converted", "check_names", "convert_adapter", "convert_adapters"]
 
 _UNNAMED = ("image-classification", "audio-classification")
 
@@ -64,11 +69,89 @@ def convert_adapter(
     that brings Python of its own; `step` is told what is being done. Raises UserError where the adapter doesn't fit,
     ParityFailed where the proof fails; either way nothing is left behind.
     """
-    out = Path(out)
-    check_writable(out, SUFFIX)
+    how: dict[str, Any] = {"base_model": base_model, "check": check, "trust_remote_code": trust_remote_code}
+    (converted,) = _convert({Path(out): adapter}, onto, step, **how)
+    return converted
+
+
+def convert_adapters(
+    adapters: Mapping[str, str | Path],
+    onto: str | Path,
+    folder: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    check: bool = False,
+    trust_remote_code: bool = False,
+    step: Callable[[str], None] = lambda text: None,
+) -> list[Converted]:
+    """Writes each of `adapters`, by name, to NAME.onnx_adapter in `folder`, as `convert_adapter` does: all, or none."""
+    folder = Path(folder)
+    if folder.suffix in (SUFFIX, ".onnx") or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--out {folder} is to be a folder: with --adapters it gets a file for each, NAME{SUFFIX}.")
+    check_names(adapters)
+    how: dict[str, Any] = {"base_model": base_model, "check": check, "trust_remote_code": trust_remote_code}
+    return _convert({folder / f"{name}{SUFFIX}": path for name, path in adapters.items()}, onto, step, **how)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """UserError for the name of an adapter that can't be a file's."""
+    for name in names:
+        if not re.fullmatch(r"(?!\.)[\w .+-]{1,60}", name):
+            raise UserError(
+                f"--adapters has the name {name[:80]!r}, which is to be a file's too (NAME{SUFFIX}): expected up to 60 "
+                "letters, digits, spaces and . _ + -, not beginning with a dot."
+            )
+
+
+def _convert(
+    adapters: Mapping[Path, str | Path],
+    onto: str | Path,
+    step: Callable[[str], None],
+    *,
+    base_model: str | Path | None,
+    check: bool,
+    trust_remote_code: bool,
+) -> list[Converted]:
+    """Each of `adapters` to its file; none is moved into place before all are written, and proven where asked for."""
+    for out in adapters:
+        check_writable(out, SUFFIX)
     manifest, swappable = read_swappable(onto)
-    loaded = read_adapter(adapter)
-    base_by = _check_origin(loaded, onto, manifest, base_model)
+    sha256 = cache(base_sha256)  # many adapters have one base
+    with ExitStack() as places:
+        made = []
+        for out, adapter in adapters.items():
+            step(f"converting {adapter}")
+            loaded = read_adapter(adapter)
+            base_by = _check_origin(loaded, onto, manifest, base_model, sha256)
+            values, origin, counts, warnings = _fitted(
+                loaded, manifest, swappable, base_model, trust_remote_code=trust_remote_code
+            )
+            file = places.enter_context(written_aside(out)) / out.name
+            write_adapter_file(file, values, origin)
+            size, report = file.stat().st_size, None
+            if check:
+                device = "cpu" if manifest.task == GENERATION else manifest.device
+                with quiet():
+                    report = check_parity(
+                        onto, loaded, base_model, device=device, trust_remote_code=trust_remote_code, step=step
+                    )
+                if not report.passed:
+                    raise ParityFailed(report)
+            listed = bool(swappable.base_parameters)
+            made.append(Converted(out, size, *counts, base_by, listed, report, warnings))
+    return made
+
+
+def _fitted(
+    loaded: Adapter,
+    manifest: Manifest,
+    swappable: Swappable,
+    base_model: str | Path | None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[dict[str, NDArray[Any]], Origin, tuple[int, int], tuple[str, ...]]:
+    """The values of the model's inputs that make it the adapter's; whose they are; the number of layers that it adapts
+    and that the model has; what to warn of. Raises UserError where it doesn't fit."""
     if manifest.task != GENERATION or swappable.slots:
         check_always_active(loaded)
     task = TASKS.get(loaded.task_type or "", manifest.task)
@@ -80,21 +163,8 @@ def convert_adapter(
     named = in_graph(fitting, part, swappable.trunk)
     values = fit(named, swappable.weights, manifest.adapter.filter_input, task)
     known_as = AdapterId.of(loaded, task, label_names(loaded, task)) if swappable.slots else None
-    report = None
-    with written_aside(out) as aside:
-        write_adapter_file(aside / out.name, values, Origin.of(loaded, manifest, known_as))
-        size = (aside / out.name).stat().st_size
-        if check:
-            device = "cpu" if manifest.task == GENERATION else manifest.device
-            with quiet():
-                report = check_parity(
-                    onto, loaded, base_model, device=device, trust_remote_code=trust_remote_code, step=step
-                )
-            if not report.passed:
-                raise ParityFailed(report)
-    listed = bool(swappable.base_parameters)
     warnings = (*([loaded.warning] if loaded.warning else []), *left_out(left))
-    return Converted(out, size, len(fitting.layers), len(modules), base_by, listed, report, warnings)
+    return values, Origin.of(loaded, manifest, known_as), (len(fitting.layers), len(modules)), warnings
 
 
 def _beside_base(
@@ -130,7 +200,13 @@ def _check_whole(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> None
         )
 
 
-def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_model: str | Path | None) -> str:
+def _check_origin(
+    adapter: Adapter,
+    model: str | Path,
+    manifest: Manifest,
+    base_model: str | Path | None,
+    sha256: Callable[[Path], str | None],
+) -> str:
     """Whether task and base are the model's; how the base was told. Raises UserError where they aren't."""
     task = TASKS.get(adapter.task_type or "")
     # PEFT has no task type of its own for images and sound.
@@ -141,7 +217,7 @@ def _check_origin(adapter: Adapter, model: str | Path, manifest: Manifest, base_
             f"{manifest.task}. Export a model for its task."
         )
     base, name = manifest.base, str(base_model or adapter.base_model or "")
-    own = base_sha256(Path(name)) if name else None
+    own = sha256(Path(name)) if name else None
     if own is not None and base.sha256 is not None:
         if own != base.sha256:
             raise UserError(

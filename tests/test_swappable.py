@@ -392,6 +392,33 @@ def test_a_value_over_float16_is_refused(make_export: Callable, tmp_path: Path) 
         fit(loud, swappable.weights, manifest.adapter.filter_input)
 
 
+def test_several_adapters_are_converted_in_one_call_or_none(
+    make_export: Callable, make_tiny: Callable, tmp_path: Path, capsys
+) -> None:
+    exported = make_export(swappable="base")
+    _, lora = make_tiny(kind="lora", r=5, target_modules=["query"], layers_to_transform=[1])
+    foreign = make_tiny("vit", "image-classification", "lora")[1]
+    out = tmp_path / "out"
+    command = ["--onto", str(exported.model), "--out", str(out), "--adapters", f"own one={exported.adapter}"]
+    capsys.readouterr()
+    assert main([*command, f"b={lora}", f"c={foreign}"]) == 2
+    assert str(foreign) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*command, "../b=" + str(lora)]) == 2
+    assert "--adapters has the name '../b'" in capsys.readouterr().err
+    assert main([*command, f"b={lora}", "--check", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["adapters"]
+    assert [(Path(one["file"]).name, one["layers"], one["parity"]["passed"]) for one in facts] == [
+        ("own one.onnx_adapter", 4, True),
+        ("b.onnx_adapter", 1, True),
+    ]
+    assert sorted(path.name for path in out.iterdir()) == ["b.onnx_adapter", "own one.onnx_adapter"]
+    for name, adapter in (("own one", exported.adapter), ("b", lora)):
+        alone = tmp_path / f"{name}.onnx_adapter"
+        convert_adapter(adapter, exported.model, alone)
+        assert (out / alone.name).read_bytes() == alone.read_bytes()
+
+
 def test_onto_needs_neither_torch_nor_onnx(make_export: Callable, tmp_path: Path) -> None:
     exported = make_export(swappable="base")
     code = "import sys; from loratrf_deploy.cli.export import main; sys.exit(main())"

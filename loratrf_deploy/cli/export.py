@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..export.grouped import export_grouped
 from ..export.moving import was_written
-from ..export.onto import Converted, convert_adapter
+from ..export.onto import Converted, convert_adapter, convert_adapters
 from ..export.options import DEFAULTS, MODES, POOLING, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
 from ..export.single import export_adapter
@@ -86,23 +86,21 @@ def _convert(args: argparse.Namespace, options: ExportOptions, *, check: bool) -
     _check_onto(args, options)
     if check:
         require_extra("cpu", "export")
+    how: dict[str, Any] = {"base_model": args.base_model, "trust_remote_code": args.trust_remote_code, "check": check}
     try:
         with progress() as step:
-            converted = convert_adapter(
-                args.adapter,
-                args.onto,
-                args.out,
-                base_model=args.base_model,
-                check=check,
-                trust_remote_code=args.trust_remote_code,
-                step=step,
-            )
+            if args.adapters is not None:
+                made = convert_adapters(named_paths(args.adapters), args.onto, args.out, step=step, **how)
+            else:
+                made = [convert_adapter(args.adapter, args.onto, args.out, step=step, **how)]
     except ParityFailed as failure:
         return _failed(failure, {"file": None, "parity": failure.report.to_dict()}, args)
     if args.json:
-        print_json(vars(converted) | {"parity": converted.parity and converted.parity.to_dict()})
+        facts = [vars(one) | {"parity": one.parity and one.parity.to_dict()} for one in made]
+        print_json({"adapters": facts} if args.adapters is not None else facts[0])
     else:
-        _print_converted(converted, args.adapter, args.onto)
+        for one in made:
+            _print_converted(one, args.onto)
     return 0
 
 
@@ -158,7 +156,8 @@ def _parser() -> Parser:
         "--onto",
         metavar="MODEL",
         type=Path,
-        help="convert the adapter for this swappable model, which exists already: --out NAME.onnx_adapter",
+        help="convert the adapter for this swappable model, which exists already: --out NAME.onnx_adapter; or several "
+        "(--adapters NAME=PATH ...), --out being the folder that gets NAME.onnx_adapter of each",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and activations (default: float32)"
@@ -249,14 +248,12 @@ def _check_evaluate(args: argparse.Namespace) -> None:
 
 def _check_onto(args: argparse.Namespace, options: ExportOptions) -> None:
     """UserError for options that would be ignored beside --onto."""
-    if args.adapters is not None:
-        raise UserError("--onto is for one adapter: name it with --adapter PATH.")
     own = ("base_model", "check", "trust_remote_code")
     if flag := options.given(field.name for field in dataclasses.fields(options) if field.name not in own):
         raise UserError(f"{flag} says how a model is made, and --onto takes {args.onto} as it is. Drop {flag}.")
 
 
-def _print_converted(converted: Converted, adapter: Path, model: Path) -> None:
+def _print_converted(converted: Converted, model: Path) -> None:
     base = "the model's by its name: its weights are not here to be compared"
     rows = {
         "adapter": f"{converted.file} ({converted.bytes / 1e6:.1f} MB)",
