@@ -12,6 +12,7 @@ COMMANDS = {
     "loratrf-generate": "text from an exported language model",
     "loratrf-perplexity": "what a deployment of a language model costs in quality",
     "loratrf-inspect": "what is in an adapter or an exported model",
+    "loratrf-bench": "what exported models cost on this machine, side by side",
 }
 
 

@@ -89,11 +89,7 @@ def test_a_library_that_is_missing(missing, folder, exported, monkeypatch) -> No
     """Without the folder's ours takes its place; without ours the operators run by their definitions."""
     expected = tokens(exported(mode="separate", bundle_library=True).parent)
     if missing == "ours":
-
-        def not_built() -> Path:
-            raise UserError("not built")
-
-        monkeypatch.setattr("loratrf_deploy.genai.folder.library_path", not_built)
+        monkeypatch.setattr("loratrf_deploy.genai.folder.is_built", lambda: False)
     else:
         (folder / "libloratrf_ort.so").unlink()
     with safe_folder(folder) as opened:

@@ -442,6 +442,8 @@ def test_inspect_shows_what_swaps(make_export: Callable, make_tiny: Callable, tm
     assert inspect_path(folder)["swappable"] == {
         "default": "base",
         "weights": 22,
+        "gains": 0,
+        "offsets": 0,
         "slots": {},
         "answers": {},
         "files": [adapter_file(exported).name],
