@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..formats.embedding import SENTENCE_EMBEDDING, Embedding
 from ..formats.fit import fit
 from ..formats.manifest import MANIFEST, Manifest, check_described, read_manifest, read_swappable
 from ..formats.stages import CROSS, Stages, stages_of
+from ..formats.swappable import LAYER_PARTS
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, is_cache
@@ -53,6 +54,9 @@ TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 
 
 GENERATION_TOLERANCE = 1e-4
 """Of float32 models that generate: rounding adds up over many more layers than an encoder has."""
+
+_LAYER_WEIGHTS = tuple(f".{part}" for part in LAYER_PARTS.values())
+"""How inputs end that take an adapter: with --swappable required no default tells them from others."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,10 @@ def prepare(
     dtype, genai_config, stages = model_dtype(graph), decoder_config(model), stages_of(model)
     embedding = embedding_of(model, graph)
     read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
-    swaps = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
+    swaps = any(
+        value.name in graph.graph.initializers or (value.name or "").endswith(_LAYER_WEIGHTS)
+        for value in graph.graph.inputs
+    )
     manifest, swappable = read_swappable(model) if swaps else (None, None)
     task, trunk = TASKS.get(read.task_type or ""), swappable.trunk if swappable else ""
     part = part_of(task, swappable.tasks, read.path) if swappable else None
@@ -149,7 +156,7 @@ def prepare(
             slots.put(0, weights)
             weights = slots.values
     batches = _batches(inputs, base, model)
-    _check_names(model, graph, base, batches)
+    _check_names(model, graph, base, batches, weights)
     biased = {name for name, layer in read.layers.items() if layer.lora_bias is not None}
     return Case(
         model=model,
@@ -253,11 +260,13 @@ def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: B
     return [complete(dict(batch), base) for batch in inputs]
 
 
-def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
-    """UserError where the graph takes what the base doesn't: it is another model's."""
+def _check_names(
+    model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs], weights: Collection[str]
+) -> None:
+    """UserError where the graph takes what the base doesn't, and is no run-time weight: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
     own = {name for name in names if not is_cache(name) and not name.startswith(CROSS)}
-    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS}):
+    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS, *weights}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."
