@@ -57,6 +57,7 @@ export class AdapterSession {
    * @param {Ort} ort
    * @param {Source} model
    * @param {CreateOptions} [options]
+   * @returns {Promise<import("./index.js").AdapterSession>} so that tsc holds this class against index.d.ts
    */
   static async create(ort, model, options = {}) {
     if (typeof ort?.InferenceSession?.create !== "function") {
@@ -204,7 +205,7 @@ export class AdapterSession {
     if (typeof scale !== "number" || !Number.isFinite(Math.fround(scale))) {
       throw new UserError(`scale is ${quoted(scale)}, expected a finite number that float32 holds, such as 1 or 0.5.`);
     }
-    return scale === 1 ? loaded.tensors : { ...loaded.tensors, ...this.#scaled(loaded, Math.fround(scale)) };
+    return scale === 1 ? loaded.tensors : { ...loaded.tensors, ...this.#scaled(loaded, scale) };
   }
 
   /**
@@ -214,14 +215,15 @@ export class AdapterSession {
   #scaled({ file }, scale) {
     /** @type {Record<string, Tensor>} */
     const scaled = {};
+    const factor = Math.fround(scale);
     for (const { name, part } of this.#manifest.weights) {
       const value = file.values.get(name);
       if ((part !== "B" && part !== "D") || !value) continue;
       const { type, dims } = value;
       const half = value.data instanceof Uint16Array;
       const data = half
-        ? value.data.map((bits) => toHalf(Math.fround(fromHalf(bits) * scale)))
-        : value.data.map((number) => number * scale);
+        ? value.data.map((bits) => toHalf(Math.fround(fromHalf(bits) * factor)))
+        : value.data.map((number) => number * factor);
       if (half ? data.some((bits) => (bits & 0x7fff) >= 0x7c00) : data.some((number) => !Number.isFinite(number))) {
         throw new UserError(
           `scale is ${scale}, with which ${name} exceeds ${type}, which the model computes in. Take a smaller one.`,
