@@ -6,12 +6,15 @@ Skipped where there is no node, or `npm ci` was not run in js/ (`make test` does
 from __future__ import annotations
 
 import json
+import queue
 import random
 import shutil
 import subprocess
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from shared import edit_json, read_json
 
 JS = Path(__file__).parents[1] / "js"
 ENGINES = ("node", "web")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 INSTALLED = JS / "node_modules" / ".package-lock.json"
 """What npm writes last."""
@@ -447,6 +451,64 @@ def test_bytes_urls_and_what_a_page_says(answers: dict) -> None:
 def test_an_engine_without_simd_is_told_which_have_it(exported: Exported, tmp_path: Path) -> None:
     jobs = {"noSimd": True, "sessions": [{"engine": "web", "name": "old", "model": str(exported.model)}]}
     assert message(ask_node(tmp_path, jobs)["old"]).startswith("This engine's WebAssembly has no SIMD, which onnxrunt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_runs_adapters_in_webassembly_and_webgpu(
+    folder: Path, exported: Exported, two: Path, inputs: Inputs, make_tiny: Callable, tmp_path: Path
+) -> None:
+    adapters = {"one": (exported.adapter, 1), "two": (two, 1), "halved": (scaled(make_tiny, 0.5), 0.5)}
+    runs = [{"adapter": name[:3].replace("hal", "one"), "scale": scale} for name, (_, scale) in adapters.items()]
+    shutil.copy(folder / "two.onnx_adapter", tmp_path)
+    answers = ask_browser({"inputs": tensors(inputs), "runs": runs}, exported.folder, tmp_path)
+    assert "error" not in answers, answers["error"]
+    for provider, given in answers.items():
+        for (adapter, _), answer in zip(adapters.values(), given, strict=True):
+            right = run_torch(load_reference(read_adapter(adapter), exported.base), inputs)["logits"]
+            assert error(logits(answer), right) < 1e-5, provider
+    assert "wasm" in answers
+    if "webgpu" not in answers:
+        pytest.skip("Chromium gives no WebGPU here; WebAssembly passed")
+
+
+def ask_browser(job: dict[str, Any], model: Path, root: Path) -> dict[str, Any]:
+    """What js/test/page.html makes of `job` in Chromium, served from `root`; WebGPU is computed on the CPU there."""
+    answers: queue.Queue[dict[str, Any]] = queue.Queue()
+    folders = {"js": JS, "model": model}
+    types = {".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html", ".wasm": "application/wasm"}
+    (root / "job.json").write_text(json.dumps(job))
+    shutil.copy(JS / "test" / "page.html", root / "page.html")
+
+    class Server(SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            first, _, rest = path.lstrip("/").partition("/")
+            return str(folders[first] / rest if first in folders else root / first)
+
+        def guess_type(self, path: Any) -> str:
+            return types.get(Path(path).suffix, "application/octet-stream")
+
+        def do_POST(self) -> None:
+            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{server.server_port}/page.html"
+        flags = ["--headless", "--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+        assert CHROMIUM is not None
+        command = [CHROMIUM, *flags, f"--user-data-dir={root / 'profile'}", page]
+        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return answers.get(timeout=90)
+        finally:
+            browser.terminate()
+            browser.wait(30)
+            server.shutdown()
 
 
 def test_types_and_version() -> None:
