@@ -26,7 +26,7 @@ export class AdapterSession {
   /** @type {string} */ #model;
   /** @type {string[]} */ #inputs;
   /** @type {Map<string, Loaded>} */ #loaded = new Map();
-  /** The run that onnxruntime-web is at: it takes one at a time. @type {Promise<unknown>} */
+  /** Ends with the runs that have begun. @type {Promise<unknown>} */
   #busy = Promise.resolve();
 
   /**
@@ -145,10 +145,10 @@ export class AdapterSession {
     const weights = this.#weights(adapter, scale);
     const feeds = { ...inputs, ...weights };
     const go = () => (outputs ? this.#session.run(feeds, outputs, runOptions) : this.#session.run(feeds, runOptions));
+    // onnxruntime-web takes one run at a time.
+    const done = isNative(this.#ort) ? go() : this.#busy.then(go);
+    this.#busy = Promise.allSettled([this.#busy, done]).then(() => {});
     try {
-      if (isNative(this.#ort)) return /** @type {Record<string, Tensor>} */ (await go());
-      const done = this.#busy.then(go);
-      this.#busy = done.catch(() => {});
       return /** @type {Record<string, Tensor>} */ (await done);
     } catch (error) {
       const given = Object.entries(inputs).map(([name, value]) => `${name} (${value.dims.join(", ")}) ${value.type}`);

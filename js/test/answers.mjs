@@ -109,7 +109,12 @@ for (const job of jobs.sessions ?? []) {
     await answer("no secure context", async () => AdapterSession.create(ort, job.model));
     Object.defineProperty(globalThis, "crypto", own);
   }
-  await answer(`${job.name}, released`, async () => (await session.release(), "released"));
+  await answer(`${job.name}, released`, async () => {
+    const ends = [];
+    const last = job.last && session.run(feeds(ort, job.last), { adapter: "two" }).then(() => ends.push("run"));
+    await Promise.all([last, session.release().then(() => ends.push("released"))]);
+    return ends;
+  });
 }
 
 if (jobs.mutants) {
