@@ -38,9 +38,16 @@ ifndef CI
 endif
 	touch $@
 
-test: lint $(VENV)/.smollm2
+test: lint $(VENV)/.smollm2 js/node_modules/.package-lock.json
 	@# One process per core; torch's own threads would only fight over them.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+# What the tests of js/ run in; without npm, or its registry, they are skipped by name. No scripts of packages: onnxruntime-node's
+# would download CUDA.
+js/node_modules/.package-lock.json: js/package-lock.json
+	@if ! command -v npm > /dev/null; then echo "no npm here: the tests of js/ are skipped"; \
+	else npm ci --prefix js --ignore-scripts --no-audit --no-fund --fetch-retries=1 --silent && touch $@ || \
+	  echo "npm can't install what js/ is tested with: its tests are skipped"; fi
 
 lint: install
 	$(BIN)/ruff check .
@@ -54,4 +61,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf build $(VENV) loratrf_deploy/*.so demo-out
+	rm -rf build js/node_modules $(VENV) loratrf_deploy/*.so demo-out

@@ -47,18 +47,18 @@ class ExportOptions:
     the weights and keeps an operator only where there is a task-aware filter; "separate" keeps every half as an
     operator beside its frozen layer; None is "separate" for a swappable model, else "merged". `swappable` "base" or
     "adapter" makes the adapter's weights inputs of the graph, which have the values of the one or the other when nobody
-    feeds them, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes the fusions of ONNX Runtime's
-    GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of the base's weights, int4 for
-    causal language models alone; modules of an encoder that match a pattern of `keep_float` ("*.pooler.*") stay as they
-    are, and with `max_loss` as many more as it takes for no more than so many percent of the answers to the rows of
-    `evaluate` to change. The proof counts answers on these rows, as in `check_parity`. `portable` is for other engines:
-    ONNX's own operators alone, without fusions of ONNX Runtime's, and with the definitions of ours in their place.
-    `bundle_library` (a copy of the custom-op library in the folder) is for causal language models, whose folder ONNX
-    Runtime GenAI loads. `check` proves parity with PyTorch before anything is moved into place, on `device` but for
-    causal language models, which are proven on the CPU. `trust_remote_code` runs Python that the base model and the
-    tokenizer bring, which is otherwise refused. `pooling` adds the output sentence_embedding to a model of feature
-    extraction, cut to the first `dimensions` and with `normalize` of length 1; "auto" pools, and normalises, as
-    modules.json of adapter or base says.
+    feeds them, "required" (for encoders) none, and writes the adapter to <its name>.onnx_adapter. `device` "cuda" takes
+    the fusions of ONNX Runtime's GPU provider; bfloat16 needs it. `opset` None takes the default, 20. `quantize` is of
+    the base's weights, int4 for causal language models alone; modules of an encoder that match a pattern of
+    `keep_float` ("*.pooler.*") stay as they are, and with `max_loss` as many more as it takes for no more than so many
+    percent of the answers to the rows of `evaluate` to change. The proof counts answers on these rows, as in
+    `check_parity`. `portable` is for other engines: ONNX's own operators alone, without fusions of ONNX Runtime's, and
+    with the definitions of ours in their place. `bundle_library` (a copy of the custom-op library in the folder) is for
+    causal language models, whose folder ONNX Runtime GenAI loads. `check` proves parity with PyTorch before anything is
+    moved into place, on `device` but for causal language models, which are proven on the CPU. `trust_remote_code` runs
+    Python that the base model and the tokenizer bring, which is otherwise refused. `pooling` adds the output
+    sentence_embedding to a model of feature extraction, cut to the first `dimensions` and with `normalize` of length 1;
+    "auto" pools, and normalises, as modules.json of adapter or base says.
     """
 
     base_model: str | Path | None = None
@@ -151,6 +151,11 @@ def check_generates(options: ExportOptions) -> None:
         raise UserError(
             "--portable is for ONNX's own operators alone, and onnxruntime-genai's builder makes ONNX Runtime's (its "
             "attention has a cache). Leave it out."
+        )
+    if options.swappable == "required":
+        raise UserError(
+            "--swappable required is for encoders, and this is a causal language model, which onnxruntime-genai runs: "
+            "its adapters replace defaults. Take --swappable base."
         )
     if flag := options.given(("keep_float", "max_loss")):
         raise UserError(

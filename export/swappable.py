@@ -1,4 +1,4 @@
-"""Turning the adapter's weights from constants of the graph into inputs that keep a default, so that adapters swap."""
+"""Turning the adapter's weights from constants of the graph into inputs, so that adapters swap."""
 
 from __future__ import annotations
 
@@ -37,14 +37,17 @@ class Swap:
         self._own = {name: state[name].float().numpy().copy() for name in saved}
 
     def apply(self, graph: ir.Graph) -> tuple[dict[str, NDArray[Any]], Swappable]:
-        """Makes the adapter's weights in the finished `graph` inputs with defaults.
+        """Makes the adapter's weights in the finished `graph` inputs, with defaults unless an adapter is required.
 
         Returns the adapter's own values by graph input, and what the manifest says of the graph.
         """
         weights = find_weights(graph, self.placeholders, self._dtype, self._default, self._untrained)
         values = fit(self._adapter, weights, self._adapter.filter_input)
         shapes = {weight.name: weight.shape for weight in weights}
-        weights_to_inputs(graph, shapes, _defaults(weights, values, self._own))
+        if self._default == "required":
+            weights_to_inputs(graph, shapes, values, default=False)
+        else:
+            weights_to_inputs(graph, shapes, _defaults(weights, values, self._own))
         file = f"{self._adapter.name}{SUFFIX}"
         return values, Swappable(self._default, tuple(weights), file=file, base_parameters=self._parameters)
 
@@ -94,8 +97,9 @@ def find_weights(
     """The run-time weights in a finished graph that was traced with `traced`: layers first, in the graph's order.
 
     A saved module's parameter is found by its name or, where the exporter transposed it for MatMul, by its values.
-    `default` is "base" or "adapter"; a module with parameters in `untrained`, which the base model has no values of its
-    own for, has the adapter's either way. Raises UserError where the exporter folded a parameter into something else.
+    `default` is the model's; where it is "base", a module with parameters in `untrained`, which the base model has no
+    values of its own for, has the adapter's. Raises UserError where the exporter folded a parameter into something
+    else.
     """
     weights = []
     for node in graph:
@@ -118,7 +122,7 @@ def find_weights(
                     shape=value.shape[::-1] if transposed else value.shape,
                     dtype=dtype,
                     transposed=transposed,
-                    default=default if own else "adapter",
+                    default="adapter" if default == "base" and not own else default,
                 )
             )
     return weights
@@ -163,13 +167,18 @@ def _defaults(
 
 
 def weights_to_inputs(
-    graph: ir.Graph, shapes: Mapping[str, Sequence[int | str]], values: Mapping[str, NDArray[Any]]
+    graph: ir.Graph,
+    shapes: Mapping[str, Sequence[int | str]],
+    values: Mapping[str, NDArray[Any]],
+    *,
+    default: bool = True,
 ) -> None:
-    """Makes the initializers named in `shapes` inputs of the graph, in place, each with a default. Requires all there.
+    """Makes the initializers named in `shapes` inputs of the graph, in place. Requires all there.
 
     1. Each becomes a graph input behind those that the graph has, in the order of `shapes`.
     2. Its shape is the one given: a text is a symbolic dimension, which takes any size at run time.
-    3. It stays an initializer, with the value given, whose type it takes: what the input is when nobody feeds it.
+    3. It takes the type of the value given.
+    4. With `default` it stays an initializer, with that value: what the input is when nobody feeds it.
     """
     for name, shape in shapes.items():
         value = graph.initializers[name]
@@ -177,4 +186,7 @@ def weights_to_inputs(
         value.const_value = tensor
         value.dtype = tensor.dtype
         value.shape = ir.Shape(list(shape))
+        if not default:
+            del graph.initializers[name]
+            value.const_value = None
         graph.inputs.append(value)

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from conftest import Exported
-from loratrf_deploy import UserError, create_session, read_adapter
+from loratrf_deploy import AdapterSession, UserError, create_session, read_adapter
+from loratrf_deploy.bench.deployments import Setting, deployments
 from loratrf_deploy.cli.export import main
 from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
 from loratrf_deploy.export.onto import convert_adapter
@@ -78,6 +79,51 @@ def test_lora_fits_into_a_loratrf_graph_and_covers_fewer_layers_with_explicit_ze
 )
 def test_families(make_export: Callable, family: str, task: str, dtype: str) -> None:
     assert_proven(make_export(family, task, "loratrf", swappable="base", dtype=dtype))
+
+
+def test_a_required_adapter_has_no_default_and_a_run_without_one_says_so(
+    make_export: Callable, make_tiny: Callable, tmp_path: Path
+) -> None:
+    exported = make_export(swappable="required")
+    graph = onnx.load(exported.model, load_external_data=False).graph
+    weights = read_adapter_file(adapter_file(exported)).values
+    assert weights.keys() == {value.name for value in graph.input} - set(IDS)
+    assert not weights.keys() & {value.name for value in graph.initializer}
+    _, other = make_tiny(kind="loratrf", r=7, lora_alpha=3, filter_rank=1, filter_gamma=0.7, seed=9)
+    report = check_parity(exported.model, other, exported.base)
+    passed = dict.fromkeys(("with library", "without library", "base-off"), "passed")
+    assert {check.variant: check.status for check in report.checks} == passed, report
+    assert len(report.layers) > 5
+    assert inspect_path(exported.folder)["swappable"]["default"] == "required"
+
+    session = AdapterSession(exported.model)
+    assert (session.default, {value.name for value in session.inputs}) == ("required", set(IDS))
+    inputs = {name: np.ones((2, 5), np.int64) for name in IDS}
+    with pytest.raises(UserError, match=r"^adapter is None, and this model needs an adapter in every run: .*base\.$"):
+        session.run(inputs, adapter=None)
+    session.load("one", adapter_file(exported))
+    with_base = AdapterSession(make_export(swappable="base").model)
+    with_base.load("one", adapter_file(make_export(swappable="base")))
+    for scale in (1.0, 0.5):
+        expected = with_base.run(inputs, adapter="one", scale=scale)["logits"]
+        np.testing.assert_array_equal(session.run(inputs, adapter="one", scale=scale)["logits"], expected)
+    with pytest.raises(ValueError, match=r"Required inputs .*lora_A.weight.* are missing"):
+        create_session(exported.model).run(None, inputs)
+
+    folder = Path(shutil.copytree(exported.folder, tmp_path / "alone", ignore=lambda *_: ["loratrf.onnx_adapter"]))
+    with pytest.raises(UserError, match="needs an adapter in every run"):
+        deployments("x", folder / "model.onnx", {}, Setting(library=False))
+    names = [one.name for one in deployments("x", exported.model, {}, Setting(library=False))]
+    assert names == ["x, adapter loratrf"]
+    (folder / "loratrf.json").unlink()
+    with pytest.raises(UserError, match=r"has no loratrf\.json beside it"):
+        check_parity(folder / "model.onnx", exported.adapter, exported.base)
+
+
+def test_a_required_adapter_is_for_encoders(make_llm: Callable, refused: Callable, tmp_path: Path) -> None:
+    base, adapter = make_llm()
+    command = ["--adapter", adapter, "--base-model", base, "--swappable", "required"]
+    assert "is for encoders" in refused(tmp_path / "out" / "model.onnx", *command)
 
 
 def test_weights_of_equal_values_stay_inputs_of_their_own(make_tiny: Callable, tmp_path: Path) -> None:

@@ -161,7 +161,16 @@ def _choices(
         session.load(name, path)
     names = list(adapters)
     if not grouped:
-        named = {f"adapter {name}": lambda rows, name=name: {"adapter": name} for name in names}
+        named: dict[str, Callable[[int], dict[str, Any]]] = {
+            f"adapter {name}": partial(lambda name, rows: {"adapter": name}, name) for name in names
+        }
+        if session.default == "required":
+            if not named:
+                raise UserError(
+                    "This model needs an adapter in every run (--swappable required), and none lies beside it. Name "
+                    "one: --adapter NAME=FILE."
+                )
+            return named
         return {session.default: lambda rows: {"adapter": None}, **named}
     return {"base": lambda rows: {"adapters": [None] * rows}} | (
         {"an adapter a row": lambda rows: {"adapters": list(islice(cycle(names), rows))}} if names else {}

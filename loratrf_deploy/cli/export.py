@@ -150,7 +150,7 @@ def _parser() -> Parser:
         "--swappable",
         choices=DEFAULTS,
         help="make the adapter's weights inputs of a separate model, so that adapters swap at run time; without one, "
-        "the model computes what the base does, or what this adapter does",
+        "the model computes what the base does, or what this adapter does, or (required, for JavaScript) nothing",
     )
     parser.add_argument(
         "--onto",
@@ -278,6 +278,8 @@ def _swappable_row(result: ExportResult) -> dict[str, str]:
         return {}
     if names := swappable.slots:
         return {"slots": ", ".join(f"{slot} {name}" for name, slot in names.items()) + "; -1 is the base"}
+    if swappable.default == "required":
+        return {"swaps": f"{result.model.with_name(str(swappable.file))}; every run must name an adapter"}
     own = any(weight.default == "adapter" for weight in swappable.weights) and swappable.default == "base"
     default = f"the {swappable.default}'s" + (", with the adapter's head: the base has none" if own else "")
     return {"swaps": f"{result.model.with_name(str(swappable.file))}; without an adapter the output is {default}"}

@@ -130,7 +130,8 @@ def _swappable_sentence(facts: dict[str, Any] | None) -> str | None:
         return f"{facts['weights']} run-time weights with a dimension of slots, whose defaults are these adapters'"
     names = ", ".join(facts["files"]) or "none"
     others = f"; not made for it: {', '.join(facts['other_files'])}" if facts["other_files"] else ""
-    return f"{facts['weights']} run-time weights, default {facts['default']}; adapters beside it: {names}{others}"
+    default = "no default" if facts["default"] == "required" else f"default {facts['default']}"
+    return f"{facts['weights']} run-time weights, {default}; adapters beside it: {names}{others}"
 
 
 def _library_sentence(library: dict[str, Any] | None) -> str | None:

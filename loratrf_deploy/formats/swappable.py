@@ -31,8 +31,8 @@ __all__ = [
     "neutral",
 ]
 
-Default = Literal["base", "adapter"]
-"""What a swappable model computes when no adapter is given."""
+Default = Literal["base", "adapter", "required"]
+"""What a swappable model computes when no adapter is given; "required": nothing, every run names one."""
 
 _MOST_VALUES = 2**32
 """Of one weight: twice what the largest vocabularies have in embeddings and heads."""
@@ -62,9 +62,9 @@ class RuntimeWeight:
     `part` is A, B, tau, C, D, gain or offset of the adapted layer `module` (B and D with their scales folded in), or
     the name of a parameter of the saved module `module`, `transposed` where the graph keeps it (K,N). `shape` has
     numbers, and symbols where any size is taken: "<module>.R" and "<module>.F". `default` says whose values the graph's
-    initializer holds: the "base" model's or the first "adapter"'s. Where it is of the head of one `task` of several,
-    adapters of others have zeros there. Its rows are `labels` where an adapter may have fewer (`tasks.padded`). Raises
-    ValueError for what no export writes.
+    initializer holds: the "base" model's or the first "adapter"'s; "required", there is none. Where it is of the head
+    of one `task` of several, adapters of others have zeros there. Its rows are `labels` where an adapter may have fewer
+    (`tasks.padded`). Raises ValueError for what no export writes.
     """
 
     name: str

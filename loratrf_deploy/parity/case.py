@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..formats.fit import fit
 from ..formats.images import EMBEDS, takes_images
 from ..formats.manifest import MANIFEST, Manifest, Swappable, check_described, read_manifest, read_swappable
 from ..formats.stages import CROSS, Stages, stages_of
+from ..formats.swappable import LAYER_PARTS
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, genai_name, is_cache
@@ -56,6 +57,9 @@ TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 
 
 GENERATION_TOLERANCE = 1e-4
 """Of float32 models that generate: rounding adds up over many more layers than an encoder has."""
+
+_LAYER_WEIGHTS = tuple(f".{part}" for part in LAYER_PARTS.values())
+"""How inputs end that take an adapter: with --swappable required no default tells them from others."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,10 @@ def prepare(
     dtype, genai_config, stages = model_dtype(graph), decoder_config(model), stages_of(model)
     embedding = embedding_of(model, graph)
     read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
-    swaps = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
+    swaps = any(
+        value.name in graph.graph.initializers or (value.name or "").endswith(_LAYER_WEIGHTS)
+        for value in graph.graph.inputs
+    )
     manifest, swappable = read_swappable(model) if swaps else (None, None)
     task, trunk = TASKS.get(read.task_type or ""), swappable.trunk if swappable else ""
     part = part_of(task, swappable.tasks, read.path) if swappable else None
@@ -157,10 +164,9 @@ def prepare(
             slots = Slots(swappable.weights, 1)
             slots.put(0, weights)
             weights = slots.values
-    batches, images = _batches(inputs, base, model), takes_images(genai_config)
-    if images and inputs is None:
-        batches += image_batches(base.model.config)
-    _check_names(model, graph, base, batches)
+    images = takes_images(genai_config)
+    batches = _batches(inputs, base, model, images=images)
+    _check_names(model, graph, base, batches, weights)
     biased = {name for name, layer in read.layers.items() if layer.lora_bias is not None}
     return Case(
         model=model,
@@ -265,19 +271,23 @@ def _folded(adapter: Adapter, graphs: Sequence[ir.Model]) -> set[str]:
     }
 
 
-def _batches(inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: BaseModel, model: Path) -> list[Inputs]:
+def _batches(
+    inputs: Sequence[Mapping[str, NDArray[Any]]] | Path | None, base: BaseModel, model: Path, *, images: bool
+) -> list[Inputs]:
     if inputs is None:
-        return default_inputs(base)
+        return default_inputs(base) + (image_batches(base.model.config) if images else [])
     if isinstance(inputs, Path):
         return read_inputs(inputs, base, model.parent)
     return [complete(dict(batch), base) for batch in inputs]
 
 
-def _check_names(model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs]) -> None:
-    """UserError where the graph takes what the base doesn't: it is another model's."""
+def _check_names(
+    model: Path, graph: ir.Model, base: BaseModel, batches: Sequence[Inputs], weights: Collection[str]
+) -> None:
+    """UserError where the graph takes what the base doesn't, and is no run-time weight: it is another model's."""
     names = [value.name or "" for value in graph.graph.inputs if value.name not in graph.graph.initializers]
     own = {name for name in names if not is_cache(name) and not name.startswith(CROSS)}
-    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS, EMBEDS}):
+    if foreign := sorted(own - {*batches[0], ADAPTER_IDS, POSITION_IDS, EMBEDS, *weights}):
         raise UserError(
             f"{model} takes {', '.join(names)}, but the base model {base.path} has no {', '.join(foreign)}. Expected a "
             "model that loratrf-export made from this adapter and base."

@@ -46,7 +46,7 @@ class OnnxRuns:
 
 
 def run_onnx(case: Case, step: Step) -> OnnxRuns:
-    """Every batch of `case` with the library and without; a swappable model also without an adapter.
+    """Every batch of `case` with the library and without; a swappable model also without an adapter, if it may be.
 
     Raises UserError where ONNX Runtime runs it neither way.
     """
@@ -67,7 +67,7 @@ def run_onnx(case: Case, step: Step) -> OnnxRuns:
     if not ran:
         raise next(run for run in reversed(runs.values()) if isinstance(run, UserError))
     worked = next(iter(ran))
-    if case.manifest is not None:
+    if case.manifest is not None and not (case.manifest.swappable and case.manifest.swappable.default == "required"):
         step("running ONNX Runtime without an adapter")
         batches = [_without_adapter(batch) for batch in case.fed] if case.grouped else case.fed
         runs[NO_ADAPTER] = _foreign_default(case) or run_batches(
@@ -181,6 +181,8 @@ def run_session(
     rows = len(next(iter(batch.values())))
     feeds = dict(weights or {})
     for value in session.get_inputs():
+        if value.name in feeds:
+            continue
         if is_cache(value.name):  # (batch, heads, past, head width), or (batch, channels, width - 1) of convolutions
             array = np.zeros([rows, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
         elif value.name == POSITION_IDS and POSITION_IDS not in batch:

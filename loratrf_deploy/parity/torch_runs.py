@@ -37,7 +37,7 @@ def run_pytorch(case: Case, step: Step) -> TorchOutputs:
             f"for {', '.join(unknown)}. Expected a model that loratrf-export made for the same task."
         )
     swappable = case.manifest and case.manifest.swappable
-    if not swappable or (swappable.default == "adapter" and not case.grouped):
+    if not swappable or (swappable.default != "base" and not case.grouped):
         return TorchOutputs(on, off, on)
     if case.grouped:
         heads = set(case.adapter.modules_to_save)

@@ -71,7 +71,8 @@ class AdapterSession:
         check_files(Path(model).parent, manifest)
         self._session = create_session(model, library=library, providers=providers, options=options)
         _check_inputs(model, self._session, swappable)
-        self._inputs = [value.name for value in self._session.get_inputs() if value.name != ADAPTER_IDS]
+        own = {ADAPTER_IDS, *(weight.name for weight in swappable.weights)}
+        self._inputs = [value.name for value in self._session.get_inputs() if value.name not in own]
         self._names = set(self._inputs)
         self._outputs = [value.name for value in self._session.get_outputs()]
         device = _DEVICES.get(self._session.get_providers()[0], "cpu")
@@ -88,7 +89,10 @@ class AdapterSession:
 
     @property
     def default(self) -> Default:
-        """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows."""
+        """What adapter None stands for: "base" or "adapter", as the model was exported; always the base in rows.
+
+        "required": a run must name one.
+        """
         return self._way.default
 
     @property
@@ -124,13 +128,14 @@ class AdapterSession:
         """Output name -> value for `inputs` (name -> array as the model takes it) under the loaded `adapter`.
 
         `adapters` names one per row of the batch instead, for a model of --adapters. None asks for the model's default
-        (see `default`), in so many words: one of the two must be given. {name: weight} in the place of a name asks for
-        a blend of plain LoRA adapters, which is made when it is first named and kept like an adapter until one of its
-        parts is unloaded or replaced. `scale` multiplies alpha/R and gamma: y = h + scale·(alpha/R)·(x Aᵀ)Bᵀ,
-        out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of what it learned to each layer; a filter's z
-        and s are those of the layer's y as it then is. At 0 the layers are the base's. A head that the adapter brings
-        is the adapter's own at every scale. `outputs` None takes all. Raises UserError for an unknown adapter or input,
-        a blend that can't be made (`formats.blend`) or exceeds `max_bytes` alone, or inputs that ONNX Runtime refuses.
+        (see `default`), where it has one, in so many words: one of the two must be given. {name: weight} in the place
+        of a name asks for a blend of plain LoRA adapters, which is made when it is first named and kept like an adapter
+        until one of its parts is unloaded or replaced. `scale` multiplies alpha/R and gamma: y = h + scale·(alpha/R)·(x
+        Aᵀ)Bᵀ, out = y + scale·gamma·((s·z) Cᵀ)Dᵀ. At 0.5 a plain LoRA adds half of what it learned to each layer; a
+        filter's z and s are those of the layer's y as it then is. At 0 the layers are the base's. A head that the
+        adapter brings is the adapter's own at every scale. `outputs` None takes all. Raises UserError for an unknown
+        adapter or input, a blend that can't be made (`formats.blend`) or exceeds `max_bytes` alone, or inputs that ONNX
+        Runtime refuses.
         """
         self._check(inputs)
         chosen = self._outputs if outputs is None else list(outputs)

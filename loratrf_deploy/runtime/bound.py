@@ -131,6 +131,11 @@ class OnePerRun:
         if request.adapter is None:
             if request.scale != 1:
                 raise UserError(f"scale is {request.scale} but no adapter is named: there is nothing to scale.")
+            if self.default == "required":
+                raise UserError(
+                    "adapter is None, and this model needs an adapter in every run: it was exported with --swappable "
+                    "required. Name a loaded one, or export it with --swappable base."
+                )
             return self._without.run(request.inputs, request.outputs)
         weights = resident(request.adapter)
         if request.scale != 1:
