@@ -307,7 +307,7 @@ def _write_encoder(
         inline(program)
     clock("writing")
     ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, contents.first, out.parent)
+    write_companions(base, contents.first, out.parent, alone=False)
     return opset, {}, kept
 
 

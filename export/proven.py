@@ -24,6 +24,7 @@ from ..formats.manifest import (
     file_sha256,
     write_manifest,
 )
+from ..formats.tasks import label_names
 from ..ops.dtypes import DType
 from ..ops.library import library_path
 from ..ops.schemas import FilterInput
@@ -204,12 +205,18 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
         )
 
 
-def write_companions(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+def write_companions(base: BaseModel, adapter: Adapter, folder: Path, *, alone: bool = True) -> None:
     """config.json, and what makes inputs and reads answers, the adapter's own where it has one: tokenizer, processor.
 
-    The tokenizer of sound reads answers: it knows the letters. Images and sound have a processor's settings.
+    config.json says which class was exported and, of an adapter `alone`, what its labels are called. The tokenizer of
+    sound reads answers: it knows the letters. Images and sound have a processor's settings.
     """
-    base.model.config.save_pretrained(folder)
+    config = base.model.config
+    if type(base.model).__module__.startswith("transformers."):
+        config.architectures = [type(base.model).__name__]
+    if alone and (labels := label_names(adapter, base.task, config.id2label)):
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: at for at, name in enumerate(labels)}
+    config.save_pretrained(folder)
     texts = "input_ids" in base.input_names
     if texts or base.task == TRANSCRIPTION:
         tokenizer, _ = tokenizer_of(adapter, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from peft import PeftModel
 from loratrf_deploy import UserError, create_session
 from loratrf_deploy.cli.export import main as export_main
 from loratrf_deploy.cli.parity import main as parity_main
-from loratrf_deploy.export import ExportOptions, sparing
+from loratrf_deploy.export import ExportOptions, export_adapter, sparing
 from loratrf_deploy.parity import check_parity
 from loratrf_deploy.parity.result import EVALUATED
 from shared import read_json
@@ -106,6 +107,20 @@ def test_labels_may_be_names(make_export: Callable, tmp_path: Path) -> None:
     right = answers(exported.base, exported.adapter)
     file = write(tmp_path / "dev.jsonl", [f"LABEL_{answer}" for answer in right])
     assert "right are 1.0000 of them" in found(check_parity(exported.model, exported.adapter, evaluate_on=file))
+
+
+def test_the_adapters_own_names_go_with_the_model(make_tiny: Callable, tmp_path: Path) -> None:
+    base, adapter = make_tiny("bert", kind="lora")
+    named = Path(shutil.copytree(adapter, tmp_path / "named"))
+    (named / "config.json").write_text(json.dumps({"id2label": {"0": "ham", "1": "spam", "2": "eggs"}}))
+    names = ["ham", "spam", "eggs"]
+    file = write(tmp_path / "dev.jsonl", [names[answer] for answer in answers(base, adapter)])
+    options = ExportOptions(base_model=base, mode="separate", evaluate=file)
+    result = export_adapter(named, tmp_path / "out" / "model.onnx", options)
+    assert "right are 1.0000 of them" in found(result.parity)
+    config = transformers.AutoConfig.from_pretrained(result.model.parent)
+    assert (config.id2label, config.label2id) == (dict(enumerate(names)), {"ham": 0, "spam": 1, "eggs": 2})
+    assert config.architectures == ["BertForSequenceClassification"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, some
+from ..formats.tasks import label_names
 from ..pytorch.oracle import load_reference, run_torch
 from .case import Case
 from .checks import over_batches
@@ -45,7 +46,8 @@ def evaluate(
     reference = load_reference(case.adapter, base_model, trust_remote_code=trusted)
     batches = read_inputs(file, reference, case.model.parent)
     count = sum(len(next(iter(batch.values()))) for batch in batches)
-    labels = _labels(file, count, reference.model.config)
+    known = label_names(case.adapter, case.base.task, reference.model.config.id2label) or ()
+    labels = _labels(file, count, known)
     expected = [run_torch(reference, batch) for batch in batches]
     step("evaluating the export")
     run = run_batches(case.model, batches, (OUTPUT,), library, case.device, weights=case.weights)
@@ -70,9 +72,9 @@ def check_classifies(task: str) -> None:
         )
 
 
-def _labels(file: Path, count: int, config: Any) -> NDArray[np.int64] | None:
+def _labels(file: Path, count: int, known: Sequence[str]) -> NDArray[np.int64] | None:
     """Each row's label as a number; None where no row has one. Raises UserError naming the line."""
-    names = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    names = {name: number for number, name in enumerate(known)}
     found: list[int] = []
     entries = list(rows(file))
     lines = [line for line, row in entries if row.get("label") is None]
@@ -81,9 +83,9 @@ def _labels(file: Path, count: int, config: Any) -> NDArray[np.int64] | None:
         if label is None:
             continue
         number = label if type(label) is int else names.get(label) if isinstance(label, str) else None
-        if number is None or not 0 <= number < config.num_labels:
+        if number is None or not 0 <= number < len(known):
             raise UserError(
-                f"{file}, line {line}: the label is {label!r}, expected 0 to {config.num_labels - 1} or one of "
+                f"{file}, line {line}: the label is {label!r}, expected 0 to {len(known) - 1} or one of "
                 f"{some(list(names))}."
             )
         found.append(number)
