@@ -48,6 +48,32 @@ def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, asked):
         create_session(make_export().model, providers=[CUDA])
 
 
+def test_the_library_that_is_missing_is_named(make_export, asked, monkeypatch, capsys):
+    """The libraries of pip's packages are loaded first; what is printed on the way is not the user's to see."""
+    loaded = []
+
+    def preload() -> None:
+        loaded.append(len(asked))
+        print("Failed to load libcublasLt.so.13")
+
+    real = ctypes.CDLL
+
+    def missing(name: str, *rest: object, **options: object) -> ctypes.CDLL:
+        if "providers_cuda" in str(name):
+            raise OSError("libcublasLt.so.13: cannot open shared object file: No such file or directory")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr("loratrf_deploy.runtime.session.ctypes.CDLL", missing)
+    words = r"here: libcublasLt.so.13 is not to be found. `pip install 'loratrf-deploy\[gpu\]'"
+    with pytest.raises(UserError, match=words):
+        create_session(make_export().model, providers=[CUDA])
+    assert loaded == [0]
+    assert capsys.readouterr().out == ""
+    create_session(make_export().model)
+    assert loaded == [0]
+
+
 def test_float32_on_a_gpu_is_not_rounded_to_tf32(make_export, asked):
     with pytest.raises(UserError):
         create_session(make_export().model, providers=[CUDA, "CPUExecutionProvider"])

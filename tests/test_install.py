@@ -244,6 +244,7 @@ def test_public_names() -> None:
         "ExportResult",
         "ParityFailed",
         "convert_adapter",
+        "convert_adapters",
         "export_adapter",
         "export_grouped",
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +50,10 @@ def create_session(
         raise UserError(f"No model at {model}: expected an ONNX file, such as the --out of loratrf-export.")
     check_external_data(Path(model))
     options = quiet_options() if options is None else options
+    if PROVIDERS["cuda"] in providers:
+        # It looks for the libraries that pip installed; what it misses it prints.
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
     if library:
         options.register_custom_ops_library(str(library_path()))
     try:
@@ -56,11 +63,29 @@ def create_session(
     # A provider that fails to start is only a warning to ONNX Runtime: the session would silently run on the CPU.
     if missing := [provider for provider in providers if provider not in session.get_providers()]:
         raise UserError(
-            f"ONNX Runtime {onnxruntime.__version__} can't start {', '.join(missing)} here: it needs an NVIDIA GPU, "
-            "its driver, and the CUDA and cuDNN libraries of the version that this onnxruntime-gpu was built for. "
-            "`nvidia-smi` shows the GPU and the driver."
+            f"ONNX Runtime {onnxruntime.__version__} can't start {', '.join(missing)} here: {_why_no_gpu()}"
         )
     return session
+
+
+def _why_no_gpu() -> str:
+    """The library that ONNX Runtime's provider for CUDA misses first; where it misses none, what else it needs."""
+    import onnxruntime
+
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as error:
+        name = str(error).partition(":")[0]
+        if name != str(provider):
+            return (
+                f"{name} is not to be found. `pip install 'loratrf-deploy[gpu]'` brings it, with CUDA's and cuDNN's "
+                "other libraries; the NVIDIA GPU's driver must be one for them (580 or later for CUDA 13)."
+            )
+    return (
+        "it needs an NVIDIA GPU, its driver, and the CUDA and cuDNN libraries of the version that this onnxruntime-gpu "
+        "was built for. `nvidia-smi` shows the GPU and the driver."
+    )
 
 
 def quiet_options(threads: int = 0) -> onnxruntime.SessionOptions:
