@@ -92,8 +92,9 @@ function readOrigin(raw) {
     throw new Damage("its description is no JSON");
   }
   if (origin === null || typeof origin !== "object") throw new Damage("its description is no object");
-  if (origin.format !== FORMAT) {
-    throw new Damage(`its format is ${origin.format}, this version of loratrf-deploy reads ${FORMAT}`);
+  const { format = FORMAT } = origin;
+  if (format !== FORMAT) {
+    throw new Damage(`its format is ${format}, this version of loratrf-deploy reads ${FORMAT}`);
   }
   const { adapter, base_sha256, model_sha256 } = origin;
   const isText = (/** @type {unknown} */ value) => typeof value === "string";

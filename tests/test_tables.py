@@ -22,6 +22,7 @@ from loratrf_deploy.cli.inspect import main as inspect_main
 from loratrf_deploy.export import ExportOptions, convert_adapter, export_adapter, export_grouped
 from loratrf_deploy.formats.adapter_file import read_adapter_file
 from loratrf_deploy.ops import schemas
+from loratrf_deploy.parity import check_parity
 from loratrf_deploy.parity.result import ParityReport
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference
@@ -107,6 +108,15 @@ def assert_equal(actual: np.ndarray, expected: np.ndarray, limit: float = 1e-5) 
 @pytest.fixture
 def swappable(make_export: Callable[..., Any]) -> Any:
     return make_export(*EMBEDS, swappable="base", **LAYERS)
+
+
+def test_a_required_table_alone_is_proven(make_export: Callable[..., Any]) -> None:
+    base, adapter, model = make_export(*EMBEDS, swappable="required", target_modules=["word_embeddings"])
+    taken = {value.name for value in create_session(model).get_inputs()}
+    assert taken > {f"{TABLE}.lora_embedding_A", f"{TABLE}.lora_embedding_B"}
+    report = check_parity(model, adapter, base)
+    assert report.passed, report
+    assert {check.variant for check in report.checks} == {"with library", "without library", "base-off"}
 
 
 def test_swapped_scaled_and_blended(swappable: Any, make_tiny: Callable[..., Any], tmp_path: Path) -> None:

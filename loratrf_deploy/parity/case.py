@@ -18,7 +18,7 @@ from ..formats.fit import fit
 from ..formats.images import EMBEDS, takes_images
 from ..formats.manifest import MANIFEST, Manifest, Swappable, check_described, read_manifest, read_swappable
 from ..formats.stages import CROSS, Stages, stages_of
-from ..formats.swappable import LAYER_PARTS
+from ..formats.swappable import LAYER_PARTS, TABLE_PARTS
 from ..formats.tasks import TaskPart, in_graph, label_count, part_of
 from ..genai.generate import decoder_config
 from ..genai.names import POSITION_IDS, genai_name, is_cache
@@ -58,7 +58,7 @@ TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 
 GENERATION_TOLERANCE = 1e-4
 """Of float32 models that generate: rounding adds up over many more layers than an encoder has."""
 
-_LAYER_WEIGHTS = tuple(f".{part}" for part in LAYER_PARTS.values())
+_LAYER_WEIGHTS = tuple(f".{part}" for part in (*LAYER_PARTS.values(), *TABLE_PARTS.values()))
 """How inputs end that take an adapter: with --swappable required no default tells them from others."""
 
 
@@ -130,11 +130,7 @@ def prepare(
     dtype, genai_config, stages = model_dtype(graph), decoder_config(model), stages_of(model)
     embedding = embedding_of(model, graph)
     read = adapter_of(adapter) if embedding is None else as_embedder(adapter_of(adapter))
-    swaps = any(
-        value.name in graph.graph.initializers or (value.name or "").endswith(_LAYER_WEIGHTS)
-        for value in graph.graph.inputs
-    )
-    manifest, swappable = read_swappable(model) if swaps else (None, None)
+    manifest, swappable = read_swappable(model) if _swaps(graph) else (None, None)
     task, trunk = TASKS.get(read.task_type or ""), swappable.trunk if swappable else ""
     part = part_of(task, swappable.tasks, read.path) if swappable else None
     step("loading PyTorch's model")
@@ -189,6 +185,12 @@ def prepare(
         outputs=tuple(part.outputs.values()) if part else output_names(graph),
         part=part,
     )
+
+
+def _swaps(graph: ir.Model) -> bool:
+    """Whether the graph takes run-time weights: inputs that have a default, or are called as those of layers are."""
+    inputs, defaults = graph.graph.inputs, graph.graph.initializers
+    return any(value.name in defaults or (value.name or "").endswith(_LAYER_WEIGHTS) for value in inputs)
 
 
 def _as_taken(adapter: Adapter, swappable: Swappable) -> Adapter:
