@@ -48,7 +48,14 @@ def test_a_provider_that_fails_to_start_is_no_silent_cpu(make_export, asked):
         create_session(make_export().model, providers=[CUDA])
 
 
-def test_the_library_that_is_missing_is_named(make_export, asked, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        ("libcublasLt.so.13", r"is not to be found. `pip install 'loratrf-deploy\[gpu\]'` brings it"),
+        ("libcuda.so.1", "is not to be found, which comes with the NVIDIA GPU's driver"),
+    ],
+)
+def test_the_library_that_is_missing_is_named(make_export, asked, monkeypatch, capsys, library, words):
     """The libraries of pip's packages are loaded first; what is printed on the way is not the user's to see."""
     loaded = []
 
@@ -60,13 +67,12 @@ def test_the_library_that_is_missing_is_named(make_export, asked, monkeypatch, c
 
     def missing(name: str, *rest: object, **options: object) -> ctypes.CDLL:
         if "providers_cuda" in str(name):
-            raise OSError("libcublasLt.so.13: cannot open shared object file: No such file or directory")
+            raise OSError(f"{library}: cannot open shared object file: No such file or directory")
         return real(name, *rest, **options)
 
     monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
     monkeypatch.setattr("loratrf_deploy.runtime.session.ctypes.CDLL", missing)
-    words = r"here: libcublasLt.so.13 is not to be found. `pip install 'loratrf-deploy\[gpu\]'"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"here: {library} {words}"):
         create_session(make_export().model, providers=[CUDA])
     assert loaded == [0]
     assert capsys.readouterr().out == ""

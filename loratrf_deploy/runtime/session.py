@@ -77,6 +77,8 @@ def _why_no_gpu() -> str:
         ctypes.CDLL(str(provider))
     except OSError as error:
         name = str(error).partition(":")[0]
+        if name.startswith("libcuda.so"):
+            return f"{name} is not to be found, which comes with the NVIDIA GPU's driver. `nvidia-smi` shows both."
         if name != str(provider):
             return (
                 f"{name} is not to be found. `pip install 'loratrf-deploy[gpu]'` brings it, with CUDA's and cuDNN's "
