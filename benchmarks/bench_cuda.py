@@ -21,8 +21,7 @@ import common
 import torch
 import torch.nn.functional as F
 
-from loratrf_deploy import _kernels
-from loratrf_deploy.ops import torch_ops  # type: ignore[attr-defined]
+from loratrf_deploy.ops import kernels, torch_ops  # type: ignore[attr-defined]
 
 TOKENS = (1, 16, 256, 2048, 8192)
 ROTATED_BYTES = 256 << 20
@@ -127,7 +126,7 @@ def bench(T: int, features: int, rank: int, dtype: str) -> dict[str, float]:
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
     def ours(tensors: Tensors) -> None:  # in place, as ONNX Runtime runs it
-        _kernels.run_on_cuda(
+        kernels.run_on_cuda(
             "LoraTrf",
             tensors,
             tensors[0],

@@ -22,9 +22,10 @@ import common
 import numpy as np
 import onnxruntime as ort
 
-from loratrf_deploy import _kernels, create_session, read_adapter
+from loratrf_deploy import create_session, read_adapter
 from loratrf_deploy.export import ExportOptions, export_grouped
 from loratrf_deploy.formats.manifest import read_swappable
+from loratrf_deploy.ops import kernels
 from loratrf_deploy.pytorch.base import load_base, sample_inputs
 from loratrf_deploy.pytorch.quiet import quiet
 
@@ -74,7 +75,7 @@ def operator_row(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 
         def run() -> None:
             for _ in range(repeats):
-                _kernels.grouped_lora_trf(base, x, *weights, ids, out, threads=args.threads)
+                kernels.grouped_lora_trf(base, x, *weights, ids, out, threads=args.threads)
 
         return run
 

@@ -5,7 +5,7 @@
 #
 #   benchmarks/gpu_check.sh [python] [folder for logs and figures]
 #
-# Needed beside those: cmake, and for python pybind11, pytest and what loratrf-deploy itself depends on. Optional, and
+# Needed beside those: cmake, and for python pytest and what loratrf-deploy itself depends on. Optional, and
 # what lacks them is named as left out:
 #   onnxruntime-gpu, onnx_ir                                the operators in ONNX Runtime
 #   transformers 5.23, peft, onnxscript, optimum as well    adapters resident on the GPU; BERT-base
@@ -41,7 +41,7 @@ print(", ".join(lacking))
 END
 }
 
-lacking=$(missing torch pybind11 pytest numpy safetensors ml_dtypes rich)
+lacking=$(missing torch pytest numpy safetensors ml_dtypes rich)
 for tool in nvcc cmake nvidia-smi; do
   command -v $tool >/dev/null || lacking="$lacking${lacking:+, }$tool"
 done
@@ -53,8 +53,8 @@ fi
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 generator=$(command -v ninja >/dev/null && echo "-G Ninja")
 # shellcheck disable=SC2086
-if ! { cmake -S . -B "$out/cmake" $generator -DCMAKE_CUDA_ARCHITECTURES="$architecture" -DPython_EXECUTABLE="$python" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" -DLORATRF_OUTPUT="$package/loratrf_deploy" &&
+if ! { cmake -S . -B "$out/cmake" $generator -DLORATRF_CUDA=ON \
+  -DCMAKE_CUDA_ARCHITECTURES="$architecture" -DLORATRF_OUTPUT="$package/loratrf_deploy" &&
   cmake --build "$out/cmake" --parallel; } >"$out/build.log" 2>&1; then
   tail -30 "$out/build.log"
   echo "error: the build failed, see $out/build.log" >&2

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "export.h"
 #include "ort_kernel.h"
 #include "ort_status.h"
 
@@ -128,9 +129,9 @@ Registration* RegistrationOf(const OrtApi* api) {
 }  // namespace ort
 }  // namespace loratrf
 
-// The only exported symbol; ONNX Runtime calls it when a session's options name this library.
-extern "C" __attribute__((visibility("default"))) loratrf::ort::OrtStatus* RegisterCustomOps(
-    loratrf::ort::OrtSessionOptions* options, const loratrf::ort::OrtApiBase* base) {
+// ONNX Runtime calls it when a session's options name this library.
+LORATRF_EXPORT loratrf::ort::OrtStatus* RegisterCustomOps(loratrf::ort::OrtSessionOptions* options,
+                                                          const loratrf::ort::OrtApiBase* base) {
   using namespace loratrf::ort;
   const OrtApi* api = base->GetApi(kApiVersion);
   if (!api) {

@@ -1,6 +1,10 @@
 #include "parallel.h"
 
+#ifdef _WIN32
+#include <process.h>
+#else
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -77,9 +81,9 @@ class Pool {
 // workers and perhaps a locked mutex, so the child gets a pool of its own.
 Pool& ProcessPool() {
   static std::atomic<Pool*> pool{nullptr};
-  static std::atomic<pid_t> owner{0};
+  static std::atomic<int> owner{0};
   static std::mutex creation;
-  const pid_t process = getpid();
+  const int process = getpid();
   if (owner.load(std::memory_order_acquire) != process) {
     std::lock_guard<std::mutex> lock(creation);
     if (owner.load(std::memory_order_relaxed) != process) {

@@ -106,18 +106,18 @@ def make_export(make_tiny: Callable[..., tuple[Path, Path]], made_once: Callable
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        kernels = importlib.import_module("loratrf_deploy._kernels")
+        kernels = importlib.import_module("operators").built_kernels()
         metafunc.parametrize("isa", kernels.isas(), indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this CPU has, in force for the test."""
-    from loratrf_deploy import _kernels
+    from loratrf_deploy.ops import kernels
 
-    _kernels.set_isa(request.param)
+    kernels.set_isa(request.param)
     yield request.param
-    _kernels.set_isa("")
+    kernels.set_isa("")
 
 
 @pytest.fixture

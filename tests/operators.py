@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 
 import ml_dtypes
@@ -23,7 +24,7 @@ FUNCTIONS = {
     "LoraTrf": "lora_trf",
     "GroupedLoraTrf": "grouped_lora_trf",
 }
-"""An operator's function in the reference, in _kernels and in torch.ops.loratrf."""
+"""An operator's function in the reference, in ops.kernels and in torch.ops.loratrf."""
 
 
 def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0, S=3):
@@ -94,7 +95,13 @@ def built_library():
     try:
         return library_path()
     except UserError:
-        pytest.skip("libloratrf_ort.so is not built")
+        pytest.skip("libloratrf_ort.so is not built", allow_module_level=True)
+
+
+def built_kernels():
+    """loratrf_deploy.ops.kernels; skips where the library is not built."""
+    built_library()
+    return importlib.import_module("loratrf_deploy.ops.kernels")
 
 
 def model_of(op, values, dtype="float32", constant=(), attributes=None, functions=True, types=None, shapes=None):

@@ -16,7 +16,7 @@ from operators import CASES, reference_of
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
-kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+kernels = operators.built_kernels()
 from loratrf_deploy.ops import torch_ops  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -38,8 +38,8 @@ SIZES = [
 def _gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU, or a PyTorch without CUDA")
-    if not hasattr(kernels, "run_on_cuda"):
-        pytest.skip("_kernels was built without nvcc")
+    if not kernels.MAX_CUDA_RANK:
+        pytest.skip("the library was built without CUDA")
 
 
 def tensors_of(op, T, K, N, R, F, dtype, seed=0):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from loratrf_deploy import UserError, create_session
+from operators import built_kernels
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
@@ -170,37 +173,22 @@ def test_bfloat16_pixels_are_given_as_float32(make_tiny, tmp_path):
         create_session(out)
 
 
-class Lent(ctypes.Structure):
-    """A float32 tensor as DLPack lends it, said to lie on a CUDA device; its address is null."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", ctypes.c_int32 * 2),
-        ("ndim", ctypes.c_int32),
-        ("dtype", ctypes.c_uint8 * 4),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("rest", ctypes.c_void_p * 4),
-    )
-
-    def __init__(self, device: int, *shape: int) -> None:
-        super().__init__(None, (2, device), len(shape), (2, 32, 1, 0), (ctypes.c_int64 * len(shape))(*shape))
-
-    def __dlpack__(self, stream):
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return new(ctypes.addressof(self), b"dltensor", None)
+def lent(device: int, *shape: int) -> SimpleNamespace:
+    """What is asked of a float32 tensor of torch's, said to lie on a CUDA device; its address is null."""
+    place = SimpleNamespace(type="cuda", index=device)
+    methods = {"data_ptr": lambda: 0, "is_contiguous": lambda: True}
+    return SimpleNamespace(device=place, shape=shape, dtype=np.dtype(np.float32), **methods)
 
 
 def test_tensors_of_two_gpus_in_one_call():
-    kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
-    if not hasattr(kernels, "run_on_cuda"):
-        pytest.skip("_kernels was built without nvcc")
+    kernels = built_kernels()
     shapes = {"base": (3, 8), "x": (3, 8), "A": (2, 8), "B": (8, 2), "out": (3, 8)}
     for name in ("x", "B", "out"):
-        *inputs, out = (Lent(int(name == key), *shape) for key, shape in shapes.items())
+        *inputs, out = (lent(int(name == key), *shape) for key, shape in shapes.items())
         with pytest.raises(TypeError, match=rf"{name} is on device 1, expected all tensors on device 0, where base is"):
             kernels.run_on_cuda("LowRank", inputs, out, "adapted", stream=0, allocate=bytes)
-    # On one device the call gets as far as CUDA, or the null addresses.
-    *inputs, out = (Lent(0, *shape) for shape in shapes.values())
-    with pytest.raises((RuntimeError, ValueError), match="LowRank: "):
+    # On one device the call gets as far as CUDA, the null addresses, or a build without it.
+    *inputs, out = (lent(0, *shape) for shape in shapes.values())
+    words = "LowRank: " if kernels.MAX_CUDA_RANK else "built without CUDA.*LORATRF_CUDA=ON"
+    with pytest.raises((RuntimeError, ValueError), match=words):
         kernels.run_on_cuda("LowRank", inputs, out, "adapted", stream=0, allocate=bytes)

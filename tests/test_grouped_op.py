@@ -10,11 +10,11 @@ import pytest
 
 from loratrf_deploy.ops import schemas
 from loratrf_deploy.ops.dtypes import DTYPES
-from operators import expected_of, model_of, reference_of, run, session_of, values_of
+from operators import built_kernels, expected_of, model_of, reference_of, run, session_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
-kernels = pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+kernels = built_kernels()
 
 # (batch, tokens, K, N, R, F, S): one row, rows of one token, rows of several tiles, whole batches of one tile; halves
 # that no adapter has; sizes that no lane count divides.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from operators import built_library
+
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     *("version", "errors", "files", "onnx_file", "ops", "adapters", "genai", "formats", "peft", "runtime", "pytorch"),
@@ -47,11 +49,7 @@ def imported(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 def graph() -> dict[str, set[str]]:
     """Module -> the modules that it imports, packages as their __init__."""
     return {
-        module: {
-            target if target in MODULES else f"{target}.__init__"
-            for target, name in imported(module, tree)
-            if name != "_kernels"  # compiled, in no folder
-        }
+        module: {target if target in MODULES else f"{target}.__init__" for target, name in imported(module, tree)}
         for module, tree in MODULES.items()
     }
 
@@ -87,8 +85,8 @@ def test_public_names_are_true(module: str) -> None:
     name = f"loratrf_deploy.{module}".removesuffix(".__init__")
     if module in ("__main__", "parity_suite"):  # scripts
         return
-    if module == "ops.torch_ops":
-        pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+    if module in ("ops.kernels", "ops.torch_ops"):
+        built_library()
     public = getattr(importlib.import_module(name), "__all__", ())
     assert len(public) == len(set(public))
     assert all(hasattr(importlib.import_module(name), entry) for entry in public)
@@ -98,13 +96,13 @@ def test_public_names_are_true(module: str) -> None:
         for target, entry in imported(other, tree)
         if entry and target in (module, module.removesuffix(".__init__"))
     }
-    assert used - {"_kernels"} <= set(public), sorted(used - set(public))
+    assert used <= set(public), sorted(used - set(public))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_can_be_imported(script: Path) -> None:
     if script.stem == "bench_cuda":
-        pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+        built_library()
     importlib.import_module(script.stem)
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from loratrf_deploy.ops import schemas
 from loratrf_deploy.ops.dtypes import DTYPES
-from operators import FUNCTIONS, reference_of, values_of
+from operators import FUNCTIONS, built_kernels, reference_of, values_of
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("loratrf_deploy._kernels", reason="_kernels is not built")
+built_kernels()
 from loratrf_deploy.ops import torch_ops  # noqa: E402
 
 

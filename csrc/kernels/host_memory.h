@@ -14,9 +14,20 @@ class HostMemory {
  public:
   // Room for pieces whose Sizes sum up to `bytes`; false as a bool where there is none to be had. No bytes are null.
   explicit HostMemory(int64_t bytes, int64_t alignment = kPiece) : size_(RoundUp(bytes, alignment)) {
-    if (size_) memory_ = static_cast<char*>(aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size_)));
+    const auto boundary = static_cast<size_t>(alignment), bytes_taken = static_cast<size_t>(size_);
+#ifdef _WIN32
+    if (size_) memory_ = static_cast<char*>(_aligned_malloc(bytes_taken, boundary));
+#else
+    if (size_) memory_ = static_cast<char*>(aligned_alloc(boundary, bytes_taken));
+#endif
   }
-  ~HostMemory() { free(memory_); }
+  ~HostMemory() {
+#ifdef _WIN32
+    _aligned_free(memory_);
+#else
+    free(memory_);
+#endif
+  }
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
 

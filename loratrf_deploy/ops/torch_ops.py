@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _kernels
+from . import kernels
 
 __all__ = ["grouped_lora_trf", "lora_trf", "low_rank", "task_filter"]
 
@@ -24,7 +24,7 @@ def low_rank(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Raises ValueError for shapes that don't fit or R over 1024, TypeError for other or mixed dtypes.
     """
     out = _like(base)
-    _kernels.low_rank(*_ready(base, x, A, B), out, threads=torch.get_num_threads())
+    kernels.low_rank(*_ready(base, x, A, B), out, threads=torch.get_num_threads())
     return out
 
 
@@ -36,7 +36,7 @@ def task_filter(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
     Raises ValueError for shapes that don't fit or F over 1024, TypeError for other or mixed dtypes.
     """
     out = _like(z)
-    _kernels.task_filter(*_ready(z, tau, C, D), out, threads=torch.get_num_threads())
+    kernels.task_filter(*_ready(z, tau, C, D), out, threads=torch.get_num_threads())
     return out
 
 
@@ -50,7 +50,7 @@ def lora_trf(
     ranks over 1024 or another filter_input, TypeError for other or mixed dtypes.
     """
     out = _like(base)
-    _kernels.lora_trf(*_ready(base, x, A, B, tau, C, D), out, filter_input, threads=torch.get_num_threads())
+    kernels.lora_trf(*_ready(base, x, A, B, tau, C, D), out, filter_input, threads=torch.get_num_threads())
     return out
 
 
@@ -74,7 +74,7 @@ def grouped_lora_trf(
     """
     out = _like(base)
     tensors = _ready(base, x, A, B, tau, C, D, adapter_ids)
-    _kernels.grouped_lora_trf(*tensors, out, filter_input, threads=torch.get_num_threads())
+    kernels.grouped_lora_trf(*tensors, out, filter_input, threads=torch.get_num_threads())
     return out
 
 
@@ -151,13 +151,9 @@ def _ready(*tensors: Tensor) -> list[Tensor]:
 
 
 def _on_cuda(op: str, *tensors: Tensor, filter_input: str = "adapted") -> Tensor:
-    if not hasattr(_kernels, "run_on_cuda"):
-        raise RuntimeError(
-            "loratrf_deploy was built without CUDA. Put nvcc on the PATH and build it again: `pip install .`"
-        )
     out = _like(tensors[0])
     with torch.cuda.device(out.device):
-        _kernels.run_on_cuda(
+        kernels.run_on_cuda(
             op,
             _ready(*tensors),
             out,
