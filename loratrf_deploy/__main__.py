@@ -13,6 +13,7 @@ COMMANDS = {
     "loratrf-perplexity": "what a deployment of a language model costs in quality",
     "loratrf-inspect": "what is in an adapter or an exported model",
     "loratrf-bench": "what exported models cost on this machine, side by side",
+    "loratrf-config": "where a C++ program finds the operators",
 }
 
 
