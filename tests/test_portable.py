@@ -88,6 +88,7 @@ def expected(base: Path, adapter: Path, batch: int = 3, sequence: int = 7) -> tu
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "merged, separate")
 def test_onnx_itself_computes_it(made: Callable, family: str) -> None:
     base, adapter, model = made(family, mode="separate")
     plain(model)
@@ -98,6 +99,7 @@ def test_onnx_itself_computes_it(made: Callable, family: str) -> None:
     assert facts["custom_operators"] == []
 
 
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "int8")
 def test_int8_is_portable(made: Callable) -> None:
     base, adapter, model = made(quantize="int8")
     plain(model)
@@ -107,6 +109,7 @@ def test_int8_is_portable(made: Callable) -> None:
     assert error(got, logits) < 0.1
 
 
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "swapped")
 def test_adapters_swap_without_our_operators(made: Callable) -> None:
     base, adapter, model = made(swappable="base")
     plain(model)
@@ -134,6 +137,8 @@ def test_each_row_has_its_adapter_without_our_operators(make_tiny: Callable, tmp
 
 
 @pytest.mark.parametrize("options", [{"mode": "separate"}, {"mode": "merged"}], ids=["separate", "merged"])
+@pytest.mark.consumer("OpenVINO", "merged, separate")
+@pytest.mark.consumer("OpenVINO's provider", "merged, separate")
 def test_openvino_computes_it(made: Callable, tmp_path: Path, options: dict[str, str]) -> None:
     if "openvino" not in PEERS:
         pytest.skip("LORATRF_PEERS names no Python of openvino")
