@@ -25,8 +25,7 @@ from loratrf_deploy.formats.inspection import inspect_path
 from loratrf_deploy.ops.schemas import ADAPTER_IDS
 from loratrf_deploy.pytorch.base import Inputs, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference, run_torch
-
-PEERS = dict(peer.partition("=")[::2] for peer in os.environ.get("LORATRF_PEERS", "").split())
+from shared import PEERS, error
 
 OPENVINO = """
 import sys
@@ -44,10 +43,6 @@ session.disable_fallback()
 assert session.get_providers()[0] == "OpenVINOExecutionProvider"
 np.savez(outputs, native=native, provider=session.run(None, feeds)[0])
 """
-
-
-def error(a: Any, b: Any) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def plain(model: Path) -> onnx.ModelProto:
