@@ -70,6 +70,32 @@ TYPES = {
     "u64": np.uint64,
     "s64": np.int64,
 }
+# Of instructions whose result is one expression of their operands {1}, {2}, {3}, which have the result's type.
+FORMULAS = {
+    "mov": "{1}",
+    "cvta": "{1}",
+    "add": "{1} + {2}",
+    "sub": "{1} - {2}",
+    "mad": "{1} * {2} + {3}",
+    "fma": "S.fma({1}, {2}, {3})",
+    "sqrt": "np.sqrt({1})",
+    "abs": "np.abs({1})",
+    "neg": "-{1}",
+    "and": "{1} & {2}",
+    "or": "{1} | {2}",
+    "xor": "{1} ^ {2}",
+    "not": "~{1}",
+}
+# {0} is a label's place, {1} that of the next instruction, {2} its own.
+FLOW = {
+    "bra": "S.pc[I] = {0}",
+    "ret": "S.exit(I)",
+    "trap": "raise Fault('trap')",
+    "bar": "S.barrier(I, {1}, {2})",
+    "barrier": "S.barrier(I, {1}, {2})",
+}
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+UNORDERED = {"geu": "<", "gtu": "<=", "ltu": ">=", "leu": ">", "neu": "=="}
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -191,212 +217,159 @@ class Program:
         return base, off
 
     def emit(self, i):
-        pred, neg, op, o = self.code[i]
-        parts = op.split(".")
-        t = parts[-1]
-        head = parts[0]
-        if pred:
+        """Lines of Python for the instruction at `i`."""
+        predicate, negated, op, o = self.code[i]
+        head, *_ = op.split(".")
+        t = op.split(".")[-1]
+        if predicate:
             assert head == "bra"
-            target = self.labels[o[0]]
-            c = f"R['{pred}'][I]"
-            if neg:
-                c = "~" + c
-            return [f"S.pc[I] = np.where({c}, {target}, {i + 1})"]
-        if head == "bra":
-            return [f"S.pc[I] = {self.labels[o[0]]}"]
-        if head == "ret":
-            return ["S.exit(I)"]
-        if head == "trap":
-            return ["raise Fault('trap')"]
-        if op.startswith(("bar.sync", "barrier.sync")):
-            return [f"S.barrier(I, {i + 1}, {i})"]
-        if head == "mov":
-            if t == "pred":
-                return [f"R['{o[0]}'][I] = {self.pred(o[1])}"]
-            if o[0].startswith("{"):
-                lo, hi = split_list(o[0])
-                return [
-                    f"_v = {self.val(o[1], 'b32')}",
-                    f"R['{lo}'][I] = _v & np.uint32(0xffff)",
-                    f"R['{hi}'][I] = _v >> np.uint32(16)",
-                ]
-            if o[1].startswith("{"):
-                lo, hi = split_list(o[1])
-                return [
-                    self.dst(
-                        o[0],
-                        "b32",
-                        f"R['{lo}'][I].astype(np.uint32) | (R['{hi}'][I].astype(np.uint32) << np.uint32(16))",
-                    )
-                ]
-            return [self.dst(o[0], t, self.val(o[1], t))]
-        if head == "cvta":
-            return [self.dst(o[0], t, self.val(o[1], t))]
+            condition = f"{'~' if negated else ''}R['{predicate}'][I]"
+            return [f"S.pc[I] = np.where({condition}, {self.labels[o[0]]}, {i + 1})"]
+        if head in FLOW:
+            return [FLOW[head].format(self.labels.get(o[0] if o else ""), i + 1, i)]
+        if head in ("and", "or", "xor", "not", "mov") and t == "pred":
+            return [f"R['{o[0]}'][I] = " + FORMULAS[head].format(None, *map(self.pred, o[1:]))]
+        if head == "mov" and "{" in o[0] + o[1]:
+            return self._halves(o)
+        if head in FORMULAS:
+            assert op in (f"{head}.{t}", f"{head}.rn.{t}", f"{head}.lo.{t}", f"cvta.to.global.{t}", f"cvta.{t}"), op
+            return [self.dst(o[0], t, FORMULAS[head].format(None, *(self.val(x, t) for x in o[1:])))]
+        special = getattr(self, f"_{head}", None)
+        if special is None:
+            raise Fault(f"unknown instruction {op} {o}")
+        return special(op.split("."), o, i)
 
-        def a(k, ty=t):
-            return self.val(o[k], ty)
+    def _halves(self, o):
+        """mov of two 16-bit registers to one of 32 bits, or back."""
+        if o[0].startswith("{"):
+            low, high = split_list(o[0])
+            whole = f"_v = {self.val(o[1], 'b32')}"
+            return [whole, f"R['{low}'][I] = _v & np.uint32(0xffff)", f"R['{high}'][I] = _v >> np.uint32(16)"]
+        low, high = (f"R['{name}'][I].astype(np.uint32)" for name in split_list(o[1]))
+        return [self.dst(o[0], "b32", f"{low} | ({high} << np.uint32(16))")]
 
-        if head in ("add", "sub"):
-            sign = "+" if head == "add" else "-"
-            assert op in (f"{head}.{t}", f"{head}.rn.{t}")
-            return [self.dst(o[0], t, f"{a(1)} {sign} {a(2)}")]
-        if head == "mul":
-            if parts[1] == "wide":
-                w = {"s32": "s64", "u32": "u64", "u16": "u32", "s16": "s32"}[t]
-                d = TYPES[w].__name__
-                return [self.dst(o[0], w, f"{a(1)}.astype(np.{d}) * np.{d}({a(2)})")]
-            if parts[1] == "hi":
-                assert t == "s32"
-                return [
-                    self.dst(
-                        o[0], t, f"(({a(1)}.astype(np.int64) * np.int64({a(2)})) >> np.int64(32)).astype(np.int32)"
-                    )
-                ]
-            return [self.dst(o[0], t, f"{a(1)} * {a(2)}")]
-        if head == "mad":
-            assert parts[1] == "lo"
-            return [self.dst(o[0], t, f"{a(1)} * {a(2)} + {a(3)}")]
-        if head == "fma":
-            return [
-                self.dst(
-                    o[0],
-                    t,
-                    f"S.fma({a(1)}, {a(2)}, {a(3)})",
-                )
-            ]
-        if head == "div":
-            if t == "f32":
-                return [self.dst(o[0], t, f"{a(1)} / {a(2)}")]
-            return [self.dst(o[0], t, f"S.div({a(1)}, {a(2)})")]
-        if head == "sqrt":
-            return [self.dst(o[0], t, f"np.sqrt({a(1)})")]
-        if head == "abs":
-            return [self.dst(o[0], t, f"np.abs({a(1)})")]
-        if head == "neg":
-            return [self.dst(o[0], t, f"-{a(1)}")]
-        if head in ("max", "min"):
-            f = {"max": "imum", "min": "imum"}[head]
-            f = ("np.f" + head) if t == "f32" else ("np." + head + f)
-            return [self.dst(o[0], t, f"{f}({a(1)}, {a(2)})")]
-        if head in ("and", "or", "xor"):
-            s = {"and": "&", "or": "|", "xor": "^"}[head]
-            if t == "pred":
-                return [f"R['{o[0]}'][I] = {self.pred(o[1])} {s} {self.pred(o[2])}"]
-            return [self.dst(o[0], t, f"{a(1)} {s} {a(2)}")]
-        if head == "not":
-            if t == "pred":
-                return [f"R['{o[0]}'][I] = ~{self.pred(o[1])}"]
-            return [self.dst(o[0], t, f"~{a(1)}")]
-        if head in ("shl", "shr"):
-            n = int(o[2])
-            assert 0 <= n < 8 * np.dtype(TYPES[t]).itemsize
-            s = "<<" if head == "shl" else ">>"
-            return [self.dst(o[0], t, f"{a(1)} {s} np.{TYPES[t].__name__}({n})")]
-        if head == "bfi":
-            pos, ln = int(o[3]), int(o[4])
-            mask = ((1 << ln) - 1) << pos
-            full = (1 << (8 * np.dtype(TYPES[t]).itemsize)) - 1
-            d = TYPES[t].__name__
-            return [
-                self.dst(o[0], t, f"({a(2)} & np.{d}({full & ~mask})) | (({a(1)} << np.{d}({pos})) & np.{d}({mask}))")
-            ]
-        if head == "selp":
-            return [self.dst(o[0], t, f"np.where({self.pred(o[3])}, {a(1)}, {a(2)})")]
-        if head == "setp":
-            cmp = {
-                "eq": "==",
-                "ne": "!=",
-                "lt": "<",
-                "le": "<=",
-                "gt": ">",
-                "ge": ">=",
-                "geu": "u<",
-                "gtu": "u<=",
-                "ltu": "u>=",
-                "leu": "u>",
-                "neu": "!=",
-            }[parts[1]]
-            if cmp.startswith("u"):
-                return [f"R['{o[0]}'][I] = ~({a(1)} {cmp[1:]} {a(2)})"]
-            return [f"R['{o[0]}'][I] = {a(1)} {cmp} {a(2)}"]
-        if head == "cvt":
-            if op == "cvt.rna.tf32.f32":
-                return [self.dst(o[0], "b32", f"S.tf32({self.val(o[1], 'f32')})")]
-            if op == "cvt.f32.f16":
-                return [self.dst(o[0], "f32", f"R['{o[1]}'][I].view(np.float16).astype(np.float32)")]
-            if op == "cvt.rn.f16.f32":
-                return [self.dst(o[0], "b16", f"{self.val(o[1], 'f32')}.astype(np.float16).view(np.uint16)")]
-            if op == "cvt.rn.bf16.f32":
-                return [self.dst(o[0], "b16", f"S.bf16({self.val(o[1], 'f32')})")]
-            if op == "cvt.sat.f32.f32":
-                v = self.val(o[1], "f32")
-                return [
-                    f"_v = {v}",
-                    self.dst(o[0], "f32", "np.where(np.isnan(_v), f32(0), np.clip(_v, f32(0), f32(1)))"),
-                ]
-            dt, st = parts[-2], parts[-1]
-            return [self.dst(o[0], dt, f"{self.val(o[1], st)}.astype(np.{TYPES[dt].__name__})")]
-        if head == "ld" or head == "st":
-            kind = "ld" if head == "ld" else "st"
-            space = parts[1]
-            vec = int(parts[2][1:]) if re.match(r"v\d$", parts[2]) else 1
-            width = np.dtype(TYPES[t]).itemsize
-            where, what = (o[1], o[0]) if kind == "ld" else (o[0], o[1])
-            base, off = self.addr(where)
-            names = split_list(what) if vec > 1 else [what]
-            if op == "ld.acquire.gpu.u32":
-                return [f"R['{what}'][I] = S.acquire(I, {self.val(base, 'u64')} + np.uint64({off}))"]
-            if space == "param":
-                assert kind == "ld"
-                at = f"({self.val(base, 'u64')} + np.uint64({off}))"
-                out = []
-                for k, nme in enumerate(names):
-                    reg = nme.rstrip("0123456789")
-                    rt = self.kinds[reg]
-                    rd = TYPES[rt if rt != "f32" else "f32"]
-                    out.append(
-                        f"R['{nme}'].view(np.{np.dtype(rd).name})[I] = "
-                        f"S.param({at} + np.uint64({k * width}), np.{TYPES[t].__name__})"
-                    )
-                return out
-            at = f"({self.val(base, 'u64' if space == 'global' else 'u32')})"
-            # addresses, with 64-bit wrap
-            offs = (off) & 0xFFFFFFFFFFFFFFFF if space == "global" else off & 0xFFFFFFFF
-            at = f"({at} + np.{'uint64' if space == 'global' else 'uint32'}({offs}))"
+    def _mul(self, parts, o, i):
+        t = parts[-1]
+        a, b = self.val(o[1], t), self.val(o[2], t)
+        if parts[1] == "wide":
+            t = {"s32": "s64", "u32": "u64", "u16": "u32", "s16": "s32"}[t]
+            wide = TYPES[t].__name__
+            return [self.dst(o[0], t, f"{a}.astype(np.{wide}) * np.{wide}({b})")]
+        if parts[1] == "hi":
+            assert t == "s32"
+            product = f"{a}.astype(np.int64) * np.int64({b})"
+            return [self.dst(o[0], t, f"(({product}) >> np.int64(32)).astype(np.int32)")]
+        return [self.dst(o[0], t, f"{a} * {b}")]
+
+    def _div(self, parts, o, i):
+        t = parts[-1]
+        a, b = self.val(o[1], t), self.val(o[2], t)
+        return [self.dst(o[0], t, f"{a} / {b}" if t == "f32" else f"S.div({a}, {b})")]
+
+    def _max(self, parts, o, i):
+        t = parts[-1]
+        function = f"np.f{parts[0]}" if t == "f32" else f"np.{parts[0]}imum"
+        return [self.dst(o[0], t, f"{function}({self.val(o[1], t)}, {self.val(o[2], t)})")]
+
+    _min = _max
+
+    def _shl(self, parts, o, i):
+        t, by = parts[-1], int(o[2])
+        assert 0 <= by < 8 * np.dtype(TYPES[t]).itemsize
+        sign = "<<" if parts[0] == "shl" else ">>"
+        return [self.dst(o[0], t, f"{self.val(o[1], t)} {sign} np.{TYPES[t].__name__}({by})")]
+
+    _shr = _shl
+
+    def _bfi(self, parts, o, i):
+        t, at, length = parts[-1], int(o[3]), int(o[4])
+        mask = ((1 << length) - 1) << at
+        others = ((1 << (8 * np.dtype(TYPES[t]).itemsize)) - 1) & ~mask
+        d = TYPES[t].__name__
+        moved = f"({self.val(o[1], t)} << np.{d}({at})) & np.{d}({mask})"
+        return [self.dst(o[0], t, f"({self.val(o[2], t)} & np.{d}({others})) | ({moved})")]
+
+    def _selp(self, parts, o, i):
+        t = parts[-1]
+        return [self.dst(o[0], t, f"np.where({self.pred(o[3])}, {self.val(o[1], t)}, {self.val(o[2], t)})")]
+
+    def _setp(self, parts, o, i):
+        a, b = self.val(o[1], parts[-1]), self.val(o[2], parts[-1])
+        if parts[1] in UNORDERED:  # true where either is NaN
+            return [f"R['{o[0]}'][I] = ~({a} {UNORDERED[parts[1]]} {b})"]
+        return [f"R['{o[0]}'][I] = {a} {COMPARISONS[parts[1]]} {b}"]
+
+    def _cvt(self, parts, o, i):
+        op = ".".join(parts)
+        to, of = parts[-2], parts[-1]
+        if op == "cvt.rna.tf32.f32":
+            return [self.dst(o[0], "b32", f"S.tf32({self.val(o[1], 'f32')})")]
+        if op == "cvt.f32.f16":
+            return [self.dst(o[0], "f32", f"R['{o[1]}'][I].view(np.float16).astype(np.float32)")]
+        if op == "cvt.rn.f16.f32":
+            return [self.dst(o[0], "b16", f"{self.val(o[1], 'f32')}.astype(np.float16).view(np.uint16)")]
+        if op == "cvt.rn.bf16.f32":
+            return [self.dst(o[0], "b16", f"S.bf16({self.val(o[1], 'f32')})")]
+        if op == "cvt.sat.f32.f32":
+            clipped = "np.where(np.isnan(_v), f32(0), np.clip(_v, f32(0), f32(1)))"
+            return [f"_v = {self.val(o[1], 'f32')}", self.dst(o[0], "f32", clipped)]
+        return [self.dst(o[0], to, f"{self.val(o[1], of)}.astype(np.{TYPES[to].__name__})")]
+
+    def _ld(self, parts, o, i):
+        head, space, t = parts[0], parts[1], parts[-1]
+        vector = int(parts[2][1:]) if re.match(r"v\d$", parts[2]) else 1
+        width = np.dtype(TYPES[t]).itemsize
+        where, what = (o[1], o[0]) if head == "ld" else (o[0], o[1])
+        base, offset = self.addr(where)
+        names = split_list(what) if vector > 1 else [what]
+        if space == "acquire":
+            assert parts == ["ld", "acquire", "gpu", "u32"]
+            return [f"R['{what}'][I] = S.acquire(I, {self.val(base, 'u64')} + np.uint64({offset}))"]
+        if space == "param":
+            return self._param(names, f"{self.val(base, 'u64')} + np.uint64({offset})", t)
+        kind = "uint64" if space == "global" else "uint32"  # negative offsets wrap
+        offset &= (1 << (64 if space == "global" else 32)) - 1
+        at = f"({self.val(base, 'u64' if space == 'global' else 'u32')} + np.{kind}({offset}))"
+        if head == "ld":
             raw = RAW[width].__name__
-            if kind == "ld":
-                return [f"_v = S.load_{space}(I, {at}, {width}, {vec}, {i})"] + [
-                    f"R['{nme}'].view(np.{raw})[I] = _v[{k}]"
-                    if self.regbytes(nme) == width
-                    else f"R['{nme}'][I] = _v[{k}]"
-                    for k, nme in enumerate(names)
-                ]
-            vals = ", ".join(self.val(nme, {1: "b8", 2: "b16", 4: "b32", 8: "b64"}[width]) for nme in names)
-            return [f"S.store_{space}(I, {at}, {width}, {vec}, ({vals},), {i})"]
-        if head == "atom":
-            assert op == "atom.add.release.gpu.u32"
-            base, off = self.addr(o[1])
-            return [
-                f"R['{o[0]}'][I] = S.atom_add(I, {self.val(base, 'u64')} + np.uint64({off}), {self.val(o[2], 'u32')})"
-            ]
-        if head == "shfl":
-            assert parts[1] == "sync"
-            d = o[0].split("|")
-            # operands: d|p, a, b, c, membermask
-            return [
-                f"_v, _p = S.shfl(I, '{parts[2]}', {', '.join(self.val(x, 'b32') for x in o[1:5])}, {i})",
-                f"R['{d[0]}'][I] = _v",
-            ] + ([f"R['{d[1]}'][I] = _p"] if len(d) > 1 else [])
-        if head == "mma":
-            assert op == "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
-            dd, aa, bb, cc = map(split_list, o)
-            av = ", ".join(self.val(x, "b32") for x in aa)
-            bv = ", ".join(self.val(x, "b32") for x in bb)
-            cv = ", ".join(self.val(x, "f32") for x in cc)
-            return [f"_d = S.mma(I, ({av}), ({bv}), ({cv}), {i})"] + [
-                self.dst(x, "f32", f"_d[{k}]") for k, x in enumerate(dd)
-            ]
-        raise Fault(f"opcode {op} {o}")
+            lines = [f"_v = S.load_{space}(I, {at}, {width}, {vector}, {i})"]
+            for k, name in enumerate(names):
+                view = f".view(np.{raw})" if self.regbytes(name) == width else ""
+                lines.append(f"R['{name}']{view}[I] = _v[{k}]")
+            return lines
+        values = ", ".join(self.val(name, {1: "b8", 2: "b16", 4: "b32", 8: "b64"}[width]) for name in names)
+        return [f"S.store_{space}(I, {at}, {width}, {vector}, ({values},), {i})"]
+
+    _st = _ld
+
+    def _param(self, names, at, t):
+        size = np.dtype(TYPES[t]).itemsize
+        lines = []
+        for k, name in enumerate(names):
+            kept = np.dtype(TYPES[self.kinds[name.rstrip("0123456789")]]).name
+            value = f"S.param({at} + np.uint64({k * size}), np.{TYPES[t].__name__})"
+            lines.append(f"R['{name}'].view(np.{kept})[I] = {value}")
+        return lines
+
+    def _atom(self, parts, o, i):
+        assert parts == ["atom", "add", "release", "gpu", "u32"]
+        base, offset = self.addr(o[1])
+        at = f"{self.val(base, 'u64')} + np.uint64({offset})"
+        return [f"R['{o[0]}'][I] = S.atom_add(I, {at}, {self.val(o[2], 'u32')})"]
+
+    def _shfl(self, parts, o, i):
+        assert parts[1] == "sync"
+        value, *predicate = o[0].split("|")
+        operands = ", ".join(self.val(x, "b32") for x in o[1:5])  # a, b, c, the mask of members
+        lines = [f"_v, _p = S.shfl(I, '{parts[2]}', {operands}, {i})", f"R['{value}'][I] = _v"]
+        return lines + [f"R['{name}'][I] = _p" for name in predicate]
+
+    def _mma(self, parts, o, i):
+        assert parts == ["mma", "sync", "aligned", "m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"]
+        d, *operands = map(split_list, o)
+        values = [", ".join(self.val(x, t) for x in xs) for xs, t in zip(operands, ("b32", "b32", "f32"), strict=True)]
+        lines = [f"_d = S.mma(I, ({values[0]}), ({values[1]}), ({values[2]}), {i})"]
+        return lines + [self.dst(x, "f32", f"_d[{k}]") for k, x in enumerate(d)]
 
     def regbytes(self, name):
         return {"b16": 2, "b32": 4, "f32": 4, "b64": 8}[self.kinds[name.rstrip("0123456789")]]
