@@ -1,11 +1,11 @@
 # make demo: the main job on real input. make demo-llm: the same of a language model. make test: lint, types and the
-# tests, but for further families of each task (slow). All make what they need.
+# tests, but for further families of each task (slow). make docs: the site. All make what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h')
 
-.PHONY: install demo demo-llm test lint clean
+.PHONY: install demo demo-llm test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ lint: install
 	ln -s $(CURDIR)/loratrf_deploy/*[!o] build/types/loratrf_deploy/
 	ln -s $(CURDIR)/export build/types/loratrf_deploy/export
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 clean:
 	rm -rf build js/node_modules $(VENV) loratrf_deploy/*.so demo-out

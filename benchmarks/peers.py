@@ -5,9 +5,10 @@
 
 bench_llm.py starts it, with the Python of the engine's own environment, which `--peers` names. They are made so:
 
-    python3 -m venv llama && llama/bin/pip install llama-cpp-python gguf safetensors
+    python3 -m venv llama && llama/bin/pip install llama-cpp-python gguf safetensors ml_dtypes regex rich
 
-    python3 -m venv openvino && openvino/bin/pip install torch==2.13.0 'optimum-intel[openvino]' openvino-genai
+    python3 -m venv openvino && openvino/bin/pip install torch==2.13.0 'optimum-intel[openvino]' openvino-genai \
+        ml_dtypes regex rich
     openvino/bin/pip uninstall --yes torchvision    # of another torch, and not needed
 
 | ENGINE | MODEL | ADAPTER |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -20,7 +21,14 @@ IDS = {
     "token_type_ids": np.zeros((2, 6), np.int64),
 }
 """Inputs of a tiny BERT: two rows, one of them padded."""
+PEERS = dict(peer.partition("=")[::2] for peer in os.environ.get("LORATRF_PEERS", "").split())
+"""Pythons of environments of their own, by what is installed there: LORATRF_PEERS="openvino=PYTHON ..."."""
 FRAMEWORKS = ("torch", "transformers", "peft", "onnx", "onnx_ir")
+
+
+def error(a: Any, b: Any) -> float:
+    """Largest difference over the largest of `b`."""
+    return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
 
 
 def read_json(path: Path) -> Any:

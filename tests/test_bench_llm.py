@@ -20,9 +20,8 @@ import pytest
 import torch
 
 import tiny_llm
-from shared import edit_tensors
+from shared import PEERS, edit_tensors
 
-PEERS = dict(peer.partition("=")[::2] for peer in os.environ.get("LORATRF_PEERS", "").split())
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 
 

@@ -58,12 +58,16 @@ def assert_parity(exported, dtype: str = "float32") -> None:
 
 
 @pytest.mark.parametrize(("family", "task"), FAMILY_TASKS)
+@pytest.mark.consumer("onnxruntime, Python", "merged, separate")
+@pytest.mark.consumer("onnxruntime with our library", "merged, separate")
 def test_separate_loratrf(make_export: Callable, family: str, task: str) -> None:
     assert_parity(make_export(family, task, "loratrf", mode="separate"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "loratrf"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.consumer("onnxruntime, Python", "merged, separate")
+@pytest.mark.consumer("onnxruntime with our library", "merged, separate")
 def test_merged(make_export: Callable, family: str, kind: str) -> None:
     exported = make_export(family, CLASSIFICATION[family], kind, mode="merged")
     assert_parity(exported)

@@ -60,6 +60,8 @@ WAYS = [("separate", "none"), ("separate", "int4"), ("merged", "int8"), ("swappa
 @pytest.mark.parametrize(("mode", "quantize"), WAYS)
 @pytest.mark.parametrize("kind", ["lora", "loratrf"])
 @pytest.mark.parametrize("family", tiny_llm.FAMILIES)
+@pytest.mark.consumer("onnxruntime, Python", "generates")
+@pytest.mark.consumer("onnxruntime with our library", "generates")
 def test_every_family(family: str, kind: str, mode: str, quantize: str, make_llm: Make, tmp_path: Path) -> None:
     base, adapter = make_llm(family, kind)
     how = {"swappable": "base"} if mode == "swappable" else {"mode": mode}
@@ -226,6 +228,7 @@ def test_adapters_stay_in_full_precision(make_llm: Make, exported: Callable[...,
 
 
 @pytest.mark.parametrize("bundled", [True, False])
+@pytest.mark.consumer("onnxruntime-genai", "merged, separate", "generates")
 def test_the_folder_generates_what_pytorch_generates(
     bundled: bool, make_llm: Make, exported: Callable[..., Path]
 ) -> None:

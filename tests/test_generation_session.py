@@ -89,6 +89,7 @@ def tokens(session: GenerationSession, rows: list[list[int]], **how: Any) -> lis
 
 
 @pytest.mark.parametrize("adapter", [None, "ours", "plain"])
+@pytest.mark.consumer("onnxruntime-genai", "swapped")
 def test_tokens_are_pefts_alone_and_in_a_batch_of_any_lengths(session, expected, adapter) -> None:
     assert [tokens(session, [row], adapter=adapter)[0] for row in PROMPTS] == expected[adapter]
     assert tokens(session, PROMPTS, adapter=adapter) == expected[adapter]
@@ -409,6 +410,7 @@ def team(mixed: Path) -> GenerationSession:
     return session
 
 
+@pytest.mark.consumer("onnxruntime-genai", "by row")
 def test_each_row_names_its_adapter(team: GenerationSession, expected: dict) -> None:
     for names in (["ours", "plain", None, "plain"], [None] * 4, ["plain", "ours", "ours", None]):
         assert tokens(team, PROMPTS, adapters=names) == [expected[name][at] for at, name in enumerate(names)]

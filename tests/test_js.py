@@ -306,6 +306,8 @@ def scaled(make_tiny: Callable[..., tuple[Path, Path]], scale: float) -> Path:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.consumer("onnxruntime-node", "swapped")
+@pytest.mark.consumer("onnxruntime-web, WebAssembly", "swapped")
 def test_outputs_are_pytorchs(
     answers: dict, exported: Exported, two: Path, inputs: Inputs, make_tiny: Callable, engine: str
 ) -> None:
@@ -451,6 +453,7 @@ def test_an_engine_without_simd_is_told_which_have_it(exported: Exported, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.consumer("onnxruntime-web, WebGPU", "swapped")
 def test_a_browser_runs_adapters_in_webassembly_and_webgpu(
     folder: Path, exported: Exported, two: Path, inputs: Inputs, make_tiny: Callable, tmp_path: Path
 ) -> None:

@@ -58,6 +58,8 @@ def assert_rows(session: AdapterSession, team: Team, names: list[str | None], kn
 
 
 @pytest.mark.parametrize("library", [True, False])
+@pytest.mark.consumer("onnxruntime, Python", "by row")
+@pytest.mark.consumer("onnxruntime with our library", "by row")
 def test_every_row_is_its_own_adapters(team: Team, library: bool, capfd: pytest.CaptureFixture) -> None:
     session = AdapterSession(team.model, library=library)
     assert session.default == "base"

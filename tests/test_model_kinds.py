@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 import transformers
 
 import tiny
@@ -91,6 +92,16 @@ def make(
     )
 
 
+def leave_untrained(adapter: Path, layer: str) -> None:
+    """Zeros for each B of `layer`, as PEFT starts it."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name, value in tensors.items():
+        if f".{layer}.lora_B." in name:
+            value[:] = 0
+    safetensors.numpy.save_file(tensors, path)
+
+
 def axes(values: Any) -> dict[str, list]:
     return {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
@@ -109,6 +120,18 @@ def test_it_computes_what_peft_does(tmp_path: Path, name: str) -> None:
     assert axes(graph.output) == {"logits": ["batch", 3]}
     if kind[3]:
         assert json.loads((result.model.parent / "preprocessor_config.json").read_text()) == kind[3]
+
+
+def test_a_layer_that_training_never_reaches(tmp_path: Path) -> None:
+    """WavLM's q_proj gets no gradient, so its B stays zero: nothing for the model to take at run time, and no error."""
+    *kind, _, _ = KINDS["wavlm"]
+    base, adapter = make(tmp_path, *kind)
+    leave_untrained(adapter, "q_proj")
+    options = ExportOptions(base_model=base, swappable="base")
+    result = export_adapter(adapter, tmp_path / "out" / "model.onnx", options)
+    assert result.parity is not None
+    assert max(check.figures.relative for check in result.parity.checks if check.variant != "base-off") < 1e-5
+    assert not any("q_proj" in value.name for value in onnx.load(result.model, load_external_data=False).graph.input)
 
 
 @pytest.fixture(scope="module")

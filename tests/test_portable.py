@@ -25,8 +25,7 @@ from loratrf_deploy.formats.inspection import inspect_path
 from loratrf_deploy.ops.schemas import ADAPTER_IDS
 from loratrf_deploy.pytorch.base import Inputs, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference, run_torch
-
-PEERS = dict(peer.partition("=")[::2] for peer in os.environ.get("LORATRF_PEERS", "").split())
+from shared import PEERS, error
 
 OPENVINO = """
 import sys
@@ -46,8 +45,20 @@ np.savez(outputs, native=native, provider=session.run(None, feeds)[0])
 """
 
 
-def error(a: Any, b: Any) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
+PROVIDER = OPENVINO.replace(OPENVINO[OPENVINO.index("core =") : OPENVINO.index("session =")], "native = 0\n")
+WAYS: list[dict[str, str]] = [{"mode": "separate"}, {"mode": "merged"}, {"swappable": "required"}]
+
+
+def in_openvino(model: Path, feeds: Inputs, folder: Path, code: str = OPENVINO) -> dict[str, np.ndarray]:
+    """The logits of OpenVINO itself ("native"), and of ONNX Runtime's OpenVINO provider; skips without either."""
+    if "openvino" not in PEERS:
+        pytest.skip("LORATRF_PEERS names no Python of openvino")
+    np.savez(folder / "in.npz", **feeds)
+    command = [PEERS["openvino"], "-c", code, str(model), str(folder / "in.npz"), str(folder / "out.npz")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(folder / "out.npz"))
 
 
 def plain(model: Path) -> onnx.ModelProto:
@@ -88,6 +99,7 @@ def expected(base: Path, adapter: Path, batch: int = 3, sequence: int = 7) -> tu
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "merged, separate")
 def test_onnx_itself_computes_it(made: Callable, family: str) -> None:
     base, adapter, model = made(family, mode="separate")
     plain(model)
@@ -98,6 +110,7 @@ def test_onnx_itself_computes_it(made: Callable, family: str) -> None:
     assert facts["custom_operators"] == []
 
 
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "int8")
 def test_int8_is_portable(made: Callable) -> None:
     base, adapter, model = made(quantize="int8")
     plain(model)
@@ -107,6 +120,7 @@ def test_int8_is_portable(made: Callable) -> None:
     assert error(got, logits) < 0.1
 
 
+@pytest.mark.consumer("onnx's ReferenceEvaluator", "swapped")
 def test_adapters_swap_without_our_operators(made: Callable) -> None:
     base, adapter, model = made(swappable="base")
     plain(model)
@@ -130,20 +144,18 @@ def test_each_row_has_its_adapter_without_our_operators(make_tiny: Callable, tmp
     (inputs, one), (_, two) = expected(base, first), expected(base, second)
     session = onnxruntime.InferenceSession(model)
     (got,) = session.run(["logits"], {**inputs, ADAPTER_IDS: np.array([1, 0, 1])})
-    assert error(got, np.stack([two[0], one[1], two[2]])) < 1e-5
+    right = np.stack([two[0], one[1], two[2]])
+    assert error(got, right) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"mode": "separate"}, {"mode": "merged"}], ids=["separate", "merged"])
+@pytest.mark.parametrize("options", WAYS, ids=["separate", "merged", "swappable"])
+@pytest.mark.consumer("OpenVINO", "merged, separate", "swapped")
+@pytest.mark.consumer("OpenVINO's provider", "merged, separate", "swapped")
 def test_openvino_computes_it(made: Callable, tmp_path: Path, options: dict[str, str]) -> None:
-    if "openvino" not in PEERS:
-        pytest.skip("LORATRF_PEERS names no Python of openvino")
     base, adapter, model = made(**options)
     inputs, logits = expected(base, adapter)
-    np.savez(tmp_path / "in.npz", **inputs)
-    command = [PEERS["openvino"], "-c", OPENVINO, model, tmp_path / "in.npz", tmp_path / "out.npz"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
-    got = np.load(tmp_path / "out.npz")
+    weights = read_adapter_file(next(model.parent.glob("*.onnx_adapter"))).values if "swappable" in options else {}
+    got = in_openvino(model, {**inputs, **weights}, tmp_path)
     assert error(got["native"], logits) < 1e-5
     assert error(got["provider"], logits) < 1e-5
 
@@ -155,15 +167,8 @@ def test_openvinos_provider_takes_what_is_not_portable(make_export: Callable, tm
     skips = [node for node in proto.graph.node if node.op_type == "SkipLayerNormalization"]
     assert skips
     assert all(len(node.output) == 1 for node in skips)
-    if "openvino" not in PEERS:
-        pytest.skip("LORATRF_PEERS names no Python of openvino")
     inputs, logits = expected(exported.base, exported.adapter)
-    np.savez(tmp_path / "in.npz", **inputs)
-    code = OPENVINO.replace(OPENVINO[OPENVINO.index("core =") : OPENVINO.index("session =")], "native = 0\n")
-    command = [PEERS["openvino"], "-c", code, exported.model, tmp_path / "in.npz", tmp_path / "out.npz"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
-    assert error(np.load(tmp_path / "out.npz")["provider"], logits) < 1e-5
+    assert error(in_openvino(exported.model, inputs, tmp_path, PROVIDER)["provider"], logits) < 1e-5
 
 
 def test_language_models_are_not(refused: Callable, make_llm: Callable, make_staged: Callable, tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.consumer("onnxruntime, Python", "int8")
+@pytest.mark.consumer("onnxruntime with our library", "int8")
 def test_families_compute_what_the_formula_says(family: str, make_tiny: Callable, tmp_path: Path) -> None:
     """Through a PyTorch model that rounds as the graph does, and by the export's own proof."""
     task = "image-classification" if family == "vit" else "text-classification"

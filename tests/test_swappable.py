@@ -39,6 +39,8 @@ def assert_proven(exported: Exported, adapter: Path | None = None, *, no_adapter
 
 
 @pytest.mark.parametrize("swappable", ["base", "adapter"])
+@pytest.mark.consumer("onnxruntime, Python", "swapped")
+@pytest.mark.consumer("onnxruntime with our library", "swapped")
 def test_any_rank_and_alpha_swap_and_the_default_is_what_was_asked_for(
     make_export: Callable, make_tiny: Callable, swappable: str
 ) -> None:

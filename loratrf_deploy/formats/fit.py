@@ -112,6 +112,8 @@ def _misfits(adapter: Adapter, weights: Sequence[RuntimeWeight], filter_input: s
         ):
             if getattr(layer, part) is None:
                 continue
+            if part not in graph and part == "A" and layer.B is not None and not layer.B.any():
+                continue  # never trained, as where the base model's forward passes over the layer (WavLM's q_proj)
             if part not in graph:
                 problems.append(f"the model takes no {half} at {name}")
             elif graph[part].in_table != layer.embedding:

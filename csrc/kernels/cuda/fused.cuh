@@ -223,9 +223,10 @@ struct Block {
           sum += __shfl_xor_sync(0xffffffffu, sum, 2);
           if (t == m) warps[(warp * kTile + g + 8 * half) * (kMoments + kGroup) + m] = sum;
         }
+        if (t == 3) warps[(warp * kTile + g + 8 * half) * (kMoments + kGroup) + 3] = 0;
       }
       __syncthreads();
-      if (f0 == 0) SumWarps(0, kMoments - 1, out, stride);
+      if (f0 == 0) SumWarps(0, kMoments, out, stride);
       SumWarps(kMoments, Min(kGroup, work.v_size - kMoments - f0), out + kMoments + f0, stride);
       __syncthreads();
     }
