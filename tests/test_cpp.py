@@ -1,11 +1,12 @@
 """The C++ kit: find_package(loratrf) from the package and from a prefix, and examples/cpp against PyTorch.
 
-The examples want ONNX Runtime's own headers: LORATRF_ORT_INCLUDE names the folder of onnxruntime_cxx_api.h, where it isn't
-/usr/include/onnxruntime (Debian 13: libonnxruntime-dev). The library is that of Python's wheel.
+The encoder wants ONNX Runtime's own headers; LORATRF_ORT_INCLUDE names their folder where that isn't
+/usr/include/onnxruntime (Debian 13: libonnxruntime-dev). The libraries are those of Python's wheels.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -35,7 +36,8 @@ PROGRAM = """
 #include <cstdint>
 struct OrtApiBase { const void* (*GetApi)(uint32_t); const char* (*GetVersionString)(); };
 int main() {
-  const OrtApiBase base{[](uint32_t version) -> const void* { std::printf("asked for %u\\n", version); return nullptr; }, nullptr};
+  const auto refuse = [](uint32_t version) -> const void* { std::printf("asked for %u\\n", version); return nullptr; };
+  const OrtApiBase base{refuse, nullptr};
   OrtStatus* status = RegisterCustomOps(nullptr, &base);
   std::printf("%s\\n", status ? "status" : "null");
 }
@@ -109,7 +111,7 @@ def test_the_commands_answers(tmp_path: Path) -> None:
     ask = (sys.executable, "-m", "loratrf_deploy.cli.config")
     assert Path(run(*ask, "--library").strip()).is_file()
     assert (Path(run(*ask, "--include").strip()) / "loratrf.h").is_file()
-    assert run(*ask, "--cmakedir", "--json") == f'{{"cmakedir": "{KIT / "cmake"}"}}\n'
+    assert json.loads(run(*ask, "--cmakedir", "--json")) == {"cmakedir": str(KIT / "cmake")}
 
 
 def library_of(folder: Path, package: str, pattern: str, name: str) -> Path:
@@ -126,7 +128,9 @@ def headers() -> Path:
     folders = [Path(os.environ.get("LORATRF_ORT_INCLUDE", "/usr/include/onnxruntime")), Path("/usr/local/include")]
     found = next((folder for folder in folders if (folder / "onnxruntime_cxx_api.h").is_file()), None)
     if found is None:
-        pytest.skip("onnxruntime_cxx_api.h is not installed (Debian 13: libonnxruntime-dev), LORATRF_ORT_INCLUDE names none")
+        pytest.skip(
+            "onnxruntime_cxx_api.h is not installed (Debian 13: libonnxruntime-dev), LORATRF_ORT_INCLUDE names none"
+        )
     return found
 
 
@@ -138,9 +142,7 @@ def test_the_encoder_computes_what_pytorch_does(
         tmp_path / "ort", str(Path(onnxruntime.__file__).parent / "capi"), "libonnxruntime.so.*", "libonnxruntime.so"
     )
     (ort / "include").symlink_to(headers)
-    made = build(
-        ROOT / "examples" / "cpp", tmp_path / "build", f"-Dloratrf_DIR={cmakedir}", f"-DONNXRUNTIME={ort}"
-    )
+    made = build(ROOT / "examples" / "cpp", tmp_path / "build", f"-Dloratrf_DIR={cmakedir}", f"-DONNXRUNTIME={ort}")
     exported = make_export("bert", "text-classification", "loratrf", swappable="adapter")
     _, other = make_tiny("bert", "text-classification", "lora", r=2, seed=9)
     convert_adapter(other, exported.model, tmp_path / "other.onnx_adapter")
@@ -188,14 +190,16 @@ def test_the_generator_says_what_python_says(make_llm: Callable, cmakedir: str, 
     )
     made = build(ROOT / "examples" / "cpp", tmp_path / "build", f"-Dloratrf_DIR={cmakedir}", f"-DGENAI={library}")
     base, adapter = make_llm("llama", "loratrf")
-    export_adapter(adapter, tmp_path / "llm" / "model.onnx", ExportOptions(base_model=base, swappable="base", check=False))
+    export_adapter(
+        adapter, tmp_path / "llm" / "model.onnx", ExportOptions(base_model=base, swappable="base", check=False)
+    )
     file = next((tmp_path / "llm").glob("*.onnx_adapter"))
     session = GenerationSession(tmp_path / "llm")
     session.load("it", file)
     environment = os.environ | {"LD_LIBRARY_PATH": f"{ort / 'lib'}:{library / 'lib'}"}
     for given, name in (("", None), (str(file), "it")):
         said = run(made / "generate", tmp_path / "llm", "a b c", given, 12, env=environment)
-        assert said.rstrip("\n") == session.generate(["a b c"], adapter=name, max_new_tokens=12)[0].rstrip("\n")
+        assert said == "".join(session.stream("a b c", adapter=name, max_new_tokens=12)) + "\n"
     refused = subprocess.run([made / "generate", tmp_path / "no", "a"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")

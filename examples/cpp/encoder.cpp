@@ -2,8 +2,8 @@
 //
 //   encoder MODEL.onnx [ADAPTER.onnx_adapter ...] < ids.txt
 //
-// Each line of the input has the token ids of one text. Prints the model's first output, a line of numbers a text: without
-// an adapter what the model computes by itself, then a block for each adapter, headed by its path.
+// Each line of the input has the token ids of one text. Prints the model's first output, a line of numbers a text:
+// without an adapter what the model computes by itself, then a block for each adapter, headed by its path.
 #include <loratrf.h>
 #include <onnxruntime_cxx_api.h>
 
@@ -89,10 +89,10 @@ int main(int argc, char** argv) try {
   Ort::ThrowOnError(RegisterCustomOps(options, OrtGetApiBase()));
   Ort::Session session(env, model.c_str(), options);
   Run(session, Ort::RunOptions(), batch);
-  Ort::AllocatorWithDefaultOptions allocator;
   for (int i = 2; i < argc; ++i) {
     std::printf("%s\n", argv[i]);
-    const auto adapter = Ort::LoraAdapter::CreateLoraAdapter(argv[i], allocator);
+    // No allocator: the weights stay in the CPU's memory.
+    const auto adapter = Ort::LoraAdapter::CreateLoraAdapter(argv[i], nullptr);
     Ort::RunOptions with;
     with.AddActiveLoraAdapter(adapter);
     Run(session, with, batch);
