@@ -13,24 +13,25 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import realpath
 from ..formats.manifest import file_sha256
-from .moving import check_foreign, make_aside, move, sweep
+from .moving import check_foreign, make_aside, manifest_of, move, sweep
 
 __all__ = ["base_sha256", "check_writable", "written_aside"]
 
 
 @contextlib.contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
+def written_aside(out: Path, root: Path | None = None) -> Iterator[Path]:
     """Yields an empty folder beside out's folder; on success its files move into out's folder, as `move` says.
 
-    On any exception, an interrupt included, what was written is removed and out's folder is as it was; what a kill
-    leaves, the next export to this place removes. Raises UserError where `out` can't be written, the disk is full, or a
-    file would take the place of one that no export wrote.
+    With `root`, a folder above out's, they move there. On any exception, an interrupt included, what was written is
+    removed and out's folder is as it was; what a kill leaves, the next export to this place removes. Raises UserError
+    where `out` can't be written, the disk is full, or a file would take the place of one that no export wrote.
     """
     check_writable(out, out.suffix)
-    folder = realpath(out.parent)
+    inside = out.relative_to(root or out.parent)
+    folder = realpath(root or out.parent)
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     if out.suffix == ".onnx":  # minutes before `move` finds it: every export of a model writes this one
-        check_foreign(folder, {"config.json": None})
+        check_foreign(folder, {"config.json": None}, manifest_of(inside.as_posix()))
     # One that was killed while it moved its files may have made the folder.
     for place in {existing, folder.parent}:
         sweep(place)
@@ -40,7 +41,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         raise UserError(_unwritable(out, error)) from error
     try:
         yield aside
-        move(aside, folder / out.name)
+        move(aside, folder / inside, folder)
     except Exception as error:
         if isinstance(error, UserError) or (refusal := _refusal(error)) is None:
             raise

@@ -29,7 +29,7 @@ from ..pytorch.vocabulary import without_copies
 from ..runtime.slots import Slots
 from .files import check_writable
 from .onto import check_names
-from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_ranks
+from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_layout, check_ranks
 from .proven import (
     Clock,
     ExportResult,
@@ -79,6 +79,7 @@ def export_grouped(
             f"can be refilled at run time: drop {flag}."
         )
     check_writable(out)
+    check_layout(out, options)
     check_names(adapters)
     loaded = {name: read_adapter(path) for name, path in adapters.items()}
     if options.pooling is not None:
@@ -95,7 +96,7 @@ def export_grouped(
             model, loaded, options.base_model, trust_remote_code=options.trust_remote_code, step=step
         )
 
-    return write_proven(out, write, prove if options.check else None, step, warnings)
+    return write_proven(out, write, prove if options.check else None, step, warnings, options.root(out))
 
 
 def _check_together(adapters: Mapping[str, Adapter], base_model: str | Path | None) -> None:
@@ -306,8 +307,8 @@ def _write_encoder(
     if options.portable:
         inline(program)
     clock("writing")
-    ir.save(program, out, external_data=f"{out.name}.data")
-    write_companions(base, contents.first, out.parent, alone=False)
+    ir.save(program, out, external_data=options.weights_of(out))
+    write_companions(base, contents.first, out, options, alone=False)
     return opset, {}, kept
 
 

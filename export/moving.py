@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import FrameType
 from typing import Any
 
@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_foreign", "companions", "make_aside", "move", "sweep", "was_written"]
+__all__ = ["check_foreign", "companions", "make_aside", "manifest_of", "move", "sweep", "was_written"]
 
 _PREFIX = ".loratrf-export-"
 _PATIENCE = 60.0
@@ -70,20 +70,23 @@ def sweep(place: Path) -> None:
                 _remove(entry, held)
 
 
-def move(aside: Path, out: Path) -> None:
-    """Moves the files in `aside` into out's folder, which it makes: the manifest first, `out` itself last.
+def move(aside: Path, out: Path, root: Path | None = None) -> None:
+    """Moves the files in `aside` into `root`, which it makes: the manifest first, `out`, in `root` or below, last.
 
     What an earlier export wrote there goes. One export at a time, and an interrupt waits until the last file is moved.
     A kill in between leaves no `out` rather than one that doesn't fit its weights. Raises UserError, before anything is
     changed, where a file would take the place of what is no export's; OSError.
     """
-    folder = out.parent
+    folder = root or out.parent
+    model = out.relative_to(folder).as_posix()
+    described = manifest_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     names = _names(aside)
     with _alone_in(folder):
         _check_kinds(folder, names)
-        earlier = _owned(folder) if MANIFEST in names else None
-        check_foreign(folder, {name: aside / name for name in names if not _is_ours(name, out.name)})
+        earlier = _owned(folder / described) if described in names else None
+        new: dict[str, Path | None] = {name: aside / name for name in names if not _is_ours(name, model)}
+        check_foreign(folder, new, described)
         with _uninterrupted():
             if len(names) > 1:  # one file alone takes the old one's place at once
                 out.unlink(missing_ok=True)
@@ -93,7 +96,7 @@ def move(aside: Path, out: Path) -> None:
                 inside = realpath(path.parent).is_relative_to(realpath(folder))
                 if inside and path.is_file() and file_sha256(path) == sha256:
                     path.unlink()
-            for name in sorted(names, key=lambda name: (name == out.name, name != MANIFEST)):
+            for name in sorted(names, key=lambda name: (name == model, name != described)):
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(aside / name, folder / name)
             _WRITTEN.add(_real(out))
@@ -108,21 +111,26 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def _owned(folder: Path) -> dict[str, str] | None:
-    """What the loratrf.json in `folder` says of `companions`: {} where there is none, None of an older version."""
-    path = folder / MANIFEST
+def manifest_of(model: str) -> str:
+    """The name of loratrf.json beside a model that is called `model` in its export's folder."""
+    return PurePosixPath(model).with_name(MANIFEST).as_posix()
+
+
+def _owned(path: Path) -> dict[str, str] | None:
+    """What the loratrf.json at `path` says of `companions`: {} where there is none, None of an older version."""
     try:
         return read_manifest(path).companions if path.is_file() else {}
     except UserError:
         return {}
 
 
-def check_foreign(folder: Path, files: dict[str, Path | None]) -> None:
+def check_foreign(folder: Path, files: dict[str, Path | None], described: str = MANIFEST) -> None:
     """UserError where one of `files` would take the place of what no export wrote, or what was changed since.
 
-    Each by its name in `folder`, with where it is now; None for one that isn't made yet.
+    Each by its name in `folder`, with where it is now; None for one that isn't made yet. `described` is the name of
+    loratrf.json there.
     """
-    earlier = _owned(folder)
+    earlier = _owned(folder / described)
     if earlier is None:
         return
     foreign = []
@@ -145,7 +153,9 @@ def _real(out: Path) -> Path:
 
 def _is_ours(name: str, model: str) -> bool:
     """Files that are named after the model, and those that nobody else writes."""
-    return name in (MANIFEST, model) or name.startswith(f"{model}.") or name.endswith(SUFFIX)
+    return (
+        name in (manifest_of(model), model) or name.startswith((f"{model}.", f"{model}_data")) or name.endswith(SUFFIX)
+    )
 
 
 def _check_kinds(folder: Path, names: list[str]) -> None:

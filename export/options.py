@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULTS",
     "DEFAULT_OPSET",
     "DEVICES",
+    "LAYOUTS",
     "MODES",
     "OPSETS",
     "POOLING",
@@ -26,6 +27,7 @@ __all__ = [
     "ExportOptions",
     "check_encodes",
     "check_generates",
+    "check_layout",
     "check_ranks",
     "check_stages",
 ]
@@ -35,6 +37,8 @@ POOLING = (*POOLINGS, "auto")
 DEFAULTS: tuple[Default, ...] = get_args(Default)
 DEVICES: tuple[Device, ...] = get_args(Device)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+Layout = Literal["transformers.js"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 20
 
@@ -58,7 +62,8 @@ class ExportOptions:
     moved into place, on `device` but for causal language models, which are proven on the CPU. `trust_remote_code` runs
     Python that the base model and the tokenizer bring, which is otherwise refused. `pooling` adds the output
     sentence_embedding to a model of feature extraction, cut to the first `dimensions` and with `normalize` of length 1;
-    "auto" pools, and normalises, as modules.json of adapter or base says.
+    "auto" pools, and normalises, as modules.json of adapter or base says. `layout` "transformers.js" is for an encoder
+    whose file is FOLDER/onnx/model.onnx: config.json and the tokenizer go into FOLDER, which its pipelines then load.
     """
 
     base_model: str | Path | None = None
@@ -78,6 +83,7 @@ class ExportOptions:
     pooling: Pooling | Literal["auto"] | None = None
     normalize: bool = False
     dimensions: int | None = None
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         _one_of("--mode", self.mode, (None, *MODES))
@@ -86,6 +92,7 @@ class ExportOptions:
         _one_of("--device", self.device, DEVICES)
         _one_of("--quantize", self.quantize, QUANTIZATIONS)
         _one_of("--pooling", self.pooling, (None, *POOLING))
+        _one_of("--layout", self.layout, (None, *LAYOUTS))
         if self.pooling is None and (flag := self.given(("normalize", "dimensions"))):
             raise UserError(
                 f"{flag} is of the sentence's embedding, and without --pooling there is none. Add --pooling auto, or "
@@ -126,6 +133,14 @@ class ExportOptions:
         if self.max_loss is not None and not 0 <= self.max_loss < 100:
             raise UserError(f"--max-loss is {self.max_loss:g}, expected percent of the answers: 0 or more, under 100.")
 
+    def root(self, out: Path) -> Path:
+        """The folder that config.json and the tokenizer go into: that of the model `out`, or what the layout says."""
+        return out.parent.parent if self.layout else out.parent
+
+    def weights_of(self, out: Path) -> str:
+        """What the file of the model's weights is called, which the graph knows."""
+        return f"{out.name}{'_data' if self.layout else '.data'}"
+
     @property
     def merges(self) -> bool:
         """Whether low-rank halves are folded into the weights."""
@@ -145,8 +160,23 @@ def _one_of(option: str, value: Any, known: Iterable[Any]) -> None:
         raise UserError(f"{option} is {value!r}, expected one of: {', '.join(str(entry) for entry in known if entry)}.")
 
 
+def check_layout(out: Path, options: ExportOptions) -> None:
+    """UserError where `out` isn't where the layout has its model."""
+    if options.layout and (out.parent.name, out.name) != ("onnx", "model.onnx"):
+        folder = out.parent.parent if out.parent.name == "onnx" else out.parent
+        raise UserError(
+            f"--layout transformers.js has its model at FOLDER/onnx/model.onnx, and --out is {out}. Take --out "
+            f"{folder / 'onnx' / 'model.onnx'}: config.json and the tokenizer go into {folder}."
+        )
+
+
 def check_generates(options: ExportOptions) -> None:
     """UserError for options that a causal language model isn't exported with."""
+    if options.layout:
+        raise UserError(
+            "--layout transformers.js is for encoders, and this is a causal language model, made for "
+            "onnxruntime-genai. Leave it out."
+        )
     if options.portable:
         raise UserError(
             "--portable is for ONNX's own operators alone, and onnxruntime-genai's builder makes ONNX Runtime's (its "
@@ -166,7 +196,7 @@ def check_generates(options: ExportOptions) -> None:
 
 def check_stages(options: ExportOptions, architecture: str) -> None:
     """UserError for options that a model in stages, of `architecture`, isn't exported with."""
-    if flag := options.given(("quantize", "keep_float", "swappable", "device", "portable", "bundle_library")):
+    if flag := options.given(("quantize", "keep_float", "swappable", "device", "portable", "bundle_library", "layout")):
         raise UserError(
             f"{flag} isn't for a {architecture}: it isn't made by onnxruntime-genai's builder, but exported in stages "
             "of ONNX Runtime's own, for --device cpu, merged or separate, in float32 or float16. Leave "

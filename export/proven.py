@@ -89,20 +89,23 @@ def write_proven(
     prove: Callable[[Path, Manifest, Step], ParityReport] | None,
     step: Step,
     warnings: Sequence[str] = (),
+    root: Path | None = None,
 ) -> ExportResult:
-    """Writes a model aside, proves it, and moves it into place with its manifest.
+    """Writes a model aside, proves it, and moves it into place with its manifest, and what goes into `root` above it.
 
     `write` writes the model and what belongs to it beside the path that it is given, and returns the manifest; `prove`
     is given both and what tells its steps, None skips the proof; `warnings` are the result's. Raises ParityFailed where
     the proof fails, UserError where `out` can't be written; then nothing is left behind.
     """
-    with written_aside(out) as aside:
-        model, clock = aside / out.name, Clock(step)
+    inside = out.relative_to(root or out.parent)
+    with written_aside(out, root) as aside:
+        model, clock = aside / inside, Clock(step)
+        model.parent.mkdir(exist_ok=True)
         report = None
         with quiet():
             clock("importing torch and transformers")
             manifest = write(model, clock)
-            write_manifest(manifest, aside)
+            write_manifest(manifest, model.parent)
             if prove:
                 gc.collect()  # the traced graph is full of cycles, and the proof needs its room
                 clock("checking parity with PyTorch")
@@ -111,9 +114,9 @@ def write_proven(
                     raise ParityFailed(report)
                 manifest = dataclasses.replace(manifest, parity=report.summary())
         clock("writing")
-        manifest = dataclasses.replace(manifest, companions=companions(aside, out.name))
-        write_manifest(manifest, aside)
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+        manifest = dataclasses.replace(manifest, companions=companions(aside, inside.as_posix()))
+        write_manifest(manifest, model.parent)
+        sizes = {path.name: path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
     clock("done")
     return ExportResult(out, manifest, report, sizes, clock.seconds, tuple(warnings))
 
@@ -205,13 +208,18 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
         )
 
 
-def write_companions(base: BaseModel, adapter: Adapter, folder: Path, *, alone: bool = True) -> None:
+def write_companions(
+    base: BaseModel, adapter: Adapter, out: Path, options: ExportOptions, *, alone: bool = True
+) -> None:
     """config.json, and what makes inputs and reads answers, the adapter's own where it has one: tokenizer, processor.
 
-    config.json says which class was exported and, of an adapter `alone`, what its labels are called. The tokenizer of
-    sound reads answers: it knows the letters. Images and sound have a processor's settings.
+    They go beside `out`, or where the options' layout has them. config.json says which class was exported and, of an
+    adapter `alone`, what its labels are called. The tokenizer of sound reads answers: it knows the letters. Images and
+    sound have a processor's settings.
     """
-    config = base.model.config
+    folder, config = options.root(out), base.model.config
+    if options.layout == "transformers.js":  # it would look for an 8-bit model.onnx, and for no weights beside it
+        setattr(config, "transformers.js_config", {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}})
     if type(base.model).__module__.startswith("transformers."):
         config.architectures = [type(base.model).__name__]
     if alone and (labels := label_names(adapter, base.task, config.id2label)):

@@ -25,7 +25,15 @@ from ..pytorch.processors import processor_files
 from ..pytorch.vocabulary import without_copies
 from ..runtime.session import PROVIDERS, check_providers
 from .files import check_writable
-from .options import DEFAULT_OPSET, ExportOptions, check_encodes, check_generates, check_ranks, check_stages
+from .options import (
+    DEFAULT_OPSET,
+    ExportOptions,
+    check_encodes,
+    check_generates,
+    check_layout,
+    check_ranks,
+    check_stages,
+)
 from .proven import (
     Clock,
     ExportResult,
@@ -60,6 +68,7 @@ def export_adapter(
     """
     out = Path(out)
     check_writable(out)
+    check_layout(out, options)
     loaded = read_adapter(adapter) if options.pooling is None else as_embedder(read_adapter(adapter))
     check_exportable(loaded)
     if not options.merges and loaded.not_separable:
@@ -92,7 +101,7 @@ def export_adapter(
             step=step,
         )
 
-    return write_proven(out, write, prove if options.check else None, step, warnings)
+    return write_proven(out, write, prove if options.check else None, step, warnings, options.root(out))
 
 
 def _write_model(adapter: Adapter, out: Path, clock: Clock, options: ExportOptions, warnings: list[str]) -> Manifest:
@@ -205,7 +214,7 @@ def _write_encoder(
     if base.embedding is not None:
         pool(program, base.embedding)
     values, swappable = swap.apply(program.graph) if swap else ({}, None)
-    write_companions(base, adapter, out.parent)
+    write_companions(base, adapter, out, options)
     kept: list[str] = []
     if options.quantize != "none":
         patterns = options.keep_float
@@ -216,7 +225,7 @@ def _write_encoder(
     if options.portable:
         inline(program)
     clock("writing")
-    ir.save(program, out, external_data=f"{out.name}.data")
+    ir.save(program, out, external_data=options.weights_of(out))
     facts = common_facts(base, [adapter], out, options, opset, layers, swappable=swappable, kept=kept)
     return facts, values
 
@@ -245,7 +254,7 @@ def _write_stages(
         components = trace_stages(base, opset)
     clock("writing")
     others = save_stages(components, out)
-    write_companions(base, adapter, out.parent)
+    write_companions(base, adapter, out, options)
     base.model.generation_config.save_pretrained(out.parent)
     return common_facts(base, [adapter], out, options, opset, layers, others=others), {}
 

@@ -471,13 +471,15 @@ def test_a_browser_runs_adapters_in_webassembly_and_webgpu(
         pytest.skip("Chromium gives no WebGPU here; WebAssembly passed")
 
 
-def ask_browser(job: dict[str, Any], model: Path, root: Path) -> dict[str, Any]:
-    """What js/test/page.html makes of `job` in Chromium, served from `root`; WebGPU is computed on the CPU there."""
+def ask_browser(
+    job: dict[str, Any], model: Path, root: Path, page: Path = JS / "test" / "page.html", **more: Path
+) -> dict[str, Any]:
+    """What `page` makes of `job` in Chromium, served from `root` with `more` folders; WebGPU is computed on the CPU."""
     answers: queue.Queue[dict[str, Any]] = queue.Queue()
-    folders = {"js": JS, "model": model}
+    folders = {"js": JS, "model": model} | more
     types = {".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html", ".wasm": "application/wasm"}
     (root / "job.json").write_text(json.dumps(job))
-    shutil.copy(JS / "test" / "page.html", root / "page.html")
+    shutil.copy(page, root / "page.html")
 
     class Server(SimpleHTTPRequestHandler):
         def translate_path(self, path: str) -> str:

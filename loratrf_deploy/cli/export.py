@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..export.grouped import export_grouped
 from ..export.moving import was_written
 from ..export.onto import Converted, convert_adapter, convert_adapters
-from ..export.options import DEFAULTS, MODES, POOLING, QUANTIZATIONS, ExportOptions
+from ..export.options import DEFAULTS, LAYOUTS, MODES, POOLING, QUANTIZATIONS, ExportOptions
 from ..export.proven import ExportResult, ParityFailed
 from ..export.single import export_adapter
 from ..formats.stages import STAGES_FILE
@@ -181,6 +181,12 @@ def _parser() -> Parser:
         action="store_true",
         help="encoders of ONNX's own operators alone, for OpenVINO, WebGPU and other engines: without ONNX Runtime's "
         "fusions, and with the definitions of ours in their place",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="encoders as transformers.js's pipelines load them: --out FOLDER/onnx/model.onnx; config.json and "
+        "tokenizer go into FOLDER",
     )
     _add_int8(parser)
     _add_embedding(parser)

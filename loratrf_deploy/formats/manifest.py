@@ -123,9 +123,8 @@ class ModelId:
     def of(cls, model: Path, others: Sequence[str] = ()) -> ModelId:
         """That of the model at `model`, whose files of weights are called as it is, and something behind a dot; and of
         `others`, which run with it."""
-        beside = sorted(
-            path for path in model.parent.iterdir() if path.name.startswith(f"{model.name}.") or path.name in others
-        )
+        own = (f"{model.name}.", f"{model.name}_data")
+        beside = sorted(path for path in model.parent.iterdir() if path.name.startswith(own) or path.name in others)
         return cls(file_sha256(model), {path.name: FileId.of(path) for path in beside})
 
 
