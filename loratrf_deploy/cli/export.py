@@ -176,18 +176,7 @@ def _parser() -> Parser:
         default="none",
         help="of the base weights; adapters stay in full precision. int4 is for causal language models",
     )
-    parser.add_argument(
-        "--portable",
-        action="store_true",
-        help="encoders of ONNX's own operators alone, for OpenVINO, WebGPU and other engines: without ONNX Runtime's "
-        "fusions, and with the definitions of ours in their place",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        help="encoders as transformers.js's pipelines load them: --out FOLDER/onnx/model.onnx; config.json and "
-        "tokenizer go into FOLDER",
-    )
+    _add_engines(parser)
     _add_int8(parser)
     _add_embedding(parser)
     generating = parser.add_argument_group("causal language models (ONNX Runtime GenAI)")
@@ -205,6 +194,21 @@ def _parser() -> Parser:
         "conversion (--onto) with --check, which needs the base at hand",
     )
     return parser
+
+
+def _add_engines(parser: Parser) -> None:
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="encoders of ONNX's own operators alone, for OpenVINO, WebGPU and other engines: without ONNX Runtime's "
+        "fusions, and with the definitions of ours in their place",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="encoders as transformers.js's pipelines load them: --out FOLDER/onnx/model.onnx; config.json and "
+        "tokenizer go into FOLDER",
+    )
 
 
 def _add_int8(parser: Parser) -> None:
