@@ -208,6 +208,15 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
         )
 
 
+def _rename_class(settings: Path) -> None:
+    """A tokenizer that is its tokenizer.json alone by the name that transformers had for it before version 5, which
+    knows it too: optimum-onnx is of before."""
+    if settings.is_file():
+        text = settings.read_text(encoding="utf-8")
+        new = text.replace('"tokenizer_class": "TokenizersBackend"', '"tokenizer_class": "PreTrainedTokenizerFast"')
+        settings.write_text(new, encoding="utf-8")
+
+
 def write_companions(
     base: BaseModel, adapter: Adapter, out: Path, options: ExportOptions, *, alone: bool = True
 ) -> None:
@@ -233,6 +242,7 @@ def write_companions(
             tokenizer.model_input_names = [name for name in base.input_names if not name.startswith("pixel_")]
         if tokenizer:
             tokenizer.save_pretrained(folder)
+            _rename_class(folder / "tokenizer_config.json")
     if set(base.input_names) & {"pixel_values", "input_values", "input_features"}:
         for name, text in processor_files(adapter, base).items():
             (folder / name).write_text(text, encoding="utf-8")

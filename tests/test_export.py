@@ -214,6 +214,8 @@ def test_the_saved_tokenizer_feeds_the_graph(make_export: Callable) -> None:
     for family in ("bert", "roberta", "deberta-v2"):
         exported = make_export(family)
         tokenizer = AutoTokenizer.from_pretrained(exported.model.parent)
+        settings = json.loads((exported.model.parent / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows too
         session = create_session(exported.model)
         feeds = tokenizer(["rain fell on the harbour", "short"], padding=True, return_tensors="np")
         (logits,) = session.run(None, {name: np.asarray(value) for name, value in feeds.items()})

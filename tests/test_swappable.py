@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +122,21 @@ def test_a_required_adapter_has_no_default_and_a_run_without_one_says_so(
     (folder / "loratrf.json").unlink()
     with pytest.raises(UserError, match=r"has no loratrf\.json beside it"):
         check_parity(folder / "model.onnx", exported.adapter, exported.base)
+
+
+def test_onnx_runtime_warns_of_defaults_alone(make_export: Callable) -> None:
+    """Of each, in a session of one's own; not below severity 3, and not where there are none."""
+    code = (
+        "import onnxruntime, sys; options = onnxruntime.SessionOptions();"
+        "options.log_severity_level = int(sys.argv[2]); onnxruntime.InferenceSession(sys.argv[1], options)"
+    )
+    said = {}
+    for default, severity in (("base", "2"), ("base", "3"), ("required", "2")):
+        command = [sys.executable, "-c", code, str(make_export(swappable=default).model), severity]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said[default, severity] = done.stderr.count("appears in graph inputs and will not be treated as constant")
+    weights = read_adapter_file(adapter_file(make_export(swappable="base"))).values
+    assert said == {("base", "2"): len(weights), ("base", "3"): 0, ("required", "2"): 0}
 
 
 def test_a_required_adapter_is_for_encoders(make_llm: Callable, refused: Callable, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Exports in other versions of ONNX Runtime than the one that is installed.
 
 LORATRF_PEERS="onnxruntime-1.21=PYTHON onnxruntime-1.28=PYTHON ..." names Pythons, of any version, that have these and
-what the package depends on.
+what the package depends on; "optimum=PYTHON" one with optimum-onnx, in which our package needs not be installed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from loratrf_deploy import read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter, export_grouped
@@ -96,3 +98,32 @@ def test_every_way_computes_what_pytorch_does(
             assert error(found[f"{name} {library}"], logits) < 1e-5, (name, library)
     assert error(found["int8 True"], found["int8 False"]) < 1e-5
     assert error(found["int8 True"], right["merged"]) < 0.1
+
+
+OPTIMUM = """
+import json, sys
+from optimum.onnxruntime import ORTModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+folder, texts = sys.argv[1:]
+model = ORTModelForSequenceClassification.from_pretrained(folder)
+classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder), top_k=None)
+print(json.dumps(classify(json.loads(texts))))
+"""
+
+
+@pytest.mark.skipif("optimum" not in PEERS, reason="LORATRF_PEERS names no Python of optimum-onnx")
+@pytest.mark.consumer("optimum", "merged, separate")
+@pytest.mark.parametrize("mode", ["merged", "separate"])
+def test_optimum_loads_the_folder_as_it_is(make_export: Callable, mode: str) -> None:
+    exported, texts = make_export(mode=mode), ["a b c", "d e a b f"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [PEERS["optimum"], "-c", OPTIMUM, str(exported.model.parent), json.dumps(texts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    encoded = AutoTokenizer.from_pretrained(exported.base)(texts, padding=True, return_tensors="np")
+    logits = run_torch(load_reference(read_adapter(exported.adapter), exported.base), {**encoded})["logits"]
+    right = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)
+    for row, labels in zip(right, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        scores = {label["label"]: label["score"] for label in labels}
+        assert error([scores[f"LABEL_{i}"] for i in range(len(row))], row) < 1e-5
