@@ -124,7 +124,7 @@ def test_a_required_adapter_has_no_default_and_a_run_without_one_says_so(
         check_parity(folder / "model.onnx", exported.adapter, exported.base)
 
 
-def test_onnx_runtime_warns_of_defaults_alone(make_export: Callable) -> None:
+def test_onnx_runtime_warns_of_defaults_alone(make_export: Callable, capfd: pytest.CaptureFixture) -> None:
     """Of each, in a session of one's own; not below severity 3, and not where there are none."""
     code = (
         "import onnxruntime, sys; options = onnxruntime.SessionOptions();"
@@ -135,6 +135,9 @@ def test_onnx_runtime_warns_of_defaults_alone(make_export: Callable) -> None:
         command = [sys.executable, "-c", code, str(make_export(swappable=default).model), severity]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         said[default, severity] = done.stderr.count("appears in graph inputs and will not be treated as constant")
+    capfd.readouterr()
+    create_session(make_export(swappable="base").model)
+    assert capfd.readouterr().err == ""
     weights = read_adapter_file(adapter_file(make_export(swappable="base"))).values
     assert said == {("base", "2"): len(weights), ("base", "3"): 0, ("required", "2"): 0}
 
