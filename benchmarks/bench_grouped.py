@@ -75,7 +75,7 @@ def operator_row(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 
         def run() -> None:
             for _ in range(repeats):
-                kernels.grouped_lora_trf(base, x, *weights, ids, out, threads=args.threads)
+                kernels.run("GroupedLoraTrf", [base, x, *weights, ids], out, threads=args.threads)
 
         return run
 

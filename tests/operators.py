@@ -24,7 +24,7 @@ FUNCTIONS = {
     "LoraTrf": "lora_trf",
     "GroupedLoraTrf": "grouped_lora_trf",
 }
-"""An operator's function in the reference, in ops.kernels and in torch.ops.loratrf."""
+"""An operator's function in the reference and in torch.ops.loratrf."""
 
 
 def values_of(op, T=(2, 5), K=19, N=99, R=4, F=7, seed=0, S=3):

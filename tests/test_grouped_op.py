@@ -44,7 +44,7 @@ def compute(tensors, filter_input="adapted", *, out=None, **options):
     if out is None:
         out = torch.full_like(tensors[0], float("nan"))
     expected = reference_of("GroupedLoraTrf", tensors, filter_input)
-    kernels.grouped_lora_trf(*tensors, out, filter_input, **options)
+    kernels.run("GroupedLoraTrf", tensors, out, filter_input, **options)
     return out.double().numpy(), expected
 
 
@@ -79,7 +79,7 @@ def test_each_row_is_its_own_adapters(isa, order):
         for row, slot in enumerate(ids.tolist()):
             expected = base[row].clone()
             if slot >= 0:
-                kernels.lora_trf(base[row], x[row], A[slot], B[slot], tau[slot], C[slot], D[slot], expected)
+                kernels.run("LoraTrf", [base[row], x[row], A[slot], B[slot], tau[slot], C[slot], D[slot]], expected)
             assert_close(actual[row], expected.double(), "float32", f"{order}, {tokens} tokens, row {row}")
 
 
@@ -88,7 +88,7 @@ def test_rows_without_an_adapter_are_base_to_the_bit(dtype):
     for halves in ((4, 7), (0, 0)):
         tensors = tensors_of((9, 5, 19, 99, *halves, 2), dtype, ids=[-1, 0, -1, -1, 1, 1, -1, 0, -1])
         out = torch.full_like(tensors[0], 7)
-        kernels.grouped_lora_trf(*tensors, out)
+        kernels.run("GroupedLoraTrf", tensors, out)
         away = tensors[7] < 0
         bits = torch.int32 if dtype == "float32" else torch.int16
         assert torch.equal(out[away].view(bits), tensors[0][away].view(bits))
@@ -134,7 +134,7 @@ def test_nan_stays_in_its_token_and_its_slot(isa, dtype, tokens):
         weight[1] = float("nan")
         weight[2] = float("inf")  # no row's
     out = torch.zeros_like(tensors[0])
-    kernels.grouped_lora_trf(*tensors, out)
+    kernels.run("GroupedLoraTrf", tensors, out)
     assert torch.isnan(out[[1, 3]]).all()
     assert torch.isnan(out[4, tokens]).all()
     assert torch.isfinite(out[[0, 2, 5]]).all()
@@ -157,7 +157,7 @@ def test_slots_that_no_row_names_are_not_read(tmp_path):
         weight[[3, S - 1]] = 1e-2
     out = np.empty_like(base)
     before = resident()
-    kernels.grouped_lora_trf(base, x, *weights, np.array([3, -1, S - 1, 3]), out)
+    kernels.run("GroupedLoraTrf", [base, x, *weights, np.array([3, -1, S - 1, 3])], out)
     assert resident() - before < 20e6
     assert (out[1] == 1).all()
     assert (out[[0, 2, 3]] != 1).all()
@@ -222,7 +222,7 @@ def test_calls_that_do_not_fit(fault):
     values, message = faulty(fault)
     out = np.full(values["base"].shape, 7, np.float32)
     with pytest.raises(ValueError, match=message):
-        kernels.grouped_lora_trf(*values.values(), out)
+        kernels.run("GroupedLoraTrf", values.values(), out)
     assert (out == 7).all()
 
 
@@ -247,14 +247,14 @@ def test_ids_are_int64():
     for wrong in (tensors[7].to(torch.int32), tensors[7].float()):
         for convert in (lambda tensor: tensor, lambda tensor: tensor.numpy()):
             with pytest.raises(TypeError, match=r"adapter_ids is of .*, expected int64"):
-                kernels.grouped_lora_trf(*tensors[:7], convert(wrong), out)
+                kernels.run("GroupedLoraTrf", [*tensors[:7], convert(wrong)], out)
     with pytest.raises(TypeError, match="expected float32, float16 or bfloat16"):
-        kernels.grouped_lora_trf(tensors[7], *tensors[1:], out)
+        kernels.run("GroupedLoraTrf", [tensors[7], *tensors[1:]], out)
     values = values_of("GroupedLoraTrf")
     with pytest.raises(Exception, match=r"(?i)type"):
         session_of(model_of("GroupedLoraTrf", values, types={"adapter_ids": "float32"}, functions=False))
     with pytest.raises(ValueError, match='GroupedLoraTrf: filter_input is "both"'):
-        kernels.grouped_lora_trf(*tensors, out, "both")
+        kernels.run("GroupedLoraTrf", tensors, out, "both")
 
 
 LEADS = [(1,), (6,), (5, 1), (5, 9), (5, 3, 4), (0,), (0, 4), (4, 0)]

@@ -12,7 +12,7 @@ import pytest
 
 from loratrf_deploy.ops import schemas
 from loratrf_deploy.ops.dtypes import DTYPES
-from operators import CASES, FUNCTIONS, attributes_of, built_kernels, in_threads, reference_of, values_of
+from operators import CASES, attributes_of, built_kernels, in_threads, reference_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
@@ -54,7 +54,7 @@ def compute(op, tensors, filter_input="adapted", *, out=None, **options):
     if out is None:
         out = torch.full_like(inputs[0], float("nan"))
     expected = reference_of(op, inputs, filter_input)
-    getattr(kernels, FUNCTIONS[op])(*inputs, out, **attributes_of(op, filter_input), **options)
+    kernels.run(op, inputs, out, **attributes_of(op, filter_input), **options)
     return out.double().numpy(), expected
 
 
@@ -157,7 +157,7 @@ def test_infinite_weights_stay_in_their_rows(isa, dtype, T):
     base, x, A, B, *_ = tensors_of((T, 19, 99, 3, 5), dtype)
     B[50] = float("inf")
     out = torch.empty_like(base)
-    kernels.low_rank(base, x, A, B, out)
+    kernels.run("LowRank", [base, x, A, B], out)
     assert torch.isfinite(out[:, :50]).all()
     assert torch.isfinite(out[:, 51:]).all()
 
@@ -168,7 +168,7 @@ def test_nan_stays_in_its_token(isa, dtype, T):
     tensors = tensors_of((T + 1, 19, 99, 4, 5), dtype)
     tensors[0][T, 7] = float("nan")
     out = torch.zeros_like(tensors[0])
-    kernels.lora_trf(*tensors, out, "adapted")
+    kernels.run("LoraTrf", tensors, out, "adapted")
     assert torch.isfinite(out[:T]).all()
     assert torch.isnan(out[T]).all()
 
@@ -181,7 +181,7 @@ def test_every_half_value_survives(isa, dtype):
     N = base.shape[1]
     out = torch.empty_like(base)
     zero = {"x": torch.zeros(1, 1), "A": torch.zeros(1, 1), "B": torch.zeros(N, 1)}
-    kernels.low_rank(base, *(value.to(base.dtype) for value in zero.values()), out)
+    kernels.run("LowRank", [base, *(value.to(base.dtype) for value in zero.values())], out)
     torch.testing.assert_close(out, base, rtol=0, atol=0)
 
 
@@ -195,7 +195,7 @@ def test_rounds_to_nearest_even(isa, dtype):
     B = (base.float().T * step).to(base.dtype)
     one = torch.ones(1, 1, dtype=base.dtype)
     out = torch.empty_like(base)
-    kernels.low_rank(base, one, one, B, out)
+    kernels.run("LowRank", [base, one, one, B], out)
     exact = (base.double() + B.double().T).to(torch.float32)  # exact in float32 but for a rare double rounding
     expected = exact.to(base.dtype)
     assert (out != expected).float().mean() < 1e-3
@@ -204,9 +204,11 @@ def test_rounds_to_nearest_even(isa, dtype):
 def test_strided_tensors_are_refused():
     base, x, A, B, *_ = tensors_of((4, 19, 99, 4, 5), "float32")
     with pytest.raises(ValueError, match="B is strided"):
-        kernels.low_rank(base, x, A, B.T.contiguous().T, torch.empty_like(base))
+        kernels.run("LowRank", [base, x, A, B.T.contiguous().T], torch.empty_like(base))
     with pytest.raises(ValueError, match="x is strided"):
-        kernels.low_rank(base.numpy(), x.T.contiguous().numpy().T, A.numpy(), B.numpy(), np.empty((4, 99), np.float32))
+        kernels.run(
+            "LowRank", [base.numpy(), x.T.contiguous().numpy().T, A.numpy(), B.numpy()], np.empty((4, 99), np.float32)
+        )
 
 
 def test_numpy_arrays_read_only_too():
@@ -214,11 +216,11 @@ def test_numpy_arrays_read_only_too():
     for tensor in tensors:
         tensor.setflags(write=False)
     out = np.empty((4, 99), np.float16)
-    kernels.lora_trf(*tensors, out)
+    kernels.run("LoraTrf", tensors, out)
     assert_close(out, reference_of("LoraTrf", tensors), "float16", "numpy")
     out.setflags(write=False)
     with pytest.raises((BufferError, ValueError), match=r"read-?only|not writ"):
-        kernels.lora_trf(*tensors, out)
+        kernels.run("LoraTrf", tensors, out)
 
 
 WRONG = {
@@ -242,7 +244,7 @@ def test_shapes_that_do_not_fit(fault):
     changes, message = WRONG[fault]
     tensors = [torch.zeros(shape) for shape in (shapes | changes).values()]
     with pytest.raises(ValueError, match=message) as error:
-        kernels.lora_trf(*tensors, torch.empty(4, 99))
+        kernels.run("LoraTrf", tensors, torch.empty(4, 99))
     assert str(error.value).startswith("LoraTrf: ")
 
 
@@ -250,17 +252,21 @@ def test_other_faults():
     base, x, A, B, tau, C, D = tensors_of((4, 19, 99, 4, 5), "float32")
     out = torch.empty_like(base)
     with pytest.raises(ValueError, match='filter_input is "both", expected "adapted" or "base"'):
-        kernels.lora_trf(base, x, A, B, tau, C, D, out, "both")
+        kernels.run("LoraTrf", [base, x, A, B, tau, C, D], out, "both")
     with pytest.raises(TypeError, match="x is of another dtype than base"):
-        kernels.low_rank(base, x.half(), A, B, out)
+        kernels.run("LowRank", [base, x.half(), A, B], out)
     with pytest.raises(TypeError, match="expected float32, float16 or bfloat16"):
-        kernels.low_rank(base.double(), x, A, B, out)
+        kernels.run("LowRank", [base.double(), x, A, B], out)
     with pytest.raises(TypeError, match="expected float32, float16 or bfloat16"):
-        kernels.low_rank(base.numpy().astype(np.int32), x, A, B, out)
+        kernels.run("LowRank", [base.numpy().astype(np.int32), x, A, B], out)
     with pytest.raises(TypeError, match="a list, expected a numpy array or a torch tensor"):
-        kernels.low_rank([1.0], x, A, B, out)
+        kernels.run("LowRank", [[1.0], x, A, B], out)
     with pytest.raises(ValueError, match=r"out is \(4, 98\), expected \(4, 99\)"):
-        kernels.low_rank(base, x, A, B, torch.empty(4, 98))
+        kernels.run("LowRank", [base, x, A, B], torch.empty(4, 98))
+    with pytest.raises(ValueError, match="No operator LowRank of 3 inputs"):
+        kernels.run("LowRank", [base, x, A], out)
+    with pytest.raises(ValueError, match="No operator LowRunk of 4 inputs"):
+        kernels.run("LowRunk", [base, x, A, B], out)
     with pytest.raises(ValueError, match='Instruction set "mmx"'):
         kernels.set_isa("mmx")
 

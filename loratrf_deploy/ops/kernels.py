@@ -16,10 +16,7 @@ import numpy as np
 
 from .library import library_path
 
-__all__ = [
-    *("MAX_CUDA_RANK", "MAX_RANK", "OPS", "grouped_lora_trf", "isa", "isas", "lora_trf", "low_rank", "run_on_cuda"),
-    *("set_isa", "task_filter"),
-]
+__all__ = ["MAX_CUDA_RANK", "MAX_RANK", "OPS", "isa", "isas", "run", "run_on_cuda", "set_isa"]
 
 _library = ctypes.CDLL(str(library_path()))
 for _name in ("message", "operators", "isa"):
@@ -46,50 +43,15 @@ _seen: dict[Any, int | None] = {}
 """_TYPES by numpy's and torch's own dtype objects, whose names take long to make."""
 
 
-def low_rank(base: Any, x: Any, A: Any, B: Any, out: Any, *, threads: int = 0, prepack: bool = False) -> None:
-    """out = base + (x Aᵀ) Bᵀ; threads=0: all of the machine's; prepack: packs the weights first, as a session does"""
-    _run("LowRank", (base, x, A, B), out, "adapted", threads, prepack)
-
-
-def task_filter(z: Any, tau: Any, C: Any, D: Any, out: Any, *, threads: int = 0, prepack: bool = False) -> None:
-    """out = z + ((s·z) Cᵀ) Dᵀ"""
-    _run("TaskFilter", (z, tau, C, D), out, "adapted", threads, prepack)
-
-
-def lora_trf(
-    base: Any,
-    x: Any,
-    A: Any,
-    B: Any,
-    tau: Any,
-    C: Any,
-    D: Any,
-    out: Any,
-    filter_input: str = "adapted",
-    *,
-    threads: int = 0,
-    prepack: bool = False,
+def run(
+    op: str, inputs: Sequence[Any], out: Any, filter_input: str = "adapted", *, threads: int = 0, prepack: bool = False
 ) -> None:
-    """out = h + ((s·z) Cᵀ) Dᵀ, h = base + (x Aᵀ) Bᵀ, z = h or base"""
-    _run("LoraTrf", (base, x, A, B, tau, C, D), out, filter_input, threads, prepack)
+    """Computes the ONNX operator `op` on CPU tensors, `inputs` in the order of OPS[op].
 
-
-def grouped_lora_trf(
-    base: Any,
-    x: Any,
-    A: Any,
-    B: Any,
-    tau: Any,
-    C: Any,
-    D: Any,
-    adapter_ids: Any,
-    out: Any,
-    filter_input: str = "adapted",
-    *,
-    threads: int = 0,
-) -> None:
-    """out = lora_trf row by row, with the weights of slot adapter_ids[row]; base for id -1"""
-    _run("GroupedLoraTrf", (base, x, A, B, tau, C, D, adapter_ids), out, filter_input, threads, False)
+    threads=0 takes all of the machine's; prepack packs the weights first, as a session does with constant ones.
+    """
+    arguments = _arguments(op, inputs, out, filter_input, "cpu")
+    _check(_library.loratrf_run(*arguments, _forced_isa, threads, prepack))
 
 
 def run_on_cuda(
@@ -101,13 +63,11 @@ def run_on_cuda(
     stream: int,
     allocate: Callable[[int], Any],
 ) -> None:
-    """Queues the ONNX operator `op` on CUDA tensors of the current device; adapter_ids are on the CPU.
+    """Queues `op` on CUDA tensors of the current device; adapter_ids are on the CPU.
 
     stream: a cudaStream_t as a number. allocate(bytes) returns a tensor on the device, which may go back, in the
     stream's order, when this returns.
     """
-    if len(inputs) != len(OPS.get(op, ())):
-        raise ValueError(f"No operator {op} of {len(inputs)} inputs.")
     arguments = _arguments(op, inputs, out, filter_input, "cuda")
     if not MAX_CUDA_RANK:
         raise RuntimeError(
@@ -145,10 +105,6 @@ def set_isa(name: str) -> None:
     _forced_isa = name.encode()
 
 
-def _run(op: str, inputs: Sequence[Any], out: Any, filter_input: str, threads: int, prepack: bool) -> None:
-    _check(_library.loratrf_run(*_arguments(op, inputs, out, filter_input, "cpu"), _forced_isa, threads, prepack))
-
-
 def _check(status: int) -> None:
     if status:
         raise _EXCEPTIONS.get(status, ValueError)(_library.loratrf_message().decode())
@@ -156,6 +112,8 @@ def _check(status: int) -> None:
 
 def _arguments(op: str, inputs: Sequence[Any], out: Any, filter_input: str, device: str) -> tuple[Any, ...]:
     """What the C functions begin with: operator, type, tensors, filter_input. Checks dtypes, devices and strides."""
+    if len(inputs) != len(OPS.get(op, ())):
+        raise ValueError(f"No operator {op} of {len(inputs)} inputs.")
     numbers: list[int] = []
     names = OPS[op]
     first: Any = None  # the first input's type

@@ -24,7 +24,7 @@ def low_rank(base: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Raises ValueError for shapes that don't fit or R over 1024, TypeError for other or mixed dtypes.
     """
     out = _like(base)
-    kernels.low_rank(*_ready(base, x, A, B), out, threads=torch.get_num_threads())
+    kernels.run("LowRank", _ready(base, x, A, B), out, threads=torch.get_num_threads())
     return out
 
 
@@ -36,7 +36,7 @@ def task_filter(z: Tensor, tau: Tensor, C: Tensor, D: Tensor) -> Tensor:
     Raises ValueError for shapes that don't fit or F over 1024, TypeError for other or mixed dtypes.
     """
     out = _like(z)
-    kernels.task_filter(*_ready(z, tau, C, D), out, threads=torch.get_num_threads())
+    kernels.run("TaskFilter", _ready(z, tau, C, D), out, threads=torch.get_num_threads())
     return out
 
 
@@ -50,7 +50,7 @@ def lora_trf(
     ranks over 1024 or another filter_input, TypeError for other or mixed dtypes.
     """
     out = _like(base)
-    kernels.lora_trf(*_ready(base, x, A, B, tau, C, D), out, filter_input, threads=torch.get_num_threads())
+    kernels.run("LoraTrf", _ready(base, x, A, B, tau, C, D), out, filter_input, threads=torch.get_num_threads())
     return out
 
 
@@ -74,7 +74,7 @@ def grouped_lora_trf(
     """
     out = _like(base)
     tensors = _ready(base, x, A, B, tau, C, D, adapter_ids)
-    kernels.grouped_lora_trf(*tensors, out, filter_input, threads=torch.get_num_threads())
+    kernels.run("GroupedLoraTrf", tensors, out, filter_input, threads=torch.get_num_threads())
     return out
 
 
