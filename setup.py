@@ -18,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -33,6 +34,13 @@ if PLATFORM and PLATFORM not in PLATFORMS:
     sys.exit(f"error: LORATRF_WHEEL is {PLATFORM!r}, expected {', '.join(PLATFORMS)}, or nothing for this machine.")
 
 
+class Build(build):
+    def finalize_options(self) -> None:
+        if PLATFORM:
+            self.build_base = str(Path(self.build_base, PLATFORM))  # a wheel takes all that is built there
+        super().finalize_options()
+
+
 class CMakeBuild(build_ext):
     """CMake makes the library; setuptools decides where it goes (beside the sources if editable)."""
 
@@ -44,9 +52,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = (Path(self.build_temp) / "cmake").resolve()
+        folder = (Path(self.build_temp) / "cmake").resolve()
         output.mkdir(parents=True, exist_ok=True)
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DLORATRF_OUTPUT={output}"]
+        configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DLORATRF_OUTPUT={output}"]
         if PLATFORM:
             configure += [f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'zig.cmake'}"]
             configure += [f"-DLORATRF_ZIG_PYTHON={sys.executable}", f"-DLORATRF_TARGET={PLATFORMS[PLATFORM]}"]
@@ -55,7 +63,7 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run([*configure, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        subprocess.run(["cmake", "--build", str(folder), "--parallel"], check=True)
 
 
 class Wheel(bdist_wheel):
@@ -75,11 +83,11 @@ class Wheel(bdist_wheel):
         super().write_wheelfile(wheelfile_base, *args, **options)
         if not self.libraries_inside:
             return
-        build = Path(self.get_finalized_command("build_ext").build_temp) / "cmake"
-        inside = dict(line.split() for line in (build / "components.txt").read_text().splitlines())
-        folder = Path(wheelfile_base) / "sboms"
-        folder.mkdir(exist_ok=True)
-        (folder / "loratrf-deploy.cdx.json").write_text(json.dumps(self.materials(inside), indent=2) + "\n")
+        folder = Path(self.get_finalized_command("build_ext").build_temp) / "cmake"
+        inside = dict(line.split() for line in (folder / "components.txt").read_text().splitlines())
+        bills = Path(wheelfile_base) / "sboms"
+        bills.mkdir(exist_ok=True)
+        (bills / "loratrf-deploy.cdx.json").write_text(json.dumps(self.materials(inside), indent=2) + "\n")
 
     def materials(self, inside: dict[str, str]) -> dict[str, object]:
         """CycloneDX 1.6: the package, and `inside` (name -> version): linked in, or compiled in from headers."""
@@ -110,5 +118,5 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=[Extension("loratrf_deploy.loratrf_ort", sources=[])],
     setup_requires=["ziglang>=0.17"] if PLATFORM else [],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    cmdclass={"build": Build, "build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

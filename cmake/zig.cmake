@@ -15,4 +15,10 @@ elseif(LORATRF_TARGET MATCHES "macos")
 else()
   set(CMAKE_SYSTEM_NAME Linux)
 endif()
+execute_process(COMMAND "${LORATRF_ZIG_PYTHON}" -m ziglang version OUTPUT_VARIABLE LORATRF_ZIG_VERSION
+                OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "${LORATRF_ZIG_PYTHON} has no ziglang, which compiles for ${LORATRF_TARGET}: `pip install ziglang`, "
+                      "and -DLORATRF_ZIG_PYTHON=PYTHON names the Python that has it.")
+endif()
 set(CMAKE_CXX_COMPILER "${LORATRF_ZIG_PYTHON}" -m ziglang c++ -target ${LORATRF_TARGET})

@@ -2,6 +2,11 @@
 //
 // Reports every fault as an OrtStatus with the operator's name and the offending shapes; no exception leaves it.
 #include <stdlib.h>
+#ifdef _WIN32
+#include <windows.h>
+#elif !defined(__linux__)
+#include <dlfcn.h>
+#endif
 
 #include <memory>
 #include <mutex>
@@ -98,6 +103,19 @@ struct Registration {
   std::vector<CustomOp> ops;
 };
 
+// ONNX Runtime closes the library with the last session; its operators, and its threads, are to stay. On Linux the
+// linker's -z nodelete says so.
+void Stay() {
+#ifdef _WIN32
+  HMODULE self = nullptr;
+  GetModuleHandleExA(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_PIN,
+                     reinterpret_cast<LPCSTR>(&Stay), &self);
+#elif !defined(__linux__)
+  Dl_info self;
+  if (dladdr(reinterpret_cast<void*>(&Stay), &self)) dlopen(self.dli_fname, RTLD_LAZY | RTLD_NODELETE);
+#endif
+}
+
 Registration* RegistrationOf(const OrtApi* api) {
   static std::mutex mutex;
   static auto* registrations = new std::vector<std::unique_ptr<Registration>>;
@@ -105,6 +123,7 @@ Registration* RegistrationOf(const OrtApi* api) {
   for (const auto& known : *registrations) {
     if (known->api == api) return known.get();
   }
+  Stay();
   auto made = std::make_unique<Registration>();
   made->api = api;
   for (Device device : kDevices) {
