@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -96,6 +97,17 @@ def built_library():
         return library_path()
     except UserError:
         pytest.skip("libloratrf_ort.so is not built", allow_module_level=True)
+
+
+def cpu_has():
+    """What /proc/cpuinfo says that this CPU can run, by our names; None where it says nothing of them."""
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return None
+    avx2 = {"avx2", "fma", "f16c"}
+    needed = {"baseline": set(), "avx2": avx2, "avx512": avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    return [name for name, flags in needed.items() if flags <= set(line.split())]
 
 
 def built_kernels():

@@ -12,7 +12,7 @@ import pytest
 
 from loratrf_deploy.ops import schemas
 from loratrf_deploy.ops.dtypes import DTYPES
-from operators import CASES, attributes_of, built_kernels, in_threads, reference_of, values_of
+from operators import CASES, attributes_of, built_kernels, cpu_has, in_threads, reference_of, values_of
 from tolerances import assert_close, assert_rounded_once
 
 torch = pytest.importorskip("torch")
@@ -271,6 +271,12 @@ def test_other_faults():
         kernels.set_isa("mmx")
 
 
+def test_instruction_sets_are_the_cpus():
+    if (expected := cpu_has()) is None:
+        pytest.skip("no flags in /proc/cpuinfo")
+    assert [name for name in kernels.isas() if name != "lanes16"] == expected
+
+
 def test_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("LORATRF_ISA", "baseline")
     assert kernels.isa() == "baseline"
@@ -297,7 +303,7 @@ def test_tables_agree():
 
 
 def test_kernels_include_no_framework():
-    system = {"stddef.h", "stdint.h", "stdlib.h", "string.h", "immintrin.h", "arm_neon.h"}
+    system = {"stddef.h", "stdint.h", "stdlib.h", "string.h", "cpuid.h", "immintrin.h", "arm_neon.h"}
     cuda = system | {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "cooperative_groups.h", "limits.h", "type_traits"}
     for folder, allowed in ((KERNELS, system), (KERNELS / "cuda", cuda)):
         sources = [path for path in folder.iterdir() if path.is_file()]

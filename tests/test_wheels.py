@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loratrf_deploy.ops import library
+from operators import cpu_has
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = {
@@ -103,3 +104,8 @@ def test_its_library_computes(built: tuple[str, Path], tmp_path: Path) -> None:
     done = subprocess.run([*runner, str(program), path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all passed" in done.stdout
+    if not runner and (expected := cpu_has()) is not None:
+        code = "import ctypes, sys; run = ctypes.CDLL(sys.argv[1]).loratrf_isa; run.restype = ctypes.c_char_p;"
+        code += "print([name for name in ('baseline', 'avx2', 'avx512') if run(name.encode())])"
+        found = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == str(expected)

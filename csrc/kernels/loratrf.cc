@@ -1,6 +1,9 @@
 // The entry to the kernels: checks, and the choice of instruction set at run time. Compiled for the baseline CPU.
 #include "loratrf.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <string.h>
 
 #include "check_call.h"
@@ -9,17 +12,28 @@
 namespace loratrf {
 namespace {
 
+#if defined(__x86_64__)
+// Whether the CPU has the instructions of AVX2, FMA and F16C, or of AVX-512 F, DQ, BW and VL as well, and the system
+// keeps their registers. By the CPU's own numbers: __builtin_cpu_supports says no to all in what zig links.
+bool CpuHas(bool avx512) {
+  unsigned a = 0, b = 0, c = 0, d = 0, low = 0, high = 0;
+  constexpr unsigned kFma = 1u << 12, kXgetbv = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+  constexpr unsigned kFirst = kFma | kXgetbv | kAvx | kF16c;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kFirst) != kFirst) return false;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const unsigned kept = avx512 ? 0xe6 : 0x6;  // of XCR0: XMM and YMM; masks and ZMM
+  const unsigned wanted = 1u << 5 | (avx512 ? 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31 : 0);
+  return (low & kept) == kept && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted;
+}
+#endif
+
 bool Supported(const Isa* isa) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == &kIsaAvx2) return avx2;
+  if (isa == &kIsaAvx2) return CpuHas(false);
 #ifdef LORATRF_WITH_LANES16
-  if (isa == &kIsaLanes16) return avx2;
+  if (isa == &kIsaLanes16) return CpuHas(false);
 #endif
-  if (isa == &kIsaAvx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  if (isa == &kIsaAvx512) return CpuHas(true);
 #endif
   (void)isa;
   return true;
