@@ -73,6 +73,11 @@ Fault Run(Op op, const Isa* isa, ParallelFor parallel, const Call& call) {
 }
 
 #ifdef LORATRF_WITH_CUDA
+Fault LoadOnCuda(Op op, Type type) {
+  Detail detail;
+  return FaultOf(op, Call(), CudaLoad(type, &detail), detail);
+}
+
 Fault ScratchOnCuda(Op op, const Call& call, size_t* bytes) {
   Detail detail;
   const Status status = CudaScratchSize(call, bytes, &detail);

@@ -18,7 +18,10 @@ Fault FillCall(Op op, const std::vector<Input>& inputs, int64_t max_rank, Call* 
 Fault Run(Op op, const Isa* isa, ParallelFor parallel, const Call& call);
 
 #ifdef LORATRF_WITH_CUDA
-// Bytes of scratch that RunOnCuda needs on CUDA's current device, often 0: the binding borrows them from its host.
+// Loads the kernels of `op` for `type` into CUDA's current device.
+Fault LoadOnCuda(Op op, Type type);
+
+// Bytes of scratch that RunOnCuda needs on the tensors' device, often 0: the binding borrows them from its host.
 Fault ScratchOnCuda(Op op, const Call& call, size_t* bytes);
 
 // The same as Run on CUDA's current device, where all tensors but adapter_ids and the scratch are. The scratch may be

@@ -193,6 +193,11 @@ OrtStatus* CreateKernel(const OrtCustomOp* self, const OrtApi* api, const OrtKer
     kernel->packed.resize(InfoOf(custom.op).inputs.size());
     kernel->packed_shapes.resize(kernel->packed.size());
     if (custom.device == Device::kCpu) PackConstants(kernel.get(), info);
+#ifdef LORATRF_WITH_CUDA
+    if (custom.device == Device::kCuda) {
+      if (Fault fault = LoadOnCuda(custom.op, custom.type)) return Error(api, fault);
+    }
+#endif
     *out = kernel.release();
     return nullptr;
   });

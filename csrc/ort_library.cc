@@ -158,8 +158,8 @@ LORATRF_EXPORT loratrf::ort::OrtStatus* RegisterCustomOps(loratrf::ort::OrtSessi
     api = base->GetApi(1);
     if (!api) return nullptr;
     return Guard(api, [&] {
-      return Error(api, "loratrf needs ONNX Runtime 1." + std::to_string(kApiVersion) + " or newer, this is " +
-                            base->GetVersionString() + ".");
+      return Error(api, {loratrf::Status::kBadSetting, "loratrf needs ONNX Runtime 1." + std::to_string(kApiVersion) +
+                                                           " or newer, this is " + base->GetVersionString() + "."});
     });
   }
   return Guard(api, [&] { return AddCustomOpDomain(api)(options, RegistrationOf(api)->domain); });

@@ -11,12 +11,12 @@
 namespace loratrf {
 namespace ort {
 
-inline OrtStatus* Error(const OrtApi* api, const std::string& message) {
-  return CreateStatus(api)(kInvalidArgument, message.c_str());
+// Null if nothing was wrong. What a device or memory refuses is no fault of the arguments.
+inline OrtStatus* Error(const OrtApi* api, const Fault& fault) {
+  if (!fault) return nullptr;
+  const bool is_callers = fault.status != Status::kDevice && fault.status != Status::kOutOfMemory;
+  return CreateStatus(api)(is_callers ? kInvalidArgument : kFail, fault.message.c_str());
 }
-
-// Null if nothing was wrong.
-inline OrtStatus* Error(const OrtApi* api, const Fault& fault) { return fault ? Error(api, fault.message) : nullptr; }
 
 // A failed call of ONNX Runtime's own, on its way out of a function that returns an OrtStatus.
 struct Failed {

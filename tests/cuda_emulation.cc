@@ -40,7 +40,17 @@ int loratrf_emulate_gpu(int multiprocessors, int backwards, int refuse_cooperati
   auto& gpu = cuda_on_cpu::g_gpu;
   gpu.multiprocessors = multiprocessors, gpu.backwards = backwards, gpu.refuse_cooperative = refuse_cooperative;
   gpu.error = error;
+  g_residency.blocks.clear();
   return std::exchange(gpu.launches, 0);
+}
+
+// The current device and the tensors' own. Fills state with the current device, that of the last launch, and how often
+// the GPU was asked for its occupancy, and kernels were loaded, since the last call of this.
+void loratrf_emulate_devices(int current, int tensors, int* state) {
+  auto& gpu = cuda_on_cpu::g_gpu;
+  state[0] = gpu.device, state[1] = gpu.launched_on;
+  state[2] = std::exchange(gpu.asked, 0), state[3] = std::exchange(gpu.loaded, 0);
+  gpu.device = current, gpu.tensors_device = tensors;
 }
 
 // A call of which the tensors are at `data`, in an order as below.

@@ -41,7 +41,10 @@ struct Gpu {
   int multiprocessors = 2;
   bool backwards = false;  // the last warp first
   bool refuse_cooperative = false;
-  int error = 0;  // of an earlier call, as a sticky one
+  int error = 0;                       // of an earlier call, as a sticky one
+  int device = 0, tensors_device = 0;  // the current one, and the one that all memory is on
+  int launched_on = -1;
+  int asked = 0, loaded = 0;  // how often for the occupancy, and for a kernel's attributes
   int launches = 0;
   std::map<const void*, size_t> shared;  // what each kernel has asked for beyond 48 KiB
   // Where kernels run elsewhere: the kernel, grid and block, shared memory, its parameter, whether it is cooperative.
@@ -202,6 +205,7 @@ int Launch(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments, si
   g_call = [](void* b) { static_cast<Bound*>(b)->kernel(*static_cast<Bound*>(b)->argument); };
   g_argument = &bound;
   ++g_gpu.launches;
+  g_gpu.launched_on = g_gpu.device;
   if (g_gpu.elsewhere) {
     g_gpu.elsewhere(reinterpret_cast<void*>(kernel), grid.x, block.x, shared, arguments[0], together);
   } else if (together) {
@@ -322,7 +326,29 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::g_gpu.error; }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::g_gpu.error, 0); }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::g_gpu.device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_on_cpu::g_gpu.device = device;
+  return cudaSuccess;
+}
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  int device;
+};
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {
+  *attributes = {cudaMemoryTypeDevice, cuda_on_cpu::g_gpu.tensors_device};
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  ++cuda_on_cpu::g_gpu.loaded;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = cuda_on_cpu::g_gpu.multiprocessors;
   return cudaSuccess;
@@ -334,7 +360,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
-  *blocks = 1;
+  ++cuda_on_cpu::g_gpu.asked;
+  *blocks = 2;
   return cudaSuccess;
 }
 template <class Argument>

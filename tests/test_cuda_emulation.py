@@ -51,6 +51,12 @@ class Emulator:
         """Sets the pretended GPU; returns the launches since the last call."""
         return self.library.loratrf_emulate_gpu(multiprocessors, backwards, refuse_cooperative, error)
 
+    def devices(self, current=0, tensors=0) -> tuple[int, ...]:
+        """Sets the current device and the tensors'; (current, of the last launch, asked, loaded) since the last call."""
+        state = (ctypes.c_int * 4)()
+        self.library.loratrf_emulate_devices(current, tensors, state)
+        return tuple(state)
+
     def run(self, tensors, sizes, dtype, filter_input="adapted", adapter_ids=None, in_place=False):
         """(status, y) of a call on {name: array}; sizes: batch, tokens of a row, K, N, R, F, S."""
         arrays = [tensors.get(name) for name in ("base", "x", "A", "B", "tau", "C", "D")]
@@ -261,6 +267,29 @@ def test_an_earlier_error_of_the_device_is_reported(emulator):
     assert emulator.gpu() == 1
 
 
+def test_a_call_runs_where_its_tensors_are(emulator):
+    emulator.devices(current=0, tensors=1)
+    for multiprocessors in (1, 6):
+        emulator.gpu(multiprocessors)
+        check(emulator, "LoraTrf", 3, 300, 600, 8, 8, "float32")
+        assert emulator.devices(current=0, tensors=1)[:2] == (0, 1)  # and the thread's own device is its again
+    emulator.devices()
+    check(emulator, "LoraTrf", 3, 300, 600, 8, 8, "float32")
+    assert emulator.devices()[:2] == (0, 0)
+
+
+def test_a_device_is_asked_once_for_each_kernel_and_size(emulator):
+    emulator.devices()
+    for _ in range(3):
+        check(emulator, "LoraTrf", 3, 300, 600, 8, 8, "float32")
+    assert emulator.devices()[2] == 1
+    check(emulator, "LoraTrf", 3, 300, 600, 19, 8, "float32")
+    check(emulator, "LoraTrf", 3, 300, 600, 8, 8, "float16")
+    assert emulator.devices(tensors=1)[2] == 2
+    check(emulator, "LoraTrf", 3, 300, 600, 8, 8, "float32")
+    assert emulator.devices()[2] == 1
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_nan_and_infinity_stay_in_their_rows(emulator, multiprocessors):
     for dtype, (row, column, value) in itertools.product(TYPES, [(2, 7, np.nan), (17, 250, np.inf)]):
@@ -352,9 +381,11 @@ def test_in_onnx_runtime(in_onnx_runtime, op, filter_input, dtype):
 def test_errors_in_onnx_runtime(in_onnx_runtime):
     emulator, opened = in_onnx_runtime
     values = values_of("LoraTrf", K=264, N=520)
+    emulator.devices()
     session = opened(model_of("LoraTrf", values))
+    assert emulator.devices()[3] == 2  # Tiles and Split, before any run
     emulator.gpu(6, error=700)
-    with pytest.raises(Exception, match=r'LoraTrf: CUDA reports "an illegal access", of this launch or of work queued'):
+    with pytest.raises(Exception, match=r'FAIL.*LoraTrf: CUDA reports "an illegal access", of this launch or of work queued'):
         run(session, values)
     assert_close(run(session, values), expected_of("LoraTrf", values, "float32", "adapted"), "float32")
     high = values_of("LoraTrf", K=264, N=520, R=257)

@@ -1,6 +1,10 @@
 // The CUDA operators' host side: its own limits, who does which tokens and columns, launches.
 #include <limits.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "../check_call.h"
 #include "fused.cuh"
 #include "loratrf_cuda.h"
@@ -46,11 +50,50 @@ cudaError_t AskForShared(Kernel kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// The most blocks of `kernel` that the device holds at once.
+// Makes the device that `tensor` is on the current one, until it goes: a runtime's worker threads have the first one
+// as theirs, whatever the session's. What is no device's memory leaves the current one.
+class OnDeviceOf {
+ public:
+  OnDeviceOf() = default;
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  ~OnDeviceOf() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+
+  cudaError_t Set(const void* tensor) {
+    cudaPointerAttributes attributes = {};
+    if (cudaError_t error = cudaPointerGetAttributes(&attributes, tensor); error != cudaSuccess) return error;
+    int current = 0;
+    if (cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return error;
+    const bool is_devices = attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+    if (!is_devices || attributes.device == current) return cudaSuccess;
+    const cudaError_t error = cudaSetDevice(attributes.device);
+    if (error == cudaSuccess) before_ = current;
+    return error;
+  }
+
+ private:
+  int before_ = -1;
+};
+
+// The most blocks of `kernel` that a launch of blocks which wait for each other may have: one a multiprocessor, which
+// leaves room for what else runs there. Each device is asked once for each size of shared memory.
+struct Residency {
+  std::mutex mutex;
+  std::map<std::tuple<int, const void*, size_t>, int64_t> blocks;
+};
+Residency g_residency;
+
 template <class Kernel>
 cudaError_t ResidentBlocks(Kernel kernel, size_t shared_bytes, int64_t* blocks) {
   int device = 0, multiprocessors = 0, per_multiprocessor = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::tuple<int, const void*, size_t> key(device, reinterpret_cast<const void*>(kernel), shared_bytes);
+  const std::lock_guard<std::mutex> lock(g_residency.mutex);
+  if (const auto known = g_residency.blocks.find(key); known != g_residency.blocks.end()) {
+    *blocks = known->second;
+    return cudaSuccess;
+  }
   if (cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
       error != cudaSuccess) {
     return error;
@@ -58,8 +101,17 @@ cudaError_t ResidentBlocks(Kernel kernel, size_t shared_bytes, int64_t* blocks) 
   if (cudaError_t error = AskForShared(kernel, shared_bytes); error != cudaSuccess) return error;
   const cudaError_t error =
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, shared_bytes);
-  *blocks = static_cast<int64_t>(multiprocessors) * per_multiprocessor;
+  *blocks = per_multiprocessor > 0 ? multiprocessors : 0;
+  if (error == cudaSuccess) g_residency.blocks[key] = *blocks;
   return error;
+}
+
+// Loads the kernels for E into the current device, which CUDA otherwise does when they first run.
+template <class E>
+cudaError_t Load() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, Tiles<E>);
+  return error == cudaSuccess ? cudaFuncGetAttributes(&attributes, Split<E>) : error;
 }
 
 int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -161,10 +213,26 @@ Status RunTyped(const Call& call, void* scratch, cudaStream_t stream, Detail* de
 
 }  // namespace
 
+Status CudaLoad(Type type, Detail* detail) {
+  switch (type) {
+    case Type::kFloat32:
+      LORATRF_CUDA_CHECK(Load<float>());
+      return Status::kOk;
+    case Type::kFloat16:
+      LORATRF_CUDA_CHECK(Load<Half>());
+      return Status::kOk;
+    default:
+      LORATRF_CUDA_CHECK(Load<BFloat16>());
+      return Status::kOk;
+  }
+}
+
 Status CudaScratchSize(const Call& call, size_t* bytes, Detail* detail) {
   *bytes = 0;
   if (Status status = CheckCudaCall(call, detail); status != Status::kOk) return status;
   if (call.T == 0) return Status::kOk;
+  OnDeviceOf device;
+  LORATRF_CUDA_CHECK(device.Set(call.base));
   switch (call.type) {
     case Type::kFloat32:
       return ScratchSizeOf<float>(call, bytes, detail);
@@ -179,6 +247,8 @@ Status CudaRun(const Call& call, void* scratch, void* stream, Detail* detail) {
   if (Status status = CheckCudaCall(call, detail); status != Status::kOk) return status;
   if (call.T == 0) return Status::kOk;
   if (Status status = CheckTensors(call, false); status != Status::kOk) return status;
+  OnDeviceOf device;
+  LORATRF_CUDA_CHECK(device.Set(call.base));
   switch (call.type) {
     case Type::kFloat32:
       return RunTyped<float>(call, scratch, static_cast<cudaStream_t>(stream), detail);
