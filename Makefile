@@ -1,8 +1,6 @@
-# make demo: the main job on real input. make demo-llm: the same of a language model. make demo-web: install js/node_modules/.package-lock.json
-	$(BIN)/python examples/web/serve_demo.py
-
-test: lint, types and the
-# tests, but for further families of each task (slow). make demo-web: two adapters in a browser. make docs: the site. All make what they need.
+# make demo: the main job on real input. make demo-llm: the same of a language model. make demo-web: two adapters in a
+# browser. make test: lint, types and the tests, but for further families of each task (slow). make docs: the site.
+# All make what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
