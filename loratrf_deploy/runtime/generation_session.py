@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -98,6 +98,16 @@ class GenerationSession:
     def takes_adapters(self) -> bool:
         """Whether adapters can be loaded: the model was exported with --swappable or --adapters."""
         return self._swappable is not None
+
+    @property
+    def evictions(self) -> int:
+        """How often an adapter was put aside so far, for another to stay within `max_bytes`."""
+        return 0 if self._swappable is None else self._residents.evictions
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and what follows it have together at most."""
+        return self._context
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -195,17 +205,43 @@ class GenerationSession:
         `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
         the default's, what follows is the adapter's.
         """
-        row = self.encode(prompt)
-        prefix = self.encode(activate_after) if activate_after else []
+        text = self.decoder()
+        tokens = self.stream_tokens(
+            self.encode(prompt),
+            adapter=adapter,
+            activate_after=self.encode(activate_after) if activate_after else (),
+            scale=scale,
+            max_new_tokens=max_new_tokens,
+            **search,
+        )
+        for token in tokens:
+            yield text(token)
+
+    def stream_tokens(
+        self,
+        row: Sequence[int],
+        *,
+        adapter: Choice | EllipsisType | None = ...,
+        activate_after: Sequence[int] = (),
+        scale: float = 1.0,
+        max_new_tokens: int = 128,
+        **search: Any,
+    ) -> Iterator[int]:
+        """`stream` of tokens and as tokens, without the end-of-sequence token that stops it."""
+        prefix = activate_after
         self._check([[*prefix, *row]], max_new_tokens)
         choices = self._choices(1, adapter, None, scale)
         if prefix and (self._swappable is None or self._slots):
             raise UserError("activate_after is for a model of --swappable: this one's adapters are not activated.")
-        text = self._tokenizer.create_stream()
         for tokens in self._decode([row], choices, scale, max_new_tokens, search, prefix):
             if int(tokens[0]) in self._stops:
                 return
-            yield text.decode(int(tokens[0]))
+            yield int(tokens[0])
+
+    def decoder(self) -> Callable[[int], str]:
+        """What the tokens of one text, given one after the other, add to it: "" before a character is whole."""
+        self._process.check()
+        return self._tokenizer.create_stream().decode
 
     def _decode(
         self,
