@@ -138,7 +138,7 @@ def _parser() -> Parser:
         "--allow-loading", action="store_true", help="clients may load files of --adapters-dir, and unload adapters"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument(
         "--max-bytes", type=count, help="memory of adapters; those that were used last stay (default: all)"
     )
@@ -155,6 +155,12 @@ def _parser() -> Parser:
         "--parallel", type=count, default=2, help="prompts that a language model is at, at once (default: 2)"
     )
     return parser
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no port, expected 0 to 65535")
 
 
 def _window(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -110,6 +110,11 @@ class GenerationSession:
         return self._context
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, from 0 on."""
+        return self._vocabulary
+
+    @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
         self._process.check()
@@ -205,7 +210,7 @@ class GenerationSession:
         `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
         the default's, what follows is the adapter's.
         """
-        text = self.decoder()
+        text = self._tokenizer.create_stream()
         tokens = self.stream_tokens(
             self.encode(prompt),
             adapter=adapter,
@@ -215,7 +220,7 @@ class GenerationSession:
             **search,
         )
         for token in tokens:
-            yield text(token)
+            yield text.decode(token)
 
     def stream_tokens(
         self,
@@ -237,11 +242,6 @@ class GenerationSession:
             if int(tokens[0]) in self._stops:
                 return
             yield int(tokens[0])
-
-    def decoder(self) -> Callable[[int], str]:
-        """What the tokens of one text, given one after the other, add to it: "" before a character is whole."""
-        self._process.check()
-        return self._tokenizer.create_stream().decode
 
     def _decode(
         self,

@@ -11,9 +11,11 @@ from ..files import read_regular
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["TOKENIZER", "read_tokenizer"]
+__all__ = ["TOKENIZER", "Written", "read_tokenizer"]
 
 TOKENIZER = "tokenizer.json"
+_LONGEST_CHARACTER = 8
+"""Tokens: one for each byte of it, and some that are no text at all."""
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -33,3 +35,22 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+class Written:
+    """A text whose tokens are given one after the other."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # shown already; what a token says depends on the one before it
+        self._new: list[int] = []
+
+    def add(self, token: int | None) -> str:
+        """What `token` adds; of a split character nothing before it is whole. None ends the text: what is left."""
+        self._new += [] if token is None else [token]
+        text = self._tokenizer.decode([*self._before, *self._new])
+        if token is not None and text.endswith("\ufffd") and len(self._new) < _LONGEST_CHARACTER:
+            return ""
+        known = self._tokenizer.decode(self._before)
+        self._before, self._new = self._new or self._before, []
+        return text[len(known) :]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from ..errors import UserError
 from ..runtime.generation_session import GenerationSession, Prompt
+from ..runtime.text import Written, read_tokenizer
 from .batcher import Limits, full, late
 from .catalogue import broken
 from .errors import ApiError
@@ -56,6 +57,7 @@ class Generator:
         parallel: int = 2,
     ):
         self.session = GenerationSession(folder, max_bytes=max_bytes, threads=threads)
+        self._tokenizer = read_tokenizer(folder)
         self._limits, self._metrics, self._parallel = limits, metrics, parallel
         self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="generating")
         self._orders = 0
@@ -79,6 +81,13 @@ class Generator:
             raise ApiError(
                 400, "The prompt is empty: the model needs at least one token.", "invalid_prompt", param=param
             )
+        if foreign := [token for token in row if not 0 <= token < self.session.vocabulary]:
+            raise ApiError(
+                400,
+                f"The prompt has token {foreign[0]}, the model knows 0 to {self.session.vocabulary - 1}.",
+                "unknown_token",
+                param=param,
+            )
         if len(row) >= self.session.context:
             raise ApiError(
                 400,
@@ -91,8 +100,7 @@ class Generator:
 
     def text(self, row: Sequence[int]) -> str:
         """What tokens say."""
-        text = self.session.decoder()
-        return "".join(map(text, row))
+        return self._tokenizer.decode(row)
 
     def count(self, row: Sequence[int], asked: int | None, otherwise: int) -> int:
         """How many tokens may be made. 400 where more are `asked` for than there is room for."""
@@ -158,7 +166,7 @@ class Generator:
             loop.call_soon_threadsafe(less)
 
     def _make(self, order: Order, stop: threading.Event, put: Any) -> None:
-        text, held, made = self.session.decoder(), "", 0
+        text, held, made = Written(self._tokenizer), "", 0
         which: dict[str, Any] = {"adapter": order.adapter} if self.takes_adapters else {}
         tokens = self.session.stream_tokens(order.tokens, max_new_tokens=order.most, **which, **order.search)
         self._metrics.prompt_tokens.inc(len(order.tokens))
@@ -166,14 +174,15 @@ class Generator:
             for token in tokens:
                 made += 1
                 self._metrics.made_tokens.inc()
-                shown, held, ended = until(held + text(token), order.stops)
+                shown, held, ended = until(held + text.add(token), order.stops)
                 if ended or shown:
                     put(Piece(shown, made, "stop" if ended else None))
                 if ended or stop.is_set():
                     return
         finally:
             tokens.close()  # type: ignore[attr-defined]  # a generator: what it holds of the adapter goes now
-        put(Piece(held, made, "length" if made == order.most else "stop"))
+        shown, held, ended = until(held + text.add(None), order.stops)
+        put(Piece(shown + held, made, "length" if not ended and made == order.most else "stop"))
 
     async def close(self) -> None:
         """Ends when what runs is done."""

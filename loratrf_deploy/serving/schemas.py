@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = [
     *("ChatCompletion", "ChatRequest", "Classification", "ClassifyRequest", "Completion", "CompletionRequest"),
@@ -20,9 +20,19 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-Text = Annotated[str, Field(description="a text")]
+def _whole(text: str) -> str:
+    """JSON has half surrogates, which are no text; tokenizers refuse them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from error
+    return text
+
+
+Str = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[Str, Field(description="a text")]
 Ids = Annotated[list[int], Field(min_length=1, description="a text as tokens")]
-Texts = Annotated[list[str], Field(min_length=1, max_length=_MOST_INPUTS)]
+Texts = Annotated[list[Str], Field(min_length=1, max_length=_MOST_INPUTS)]
 IdRows = Annotated[list[Ids], Field(min_length=1, max_length=_MOST_INPUTS)]
 Name = Annotated[str, Field(description="the base or an adapter, as /v1/models lists them")]
 
@@ -50,7 +60,7 @@ class _Sampling(_Body):
     ) = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Str | Annotated[list[Str], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
@@ -92,14 +102,14 @@ class Part(_Body):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Str
 
 
 class Message(_Body):
     """A turn of a chat."""
 
-    role: str
-    content: str | list[Part]
+    role: Str
+    content: Str | list[Part]
 
     @property
     def text(self) -> str:
