@@ -87,11 +87,11 @@ def test_batches_have_a_size_and_answers_their_order() -> None:
     async def work(batcher: Batcher, model: Model) -> None:
         await held(batcher, model)
         asked = asyncio.ensure_future(batcher.answers([row(number) for number in range(10)]))
-        long = asyncio.ensure_future(batcher.answers([row("l", 8000) for _ in range(3)]))
+        long = [asyncio.ensure_future(batcher.answers([row("l", 8000)])) for _ in range(3)]
         await asyncio.sleep(0)
         model.go.set()
         assert await asked == [2 * number for number in range(10)]
-        await long
+        assert await asyncio.gather(*long) == [["ll"]] * 3
 
     sizes = [len(batch) for batch in batching(work, batch=4).batches]
     assert sizes == [1, 4, 4, 2, 2, 1]  # of 8,192 tokens two are as many as go into memory
