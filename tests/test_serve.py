@@ -154,6 +154,17 @@ def test_requests_for_many_adapters_at_once_get_pefts_answers(served: Served, te
     assert served.metric("loratrf_requests_total") >= 96
 
 
+def test_an_answer_waits_for_no_acknowledgement(served: Served) -> None:
+    """A second write that Nagle's algorithm holds back would cost each of them 40 ms."""
+    times = []
+    with httpx.Client() as client:
+        for _ in range(20):
+            begin = time.perf_counter()
+            assert client.post(f"{served.url}/classify", json={"model": "spam", "input": "x"}).status_code == 200
+            times.append(time.perf_counter() - begin)
+    assert sorted(times)[5] < 0.03
+
+
 def test_classes_have_the_adapters_labels(served: Served, team: Team) -> None:
     answer = served.post("/classify", model="topic", input=TEXTS).json()
     for item, wanted in zip(answer["data"], team.expected["topic"], strict=True):
