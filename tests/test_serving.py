@@ -133,15 +133,18 @@ def test_who_is_gone_or_late_is_not_run_and_who_is_too_many_is_told() -> None:
         gone = asyncio.ensure_future(batcher.answers([row("gone")]))
         late = asyncio.ensure_future(batcher.answers([row("late", seconds=-1)]))
         stays = asyncio.ensure_future(batcher.answers([row("stays")]))
+        goes = asyncio.ensure_future(batcher.answers([row("goes")]))
         await asyncio.sleep(0)
-        with pytest.raises(ApiError, match="3 of at most 3 wait already") as error:
+        with pytest.raises(ApiError, match="4 of at most 4 wait already") as error:
             await batcher.answers([row("more")])
         assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
-        with pytest.raises(ApiError, match="has 4 inputs, and at most 3 may wait"):
-            await batcher.answers([row("more")] * 4)
+        with pytest.raises(ApiError, match="has 5 inputs, and at most 4 may wait"):
+            await batcher.answers([row("more")] * 5)
         gone.cancel()
         await asyncio.sleep(0)
         more = asyncio.ensure_future(batcher.answers([row("more")]))  # in the place of who has gone
+        await asyncio.sleep(0)
+        goes.cancel()
         await asyncio.sleep(0)
         model.go.set()
         assert await stays == ["staysstays"]
@@ -150,7 +153,7 @@ def test_who_is_gone_or_late_is_not_run_and_who_is_too_many_is_told() -> None:
             await late
         assert error.value.status == 504
 
-    assert batching(work, queue=3, timeout=7).seen()[1:] == [["stays", "more"]]
+    assert batching(work, queue=4, timeout=7).seen()[1:] == [["stays", "more"]]
 
 
 class Bytes:
