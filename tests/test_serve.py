@@ -272,7 +272,7 @@ def test_adapters_come_and_go_and_every_answer_is_right(team: Team, tmp_path: Pa
             assert server.post("/v1/unload_lora_adapter", lora_name="new").status_code == 200
 
         def ask(number: int) -> None:
-            for turn in range(12):
+            for turn in range(6):
                 at = (number + turn) % len(TEXTS)
                 for name in ("spam", "topic"):
                     found = probabilities(server.post("/classify", model=name, input=TEXTS[at]))
