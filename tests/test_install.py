@@ -169,6 +169,7 @@ def test_help_version_and_slips_need_no_extra(name: str) -> None:
         ("parity --model m.onnx --adapter a", "cpu", "cpu"),
         ("perplexity --text t --adapter a --model m.onnx", "export", "export"),
         ("generate --model m.onnx --prompt x", "genai", "genai"),
+        ("serve --model m", "serve", "serve"),
     ],
 )
 def test_a_missing_extra_is_a_paragraph_with_pips_line(command: str, absent: str, extras: str) -> None:

@@ -14,8 +14,8 @@ from operators import built_library
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    *("version", "errors", "files", "onnx_file", "ops", "adapters", "genai", "formats", "peft", "runtime", "pytorch"),
-    *("bench", "parity", "reports", "export", "cli", "parity_suite", "__init__", "__main__"),
+    *("version", "errors", "files", "onnx_file", "ops", "adapters", "genai", "formats", "peft", "runtime"),
+    *("serving", "pytorch", "bench", "parity", "reports", "export", "cli", "parity_suite", "__init__", "__main__"),
 )
 """Folders of the package and modules beside them: each imports only what stands before it, and within itself."""
 LINES = 80

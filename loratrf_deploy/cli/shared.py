@@ -30,6 +30,7 @@ EXTRAS = {
     "cpu": ("onnxruntime",),
     "export": ("torch", "transformers", "peft", "optimum", "requests", "accelerate", "onnx", "onnx_ir", "onnxscript"),
     "genai": ("onnxruntime_genai",),
+    "serve": ("fastapi", "uvicorn", "tokenizers", "prometheus_client"),
 }
 """Extra of the package -> the modules that it brings."""
 

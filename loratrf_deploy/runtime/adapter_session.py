@@ -101,6 +101,11 @@ class AdapterSession:
         self._process.check()
         return self._residents.infos()
 
+    @property
+    def evictions(self) -> int:
+        """How often an adapter or a blend was put aside so far, for another to stay within `max_bytes`."""
+        return self._residents.evictions
+
     def load(self, name: str, path: str | Path, *, replace: bool = False) -> None:
         """Reads the .onnx_adapter file `path` and keeps it as `name`, its weights on the session's device.
 
@@ -138,9 +143,7 @@ class AdapterSession:
         Runtime refuses.
         """
         self._check(inputs)
-        chosen = self._outputs if outputs is None else list(outputs)
-        if outputs is not None and (foreign := [name for name in chosen if name not in self._outputs]):
-            raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
+        chosen = self._chosen(outputs)
         if (adapter is ...) == (adapters is None):
             raise TypeError("run() takes either adapter=NAME or adapters=[NAME, ...], one per row")
         if type(scale) is not float or scale != 1.0:
@@ -148,12 +151,16 @@ class AdapterSession:
         request = Request(inputs, chosen, adapter, adapters, scale)
         return self._way.run(request, self._residents.resident)
 
-    def answers(self, inputs: Mapping[str, Any], adapters: Sequence[Choice | None]) -> list[Answer]:
+    def answers(
+        self, inputs: Mapping[str, Any], adapters: Sequence[Choice | None], *, outputs: Sequence[str] | None = None
+    ) -> list[Answer]:
         """For each row what `run(inputs, adapters=adapters)` gives of its adapter's own task, with its own labels.
 
-        The arrays of `run` have more, where tasks or numbers of labels differ. Raises UserError as `run` does.
+        The arrays of `run` have more, where tasks or numbers of labels differ. `outputs` are those of the model that
+        are computed, None all; a row has those of its own task among them. Raises UserError as `run` does.
         """
         self._check(inputs)
+        chosen = self._chosen(outputs)
         ids: list[AdapterId] = []
 
         def resident(choice: Choice) -> Any:
@@ -161,10 +168,10 @@ class AdapterSession:
             ids.append(identity)
             return placed
 
-        outputs = self._way.run(Request(inputs, self._outputs, ..., adapters, 1.0), resident)
+        values = self._way.run(Request(inputs, chosen, ..., adapters, 1.0), resident)
         named = iter(ids)
         return [
-            self._answer({name: value[row] for name, value in outputs.items()}, None if choice is None else next(named))
+            self._answer({name: value[row] for name, value in values.items()}, None if choice is None else next(named))
             for row, choice in enumerate(adapters)
         ]
 
@@ -174,11 +181,16 @@ class AdapterSession:
         if inputs.keys() != self._names:
             raise UserError(f"The inputs are {some(list(inputs))}, the model takes {some(self._inputs)}.")
 
+    def _chosen(self, outputs: Sequence[str] | None) -> Sequence[str]:
+        if outputs is not None and (foreign := [name for name in outputs if name not in self._outputs]):
+            raise UserError(f"The model has no output {some(foreign)}. It gives {some(self._outputs)}.")
+        return self._outputs if outputs is None else list(outputs)
+
     def _answer(self, row: dict[str, NDArray[Any]], adapter: AdapterId | None) -> Answer:
         if adapter is None:
             return Answer(row)
         part = self._tasks.get(adapter.task or "")
-        own = {name: row[name] for name in part.outputs.values()} if part else row
+        own = {name: row[name] for name in part.outputs.values() if name in row} if part else row
         if adapter.labels is not None:
             count = len(adapter.labels)
             own = {name: value[..., :count] if "logits" in name else value for name, value in own.items()}

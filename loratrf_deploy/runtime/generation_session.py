@@ -100,6 +100,21 @@ class GenerationSession:
         return self._swappable is not None
 
     @property
+    def evictions(self) -> int:
+        """How often an adapter was put aside so far, for another to stay within `max_bytes`."""
+        return 0 if self._swappable is None else self._residents.evictions
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and what follows it have together at most."""
+        return self._context
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, from 0 on."""
+        return self._vocabulary
+
+    @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
         self._process.check()
@@ -195,17 +210,38 @@ class GenerationSession:
         `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
         the default's, what follows is the adapter's.
         """
-        row = self.encode(prompt)
-        prefix = self.encode(activate_after) if activate_after else []
+        text = self._tokenizer.create_stream()
+        tokens = self.stream_tokens(
+            self.encode(prompt),
+            adapter=adapter,
+            activate_after=self.encode(activate_after) if activate_after else (),
+            scale=scale,
+            max_new_tokens=max_new_tokens,
+            **search,
+        )
+        for token in tokens:
+            yield text.decode(token)
+
+    def stream_tokens(
+        self,
+        row: Sequence[int],
+        *,
+        adapter: Choice | EllipsisType | None = ...,
+        activate_after: Sequence[int] = (),
+        scale: float = 1.0,
+        max_new_tokens: int = 128,
+        **search: Any,
+    ) -> Iterator[int]:
+        """`stream` of tokens and as tokens, without the end-of-sequence token that stops it."""
+        prefix = activate_after
         self._check([[*prefix, *row]], max_new_tokens)
         choices = self._choices(1, adapter, None, scale)
         if prefix and (self._swappable is None or self._slots):
             raise UserError("activate_after is for a model of --swappable: this one's adapters are not activated.")
-        text = self._tokenizer.create_stream()
         for tokens in self._decode([row], choices, scale, max_new_tokens, search, prefix):
             if int(tokens[0]) in self._stops:
                 return
-            yield text.decode(int(tokens[0]))
+            yield int(tokens[0])
 
     def _decode(
         self,

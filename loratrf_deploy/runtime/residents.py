@@ -79,6 +79,8 @@ class Residents(Generic[P]):
         self._largest = largest_file(swappable.weights)
         self._lock = threading.Lock()
         self._entries: dict[str | Blend, _Entry[P]] = {}  # least recently used first
+        self.evictions = 0
+        """How often one was put aside for another's room."""
 
     def infos(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, the one that was used least recently first."""
@@ -231,6 +233,7 @@ class Residents(Generic[P]):
             if entry is latest:
                 continue
             taken -= entry.bytes
+            self.evictions += 1
             if isinstance(name, Blend):  # nothing of it needs to be remembered
                 del self._entries[name]
             else:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..files import read_regular
 from ..formats.manifest import MANIFEST, check_files, check_graph, read_manifest
 from ..formats.settings import read_settings
 from ..formats.stages import read_stages
@@ -24,6 +23,7 @@ from .scores import Rules, choose
 from .session import OwnProcess, create_session, quiet_options
 from .sound import Samples, Spectrogram, read_wave
 from .speech import Speech
+from .text import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -277,24 +277,13 @@ class StagedSession:
 
     def _text(self) -> tokenizers.Tokenizer:
         if self._tokenizer is None:
-            try:
-                from tokenizers import Tokenizer
-            except ModuleNotFoundError as error:
-                raise UserError("Text needs tokenizers, not installed here: `pip install tokenizers`.") from error
-            if not (self._folder / "tokenizer.json").is_file():
+            if not (self._folder / TOKENIZER).is_file():
                 raise UserError(
                     f"{self._folder} has no tokenizer.json, which text goes through here: the base's tokenizer, such "
                     "as Marian's own of sentencepiece, makes none. Give and take tokens: StagedSession.generate_tokens "
                     "with transformers beside it, AutoTokenizer.from_pretrained(base), and sentencepiece."
                 )
-            raw = read_regular(self._folder / "tokenizer.json")
-            try:
-                tokenizer = Tokenizer.from_str(raw.decode())
-            except Exception as error:  # plain exceptions
-                raise UserError(f"{self._folder / 'tokenizer.json'} is no tokenizer ({error}).") from error
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            self._tokenizer = tokenizer
+            self._tokenizer = read_tokenizer(self._folder)
         return self._tokenizer
 
     def _first(self, prompt: Sequence[int] | Samples, language: str | None, task: str | None) -> list[int | None]:
