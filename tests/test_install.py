@@ -65,17 +65,23 @@ def closure(requirements: list[str]) -> set[str]:
     return names
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a package index is sent, built as others build it: the source distribution, and a wheel from that alone."""
-    folder = tmp_path_factory.mktemp("dist")
+def _distribution(folder: Path) -> None:
     code = f"import setuptools.build_meta as backend; print(backend.build_sdist({str(folder)!r}))"
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
     source = folder / made.stdout.splitlines()[-1]
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     built = subprocess.run([*pip, "--wheel-dir", folder, source], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
+
+
+@pytest.fixture(scope="module")
+def wheel(made_once: Callable[..., Path]) -> Path:
+    """What a package index is sent, built as others build it: the source distribution, and a wheel from that alone.
+
+    Once for all processes: two at a time would be in each other's way, in the repository's own folder.
+    """
+    (path,) = made_once(_distribution).glob("*.whl")
     return path
 
 
