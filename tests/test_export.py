@@ -27,6 +27,8 @@ FAMILY_TASKS = [
     for family in tiny.FAMILIES
     for task in (TEXT_TASKS if family != "vit" else ["image-classification", "feature-extraction"])
 ]
+FIRST = ("bert", "deberta-v2", "vit")
+"""Families that are tried with every task and kind; of others, what repeats these is slow."""
 
 
 def assert_parity(exported, dtype: str = "float32") -> None:
@@ -57,15 +59,27 @@ def assert_parity(exported, dtype: str = "float32") -> None:
                     assert (actual.argmax(-1) == wanted.argmax(-1))[clear].all()
 
 
-@pytest.mark.parametrize(("family", "task"), FAMILY_TASKS)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        pytest.param(*which, marks=[pytest.mark.slow] if which[0] not in FIRST and which[1] != TEXT_TASKS[0] else [])
+        for which in FAMILY_TASKS
+    ],
+)
 @pytest.mark.consumer("onnxruntime, Python", "merged, separate")
 @pytest.mark.consumer("onnxruntime with our library", "merged, separate")
 def test_separate_loratrf(make_export: Callable, family: str, task: str) -> None:
     assert_parity(make_export(family, task, "loratrf", mode="separate"))
 
 
-@pytest.mark.parametrize("kind", ["lora", "loratrf"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=[pytest.mark.slow] if family not in FIRST and kind == "lora" else [])
+        for family in tiny.FAMILIES
+        for kind in ("lora", "loratrf")
+    ],
+)
 @pytest.mark.consumer("onnxruntime, Python", "merged, separate")
 @pytest.mark.consumer("onnxruntime with our library", "merged, separate")
 def test_merged(make_export: Callable, family: str, kind: str) -> None:

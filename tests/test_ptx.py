@@ -107,7 +107,7 @@ class Device:
 
 
 def _slow(architecture: int) -> Any:
-    return pytest.param(architecture, marks=[] if architecture < 90 else pytest.mark.slow)
+    return pytest.param(architecture, marks=[] if architecture == 80 else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=map(_slow, ARCHITECTURES), ids="sm_{}".format)

@@ -210,6 +210,7 @@ class GenerationSession:
         `activate_after` is a text before `prompt` that runs without the adapter: its part of the key/value cache stays
         the default's, what follows is the adapter's.
         """
+        self._process.check()
         text = self._tokenizer.create_stream()
         tokens = self.stream_tokens(
             self.encode(prompt),
