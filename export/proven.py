@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ..formats.manifest import (
     file_sha256,
     write_manifest,
 )
+from ..formats.settings import read_settings
 from ..formats.tasks import label_names
 from ..ops.dtypes import DType
 from ..ops.library import library_path
@@ -211,10 +213,10 @@ def check_tokens(adapter: Adapter, base: BaseModel) -> None:
 def _rename_class(settings: Path) -> None:
     """A tokenizer that is its tokenizer.json alone by the name that transformers had for it before version 5, which
     knows it too: optimum-onnx is of before."""
-    if settings.is_file():
-        text = settings.read_text(encoding="utf-8")
-        new = text.replace('"tokenizer_class": "TokenizersBackend"', '"tokenizer_class": "PreTrainedTokenizerFast"')
-        settings.write_text(new, encoding="utf-8")
+    content = read_settings(settings) if settings.is_file() else {}
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_companions(

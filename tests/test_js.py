@@ -6,21 +6,19 @@ Skipped where there is no node, or `npm ci` was not run in js/ (`make test` does
 from __future__ import annotations
 
 import json
-import queue
 import random
 import shutil
 import subprocess
-import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from browser import CHROMIUM, JS, ask_browser
 from conftest import Exported
 from loratrf_deploy import AdapterSession, UserError, read_adapter
 from loratrf_deploy.export.onto import convert_adapter
@@ -28,11 +26,9 @@ from loratrf_deploy.formats.adapter_file import read_adapter_file, write_adapter
 from loratrf_deploy.pytorch.base import Inputs, sample_inputs
 from loratrf_deploy.pytorch.oracle import load_reference, run_torch
 from loratrf_deploy.version import __version__
-from shared import edit_json, read_json
+from shared import edit_json, error, read_json
 
-JS = Path(__file__).parents[1] / "js"
 ENGINES = ("node", "web")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 INSTALLED = JS / "node_modules" / ".package-lock.json"
 """What npm writes last."""
@@ -289,10 +285,6 @@ def logits(answer: Any) -> np.ndarray:
     return np.array(answer["logits"]["data"], np.float64).reshape(answer["logits"]["dims"])
 
 
-def error(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
-
-
 def message(answer: Any) -> str:
     assert answer["error"] == "UserError", answer
     assert "\n" not in answer["message"]
@@ -469,47 +461,6 @@ def test_a_browser_runs_adapters_in_webassembly_and_webgpu(
     assert "wasm" in answers
     if "webgpu" not in answers:
         pytest.skip("Chromium gives no WebGPU here; WebAssembly passed")
-
-
-def ask_browser(
-    job: dict[str, Any], model: Path, root: Path, page: Path = JS / "test" / "page.html", **more: Path
-) -> dict[str, Any]:
-    """What `page` makes of `job` in Chromium, served from `root` with `more` folders; WebGPU is computed on the CPU."""
-    answers: queue.Queue[dict[str, Any]] = queue.Queue()
-    folders = {"js": JS, "model": model} | more
-    types = {".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html", ".wasm": "application/wasm"}
-    (root / "job.json").write_text(json.dumps(job))
-    shutil.copy(page, root / "page.html")
-
-    class Server(SimpleHTTPRequestHandler):
-        def translate_path(self, path: str) -> str:
-            first, _, rest = path.lstrip("/").partition("/")
-            return str(folders[first] / rest if first in folders else root / first)
-
-        def guess_type(self, path: Any) -> str:
-            return types.get(Path(path).suffix, "application/octet-stream")
-
-        def do_POST(self) -> None:
-            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = f"http://127.0.0.1:{server.server_port}/page.html"
-        flags = ["--headless", "--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
-        assert CHROMIUM is not None
-        command = [CHROMIUM, *flags, f"--user-data-dir={root / 'profile'}", page]
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            return answers.get(timeout=90)
-        finally:
-            browser.terminate()
-            browser.wait(30)
-            server.shutdown()
 
 
 def test_types_and_version() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +19,11 @@ import pytest
 import torch
 import transformers
 
+from browser import CHROMIUM, browse
 from loratrf_deploy.cli.serve import main
 from serving import Served, check_described, fault, serving
 from shared import ask_while
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXTS = [
     "where is the library ?",
     "rain fell on the harbour while the boats came home",
@@ -378,8 +376,7 @@ def test_a_model_without_adapters_is_refused(make_export: Callable, capsys: pyte
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_the_page_shows_answers_side_by_side(served: Served, tmp_path: Path) -> None:
     """The page itself, in Chromium, driven by a script that is put into it on its way."""
-    assert CHROMIUM is not None
-    shown = browse(served, tmp_path, TEXTS[0])
+    shown = shown_for(served, tmp_path, TEXTS[0])
     assert [answer["name"] for answer in shown] == ["tiny", "ner", "similar", "spam"]
     by_name = {answer["name"]: answer["text"] for answer in shown}
     wanted = served.post("/classify", model="spam", input=TEXTS[0]).json()["data"][0]
@@ -390,10 +387,10 @@ def test_the_page_shows_answers_side_by_side(served: Served, tmp_path: Path) -> 
     assert all(answer["ms"].endswith(" ms") for answer in shown)
 
 
-def browse(served: Served, root: Path, text: str) -> list[dict[str, str]]:
+def shown_for(served: Served, root: Path, text: str) -> list[dict[str, str]]:
     """What the page shows of `text`: a proxy stands before the server, adds a script, and takes what that finds."""
     import queue
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler
 
     found: queue.Queue[list[dict[str, str]]] = queue.Queue()
     script = """<script type="module">
@@ -432,15 +429,4 @@ def browse(served: Served, root: Path, text: str) -> list[dict[str, str]]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{proxy.server_port}/"
-        assert CHROMIUM is not None
-        command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={root / 'profile'}", url]
-        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            return found.get(timeout=60)
-        finally:
-            browser.terminate()
-            browser.wait(30)
-            proxy.shutdown()
+    return browse(Proxy, found, root)

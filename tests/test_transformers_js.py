@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_js import CHROMIUM, JS, ask_browser
 from transformers import AutoTokenizer
 
+from browser import CHROMIUM, JS, ask_browser
 from loratrf_deploy import UserError, create_session, read_adapter
 from loratrf_deploy.export import ExportOptions, export_adapter
 from loratrf_deploy.formats.manifest import check_files, read_manifest

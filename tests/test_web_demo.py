@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_js import CHROMIUM, JS, ask_browser, error
 from transformers import AutoTokenizer
 
+from browser import CHROMIUM, JS, ask_browser
 from loratrf_deploy import UserError, read_adapter
 from loratrf_deploy.pytorch.oracle import load_reference, run_torch
 from minilm import base_path
+from shared import error
 
 WEB = Path(__file__).parents[1] / "examples" / "web"
 TEXTS = ["a gripping film", "dull , and two hours too long", ""]
