@@ -265,6 +265,14 @@ def test_another_systems_library_beside_the_missing_one(tmp_path: Path, monkeypa
         library.library_path()
 
 
+def test_the_wheel_has_what_is_no_module(cpu_only: Path) -> None:
+    package = ROOT / "loratrf_deploy"
+    for pattern in ("include/*", "cmake/*", "serving/*.html", "py.typed"):
+        there = {path.relative_to(package) for path in package.glob(pattern) if path.is_file()}
+        assert there
+        assert all((cpu_only / "loratrf_deploy" / path).is_file() for path in there)
+
+
 def test_the_wheel_has_the_licence(cpu_only: Path) -> None:
     (licence,) = cpu_only.glob("loratrf_deploy-*.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()
